@@ -1,0 +1,130 @@
+"""Checkpoints of a run: `checkpoints/step-N/`, whole or not there at all, and `checkpoints/best/`.
+
+A step folder holds DeepSpeed's own files (weights, optimizer state, this engine's small state) and `model.safetensors`, the fp32
+weights free of ranks and ZeRO stages, which `load_model` reads. It is written under another name and renamed when every rank is done,
+so a process killed at any moment leaves only whole checkpoints behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from .errors import UserError
+from .model import SSAST
+from .weights import WEIGHTS_FILE, save_weights
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+_STEP = re.compile(r"step-(\d+)")
+_ASIDE = "incomplete-"
+
+
+def checkpoint_steps(run_dir: Path) -> list[int]:
+    """Steps of the whole checkpoints, ascending."""
+    folder = run_dir / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(match[1]) for name in names if (match := _STEP.fullmatch(name)))
+
+
+def save_checkpoint(engine: DeepSpeedEngine, run_dir: Path, step: int, state: dict[str, Any], keep_last: int) -> None:
+    """Write `checkpoints/step-N`; every rank calls it.
+
+    Raises:
+        UserError: on rank 0 and elsewhere, if it could not be written; earlier checkpoints stay.
+    """
+    folder = run_dir / "checkpoints"
+    name, aside = f"step-{step}", f"{_ASIDE}step-{step}"
+    _check_space(engine, folder)
+    weights = full_weights(engine)
+    try:
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder / aside, ignore_errors=True)
+        dist.barrier()
+        engine.save_checkpoint(str(folder), tag=aside, client_state=state, save_latest=False)
+        if weights is not None:
+            save_weights(weights, _model(engine).config, folder / aside / WEIGHTS_FILE)
+    except (OSError, RuntimeError) as error:
+        free = shutil.disk_usage(folder).free / 2**30
+        raise UserError(
+            f"{folder / name}: the checkpoint could not be written ({_first_line(error)}; {free:.1f} GiB free); earlier ones are whole",
+            every_rank=True,
+        ) from None
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        os.rename(folder / aside, folder / name)
+        for old in checkpoint_steps(run_dir)[:-keep_last]:
+            shutil.rmtree(folder / f"step-{old}")
+    dist.barrier()
+
+
+def load_checkpoint(engine: DeepSpeedEngine, run_dir: Path, step: int) -> dict[str, Any]:
+    """Put the engine where `save_checkpoint` left it and return the state given there; every rank calls it."""
+    path, state = engine.load_checkpoint(str(run_dir / "checkpoints"), tag=f"step-{step}")
+    if path is None:
+        raise UserError(f"{run_dir / 'checkpoints' / f'step-{step}'}: could not be loaded by DeepSpeed")
+    return state
+
+
+def save_best(engine: DeepSpeedEngine, run_dir: Path, step: int, metric: str, value: float) -> None:
+    """Keep the weights of the best validation; every rank calls it."""
+    weights = full_weights(engine)
+    if weights is not None:
+        folder = run_dir / "checkpoints" / "best"
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            save_weights(weights, _model(engine).config, folder / f"{WEIGHTS_FILE}.tmp")
+            os.replace(folder / f"{WEIGHTS_FILE}.tmp", folder / WEIGHTS_FILE)
+            (folder / "best.json").write_text(json.dumps({"step": step, "metric": metric, "value": value}) + "\n")
+        except (OSError, RuntimeError) as error:
+            (folder / f"{WEIGHTS_FILE}.tmp").unlink(missing_ok=True)
+            raise UserError(f"{folder}: the best weights could not be written ({_first_line(error)})", every_rank=True) from None
+    dist.barrier()
+
+
+def remove_incomplete(run_dir: Path) -> None:
+    for path in (run_dir / "checkpoints").glob(f"{_ASIDE}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
+    """Every parameter whole and in fp32, on rank 0 (None elsewhere); every rank calls it. Taken from the optimizer's master weights
+    where there are any."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    weights = {}
+    for name, parameter in _model(engine).named_parameters():
+        whole = safe_get_full_fp32_param(parameter)
+        whole = parameter if whole is None else whole  # plain fp32 training has no copy
+        if dist.get_rank() == 0:
+            weights[name] = whole.detach().float().cpu().view(getattr(parameter, "ds_shape", parameter.shape)).clone()
+    return weights if dist.get_rank() == 0 else None
+
+
+def _model(engine: DeepSpeedEngine) -> SSAST:
+    return engine.module
+
+
+def _check_space(engine: DeepSpeedEngine, folder: Path) -> None:
+    """Before anything is written: weights, master weights and two moments in fp32, and the fp32 copy for `load_model`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in _model(engine).parameters())
+    needed, free = 20 * parameters, shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder}: a checkpoint needs {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; make room and run the same "
+            "command again, training goes on from the last checkpoint"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,79 @@
+"""`ssast`: the front door. Each verb is a module with `main(argv) -> exit status`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import UserError
+
+
+def _pretrain(argv: list[str]) -> int:
+    from .pretrain import main
+
+    return main(argv)
+
+
+def _report(argv: list[str]) -> int:
+    from .report import write_report
+
+    if not argv or any(argument.startswith("-") for argument in argv):
+        print("usage: ssast report RUN_FOLDER ...\n\nWrite report.html and its pictures anew.")
+        return 0 if argv in (["-h"], ["--help"]) else 2
+    for run in argv:
+        print(write_report(Path(run)))
+    return 0
+
+
+def _synth(argv: list[str]) -> int:
+    from .data.synth import main
+
+    return main(argv)
+
+
+def _doctor(argv: list[str]) -> int:
+    from .environment import describe_environment, optional_parts
+
+    if argv:
+        print("usage: ssast doctor\n\nShow the versions in use and which optional parts are there, or why not.")
+        return 0 if argv in (["-h"], ["--help"]) else 2
+    described = describe_environment()
+    for key in ("platform", "python", "torch", "triton", "deepspeed", "cuda", "devices", "git_commit"):
+        print(f"{key:18} {described.get(key)}")
+    print()
+    for part, state in optional_parts().items():
+        print(f"{part:18} {state}")
+    return 0
+
+
+VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "pretrain": (_pretrain, "pretrain on a folder or manifest of audio"),
+    "report": (_report, "write the report of a run anew"),
+    "synth": (_synth, "write the synthetic corpus of the demo"),
+    "doctor": (_doctor, "show versions, devices and which optional parts are there"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command-line entry; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: ssast VERB ...\n")
+        print("\n".join(f"  {verb:10} {purpose}" for verb, (_, purpose) in VERBS.items()))
+        print("\n`ssast VERB --help` tells more.")
+        return 0 if argv else 2
+    if argv[0] not in VERBS:
+        print(f"ssast: unknown verb {argv[0]!r}; there are {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    try:
+        return VERBS[argv[0]][0](argv[1:])
+    except UserError as error:
+        print(f"ssast: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,313 @@
+"""What a run is made of: YAML plus dotted overrides, validated. Every key is here, with its default and its reason."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import UserError
+from .model import HEAD_DIM, WIDTHS, ModelConfig
+
+# The share of patches that validation always masks: the paper's 400 of 512, whatever number training masks.
+VALID_MASKED_SHARE = 400 / 512
+# Mean and standard deviation of the log-mel features of AudioSet-2M + LibriSpeech-960 (the paper's).
+PAPER_MEAN, PAPER_STD = -4.2677393, 4.5689974
+
+# Top-level keys that DeepSpeed reads. DeepSpeed itself passes over an unknown one in silence.
+DEEPSPEED_KEYS = frozenset(
+    "activation_checkpointing aio amp autotuning bf16 checkpoint comms_logger communication_data_type compile compression_training "
+    "csv_monitor curriculum_learning data_efficiency data_types dataloader_drop_last disable_allgather dump_state elasticity eigenvalue "
+    "flops_profiler fp16 fp32_allreduce gradient_accumulation_steps gradient_clipping gradient_predivide_factor memory_breakdown "
+    "optimizer prescale_gradients progressive_layer_drop seq_parallel_communication_data_type sparse_gradients steps_per_print "
+    "tensorboard torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism wall_clock_breakdown "
+    "wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization".split()
+)
+
+Paths = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class RunSection(Section):
+    name: str = Field(min_length=1)
+    """Of the run folder."""
+    folder: str = "runs"
+    """The run folder is `folder/name`."""
+    seed: int = Field(0, ge=0)
+    wandb: bool = False
+    """Log to Weights & Biases too, where it is installed."""
+
+
+class ModelSection(Section):
+    size: Literal["tiny", "small", "base"]
+    depth: int = Field(12, ge=1)
+    patch_shape: tuple[int, int] = (16, 16)
+    """Mel bins x frames: (16, 16) the patch model, (128, 2) the frame model."""
+    input_frames: int = Field(1024, ge=1)
+    """10 ms each."""
+    num_mel_bins: int = Field(128, ge=1)
+    init_from: str | None = None
+    """Continue from these weights: an official `.pth`, a `.safetensors`, or a run folder."""
+
+
+class MaskSection(Section):
+    num_masked: int = Field(400, ge=1)
+    cluster: tuple[int, ...] | None = (3, 4, 5)
+    """Side lengths of the masked squares in patches; null masks single patches at random (the frame model)."""
+    algorithm: Literal["centered", "official"] = "centered"
+
+
+class ObjectiveSection(Section):
+    name: Literal["joint", "discriminative", "generative"] = "joint"
+    softmax_over: Literal["predictions", "targets"] = "predictions"
+    recon_weight: float = Field(10.0, ge=0)
+    masks: Literal["shared", "separate"] = "shared"
+    """shared: one forward pass and one mask for both losses (the paper's algorithm 1); separate: a pass and a mask each (their code)."""
+
+
+class DataSection(Section):
+    train: Paths = []
+    """Folders, official JSON, CSV/TSV or lists of paths."""
+    valid: Paths = []
+    """Empty: a share of the training clips is held out."""
+    valid_fraction: float = Field(0.02, ge=0, lt=1)
+    valid_clips: int = Field(4096, ge=1)
+    """At most so many clips are validated on."""
+    sample_rate: int = Field(16000, ge=1000)
+    crop: Literal["random", "head"] = "random"
+    """Where the window is cut from a longer clip."""
+    mean: float | Literal["auto"] = PAPER_MEAN
+    std: float | Literal["auto"] = PAPER_STD
+    """Of the log-mel features; "auto" measures both on the training clips before the first step."""
+    strict: bool = False
+    """A clip that cannot be used is an error instead of a warning."""
+    min_seconds: float = Field(0.025, ge=0.025)
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    """More clips than this share failing after the check stops the run."""
+    num_threads: int = Field(4, ge=1)
+    """Decoding threads of each rank."""
+    prefetch: int = Field(3, ge=1)
+    """Batches decoded ahead."""
+    cache_dir: str | None = None
+    """Verdicts on checked files and converted copies; default `$XDG_CACHE_HOME/ssast` or `~/.cache/ssast`."""
+
+
+class TrainSection(Section):
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    schedule: Literal["plateau", "cosine", "constant"] = "plateau"
+    warmup_steps: int = Field(1000, ge=0)
+    plateau_factor: float = Field(0.5, gt=0, lt=1)
+    plateau_patience: int = Field(2, ge=0)
+    """Validations without improvement that are let pass before the learning rate is multiplied by `plateau_factor`."""
+    min_lr_share: float = Field(0.0, ge=0, le=1)
+    """Where the cosine ends, as a share of the learning rate."""
+    valid_every: int = Field(4000, ge=1)
+    checkpoint_every: int = Field(1000, ge=1)
+    keep_last: int = Field(2, ge=1)
+    log_every: int = Field(10, ge=1)
+
+
+class Config(Section):
+    run: RunSection
+    model: ModelSection
+    mask: MaskSection = MaskSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    data: DataSection = DataSection()
+    train: TrainSection
+    deepspeed: dict[str, Any]
+    """DeepSpeed's own configuration, in DeepSpeed's own keys (https://www.deepspeed.ai/docs/config-json/)."""
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.folder) / self.run.name
+
+    @property
+    def model_config_(self) -> ModelConfig:
+        width = WIDTHS[self.model.size]
+        return ModelConfig(
+            width=width,
+            depth=self.model.depth,
+            heads=width // HEAD_DIM,
+            num_mel_bins=self.model.num_mel_bins,
+            input_frames=self.model.input_frames,
+            patch_shape=self.model.patch_shape,
+            stride=self.model.patch_shape,
+        )
+
+    @property
+    def valid_num_masked(self) -> int:
+        return max(1, round(self.model_config_.num_patches * VALID_MASKED_SHARE))
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the window that fill `input_frames` frames of 25 ms each 10 ms; the paper's 10 s give 998 of 1024."""
+        window, shift = int(self.data.sample_rate * 0.025), int(self.data.sample_rate * 0.010)
+        return (self.model.input_frames - 1) * shift + window
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> Config:
+        model = self.model_config_
+        bins, frames = self.model.patch_shape
+        if self.model.input_frames % frames:
+            raise ValueError(f"model.input_frames: {self.model.input_frames} is not a multiple of the patch's {frames} frames")
+        if self.model.num_mel_bins % bins:
+            raise ValueError(f"model.num_mel_bins: {self.model.num_mel_bins} is not a multiple of the patch's {bins} mel bins")
+        if self.mask.num_masked >= model.num_patches:
+            raise ValueError(
+                f"mask.num_masked: {self.mask.num_masked} of {model.num_patches} patches "
+                f"({model.grid[0]}x{model.grid[1]}); at most {model.num_patches - 1} can be masked"
+            )
+        if self.mask.algorithm == "official" and self.mask.cluster and self.mask.num_masked > model.num_patches - 2:
+            raise ValueError(f"mask.num_masked: the official algorithm masks at most {model.num_patches - 2} of {model.num_patches}")
+        if self.mask.cluster is not None and (not self.mask.cluster or min(self.mask.cluster) < 1):
+            raise ValueError("mask.cluster: must be null or side lengths of at least 1")
+        if self.objective.masks == "separate" and self.objective.name != "joint":
+            raise ValueError(f"objective.masks: 'separate' belongs to the joint objective, not to {self.objective.name}")
+        if (self.data.mean == "auto") != (self.data.std == "auto"):
+            raise ValueError("data.mean, data.std: 'auto' goes for both or neither")
+        if not isinstance(self.data.std, str) and self.data.std <= 0:
+            raise ValueError(f"data.std: must be positive, not {self.data.std}")
+        if self.train.schedule != "constant" and self.train.warmup_steps >= self.train.steps:
+            raise ValueError(f"train.warmup_steps: {self.train.warmup_steps} of {self.train.steps} steps leaves none to train at full rate")
+        if "/" in self.run.name or self.run.name in (".", ".."):
+            raise ValueError(f"run.name: {self.run.name!r} must be the name of one folder")
+        _check_deepspeed(self.deepspeed)
+        return self
+
+
+def load_config(source: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file, or a preset by name, apply `key.sub=value` overrides, and validate.
+
+    A file may start from another with `extends: NAME-OR-PATH`, relative to itself.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key (with the nearest known one), or settings that contradict each other.
+    """
+    path = _find(str(source), Path("."))
+    tree = _read(path, ())
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: " + "; ".join(_explain(problem) for problem in error.errors()[:5])) from None
+
+
+def list_presets() -> list[str]:
+    return sorted(Path(str(file)).stem for file in importlib.resources.files("ssast.configs").iterdir() if file.name.endswith(".yaml"))
+
+
+def dump_config(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) wherever two resolved configs differ."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append((prefix + key, before, after))
+    return found
+
+
+def _find(source: str, beside: Path) -> Path:
+    path = beside / source
+    if path.is_file():
+        return path
+    preset = Path(str(importlib.resources.files("ssast.configs") / f"{source.removesuffix('.yaml')}.yaml"))
+    if "/" not in source and preset.is_file():
+        return preset
+    raise UserError(f"{source}: no such config file, and no preset of that name ({', '.join(list_presets())})")
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path in seen:
+        raise UserError(f"{path}: 'extends' goes round in a circle")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config is a mapping of sections, this is {type(tree).__name__}")
+    parent = tree.pop("extends", None)
+    return tree if parent is None else _merge(_read(_find(str(parent), path.parent), (*seen, path)), tree)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override}: an override is written key.sub=value")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        value = text  # a path with a colon or a bracket, say
+    if isinstance(value, str) or key in ("data.train", "data.valid", "run.name", "model.init_from"):
+        value = text if not text.startswith("[") else value
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        inner = tree.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"{override}: {parent} is a value, not a section")
+        tree = inner
+    tree[leaf] = value
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("function-"))
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, _known_keys(Config), n=1, cutoff=0.5)
+        return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}, not {problem['input']!r}" if key else message
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _check_deepspeed(section: dict[str, Any]) -> None:
+    for key in section:
+        if key not in DEEPSPEED_KEYS:
+            near = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1, cutoff=0.5)
+            raise ValueError(f"unknown key deepspeed.{key}" + (f"; did you mean deepspeed.{near[0]}?" if near else ""))
+    if not {"train_micro_batch_size_per_gpu", "train_batch_size"} & section.keys():
+        raise ValueError("deepspeed.train_micro_batch_size_per_gpu or deepspeed.train_batch_size is missing")
+    optimizer = section.get("optimizer", {})
+    if optimizer.get("type") not in ("Adam", "AdamW"):
+        raise ValueError(f"deepspeed.optimizer.type: must be Adam (L2 weight decay, the paper's) or AdamW, not {optimizer.get('type')!r}")
+    if "lr" not in optimizer.get("params", {}):
+        raise ValueError("deepspeed.optimizer.params.lr is missing")
+    stage = section.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"deepspeed.zero_optimization.stage: must be 0, 1, 2 or 3, not {stage!r}")
+    if section.get("fp16", {}).get("enabled"):
+        raise ValueError("deepspeed.fp16: this engine trains in bf16 or fp32; set deepspeed.bf16.enabled instead")

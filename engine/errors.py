@@ -1,0 +1,15 @@
+"""The one kind of error that a user is meant to read."""
+
+
+class UserError(ValueError):
+    """Something that the user can put right: one line saying what is wrong, where, and what to do.
+
+    Command-line entry points print it without a traceback and exit with `exit_code`. Under a launcher only rank 0 prints, since all
+    ranks meet the same mistake, unless `every_rank` says that this one was met on one rank alone.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, every_rank: bool = False) -> None:
+        super().__init__(message)
+        self.every_rank = every_rank

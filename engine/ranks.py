@@ -1,0 +1,68 @@
+"""The processes of a run: joining them, and having one do what must be done once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from .errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int
+    world_size: int
+    device: torch.device
+    patient_group: dist.ProcessGroup
+    """A group on the CPU whose operations wait for a day: a check of millions of files outlasts the default half hour."""
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def once(self, work: Callable[[], T]) -> T:
+        """The result of `work`, done on rank 0 and given to all; a UserError there is raised everywhere."""
+        outcome: list[T | UserError | None] = [None]
+        if self.is_first:
+            try:
+                outcome = [work()]
+            except UserError as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome, src=0, group=self.patient_group)
+        if isinstance(outcome[0], UserError):
+            raise outcome[0]
+        return outcome[0]  # type: ignore[return-value]
+
+
+def join_ranks() -> Ranks:
+    """Join the processes that a launcher (deepspeed, torchrun) has started; without one, a world of this process alone."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # spares DeepSpeed's guess and its warning
+    import deepspeed
+    import deepspeed.ops
+
+    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        os.environ.setdefault(key, value)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+    else:
+        device = torch.device("cpu")
+        # DeepSpeed would compile a shared-memory all-reduce with g++ for a minute; gloo gives the same sums at once
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, patient)
+
+
+def launched_rank() -> int:
+    """Rank as the launcher's environment says, before anything is joined."""
+    return int(os.environ.get("RANK", "0"))

@@ -1,0 +1,398 @@
+"""The training loop: one DeepSpeed engine for any number of ranks, any ZeRO stage, bf16 or fp32."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ssast.kernels import MSPMLoss, fbank, sample_patch_mask
+
+from .checkpoint import checkpoint_steps, load_checkpoint, save_best, save_checkpoint
+from .config import Config
+from .data.dataset import Dataset
+from .data.decode import AudioDecoder
+from .data.loader import BadClip, Batch, ClipReader, Prefetcher, Shard
+from .data.order import SampleOrder
+from .errors import UserError
+from .interrupt import StopRequest
+from .model import SSAST
+from .ranks import Ranks
+from .runlog import RunLog
+from .schedule import Schedule
+
+# Streams of the run's seed: masks in training, their second mask where there are two, and masks in validation.
+_MASK_SEED, _RECON_MASK_SEED, _VALID_SEED = 1, 2, 3
+_METRICS = ("loss", "nce", "mse", "accuracy")
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """Means over all clips of one optimizer step, and whether any rank was asked to stop during it."""
+
+    step: int
+    loss: float
+    nce: float
+    mse: float
+    accuracy: float
+    stop: bool
+
+
+class Trainer:
+    def __init__(self, config: Config, data: Dataset, model: SSAST, ranks: Ranks) -> None:
+        import deepspeed
+
+        self.config, self.data, self.ranks, self.run_dir = config, data, ranks, config.run_dir
+        optimizer_section = config.deepspeed["optimizer"]
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(model, optimizer_section),
+            config=deepspeed_config(config),
+            dist_init_required=False,
+        )
+        self.micro_batch: int = self.engine.train_micro_batch_size_per_gpu()
+        self.accumulation: int = self.engine.gradient_accumulation_steps()
+        self.clips_per_step = self.micro_batch * self.accumulation * ranks.world_size
+        self.schedule = Schedule(config.train, optimizer_section["params"]["lr"])
+        self.step = 0
+        self.samples = 0  # clips consumed: the whole state of the loader
+        self._sent: tuple[int, torch.Tensor, dist.Work] | None = None
+        self._bad_clips: list[BadClip] = []
+
+    def train(self, stop_request: StopRequest) -> bool:
+        """Train to the last step; return False if asked to stop before it. In either case a checkpoint is left at the last step."""
+        config = self.config
+        resumed = self._resume()
+        log = RunLog(config, self.run_dir, self.step) if self.ranks.is_first else None
+        self._event(log, "resume" if resumed else "start", f"{self.clips_per_step} clips a step on {self.ranks.world_size} ranks")
+        loader = self._train_loader()
+        clock = _Clock(self.clips_per_step, self.config.num_samples / self.config.data.sample_rate)
+        saved_at = self.step
+        stopping = False
+        try:
+            while self.step < config.train.steps and not stopping:
+                learning_rate = self._set_learning_rate()
+                total = torch.zeros(len(_METRICS), device=self.ranks.device)
+                for _ in range(self.accumulation):
+                    with clock.waiting():
+                        batch = next(loader)
+                    losses = self._losses(batch)
+                    self.engine.backward(losses.loss)
+                    grad_norm = self._gradient_norm()
+                    self.engine.step()
+                    total += torch.stack([value.detach().float() for value in losses])
+                self.step += 1
+                self.samples += self.clips_per_step
+                previous = self._exchange_metrics(total / self.accumulation, stop_request.asked)
+                clock.tick()
+                if previous is not None:
+                    stopping = previous.stop
+                    self._report_step(log, previous)
+                self._note(log, self.step, learning_rate, grad_norm, clock)
+
+                is_last = self.step == config.train.steps
+                if self.step % config.train.valid_every == 0 or is_last:
+                    self._validate(log)
+                if self.step % config.train.checkpoint_every == 0 or is_last or stopping:
+                    stopping |= self._finish_metrics(log)  # a checkpoint leaves no row behind
+                    self._save(log)
+                    saved_at = self.step
+            if saved_at != self.step:
+                self._finish_metrics(log)
+                self._save(log)
+            finished = self.step >= config.train.steps
+            self._event(log, "done" if finished else "stop", f"step {self.step} of {config.train.steps}")
+            return finished
+        finally:
+            loader.close()
+            if log is not None:
+                log.close()
+
+    # --- one micro-batch ------------------------------------------------------------------------------------------------------------
+
+    def _losses(self, batch: Batch, *, validation: bool = False) -> MSPMLoss:
+        config, objective = self.config, self.config.objective
+        features = fbank(
+            batch.waveform.to(self.ranks.device),
+            sample_rate=config.data.sample_rate,
+            num_mel_bins=config.model.num_mel_bins,
+            lengths=batch.lengths.to(self.ranks.device),
+            num_frames=config.model.input_frames,
+            mean=self.data.mean,
+            std=self.data.std,
+        )  # [B, T, F]
+        mask = self._mask(batch, _VALID_SEED if validation else _MASK_SEED, validation)
+        recon_mask = None
+        if objective.masks == "separate" and not validation:
+            recon_mask = self._mask(batch, _RECON_MASK_SEED, validation)
+        return self.engine(
+            features,
+            mask,
+            recon_mask,
+            softmax_over=objective.softmax_over,
+            objective=objective.name,
+            recon_weight=objective.recon_weight,
+        )
+
+    def _mask(self, batch: Batch, stream: int, validation: bool) -> torch.Tensor:
+        config = self.config
+        return sample_patch_mask(
+            batch.waveform.shape[0],
+            grid=config.model_config_.grid,
+            num_masked=config.valid_num_masked if validation else config.mask.num_masked,
+            cluster=config.mask.cluster,
+            algorithm=config.mask.algorithm,
+            seed=(stream << 32) + config.run.seed,
+            offset=batch.position,
+            device=self.ranks.device,
+        )
+
+    def _set_learning_rate(self) -> float:
+        learning_rate = self.schedule.lr(self.step)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        return learning_rate
+
+    def _gradient_norm(self) -> torch.Tensor | None:
+        """Before clipping. DeepSpeed keeps the norm itself except in plain fp32 training."""
+        if not self.engine.is_gradient_accumulation_boundary() or self.engine.zero_optimization() or self.engine.bfloat16_enabled():
+            return None
+        return torch.nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])
+
+    # --- metrics, read one step late so that the host never waits for the step that it has just launched ------------------------------
+
+    def _exchange_metrics(self, values: torch.Tensor, stop: bool) -> StepMetrics | None:
+        previous = self._collect_metrics()
+        sent = torch.cat((values, values.new_tensor([float(stop)])))
+        self._sent = (self.step, sent, dist.all_reduce(sent, async_op=True))
+        return previous
+
+    def _collect_metrics(self) -> StepMetrics | None:
+        if self._sent is None:
+            return None
+        step, summed, work = self._sent
+        self._sent = None
+        work.wait()
+        *values, stops = summed.tolist()
+        return StepMetrics(step, *(value / self.ranks.world_size for value in values), stop=stops > 0)
+
+    def _finish_metrics(self, log: RunLog | None) -> bool:
+        """Report the step under way; return whether a rank was asked to stop during it."""
+        last = self._collect_metrics()
+        if last is not None:
+            self._report_step(log, last)
+        return last is not None and last.stop
+
+    def _note(
+        self, log: RunLog | None, step: int, learning_rate: float, grad_norm: torch.Tensor | None, clock: _Clock
+    ) -> None:
+        """Keep what belongs to this step's row until its metrics arrive."""
+        if log is None or not self._is_logged(step):
+            return
+        norm = grad_norm if grad_norm is not None else self.engine.get_global_grad_norm()
+        epoch = self.samples / len(self.data.train)
+        self._row = {"samples": self.samples, "epoch": round(epoch, 4), "lr": learning_rate, "grad_norm": norm, **clock.rates()}
+
+    def _report_step(self, log: RunLog | None, metrics: StepMetrics) -> None:
+        if log is None or not self._is_logged(metrics.step):
+            return
+        row = dict(self._row)
+        if row["grad_norm"] is not None:
+            row["grad_norm"] = float(row["grad_norm"])
+        losses = {name: getattr(metrics, name) for name in _METRICS}
+        log.row("train", metrics.step, **losses, **row)
+        for bad in self._bad_clips:
+            log.row("event", metrics.step, event="bad clip", detail=f"{bad.path}: {bad.reason}")
+        self._bad_clips.clear()
+        shown = {name: f"{value:.4f}" for name, value in losses.items() if value == value}
+        log.progress(metrics.step, self.config.train.steps, **shown, clips_per_s=f"{row['clips_per_s']:.1f}")
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.config.train.log_every == 0 or step == self.config.train.steps
+
+    def _event(self, log: RunLog | None, event: str, detail: str) -> None:
+        if log is not None:
+            log.row("event", self.step, event=event, detail=detail)
+
+    # --- validation -----------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _validate(self, log: RunLog | None) -> None:
+        """Means over all validation clips. The masks are the same every time, and 400 of 512 patches whatever training masks."""
+        count = len(self.data.valid)
+        reader = ClipReader(self._decoder(self.data.valid), None, on_bad=self._on_bad)
+        shard = Shard(self.ranks.rank, self.ranks.world_size, self.micro_batch)
+        sums = torch.zeros(len(_METRICS) + 1, dtype=torch.float64, device=self.ranks.device)
+        self.engine.eval()
+        for round_ in range(-(-count // (self.micro_batch * self.ranks.world_size))):
+            first = shard.position(round_)
+            clips = max(0, min(self.micro_batch, count - first))
+            # a rank with no clip left still runs, unweighted: under ZeRO-3 every rank takes part in every forward pass
+            batch = reader.read(min(first, count - 1), max(clips, 1))
+            losses = self._losses(batch, validation=True)
+            sums[:-1] += torch.stack([value.double() for value in losses]).nan_to_num() * clips
+            sums[-1] += clips
+        self.engine.train()
+        reader.decoder.close()
+        dist.all_reduce(sums)
+        means = (sums[:-1] / sums[-1]).tolist()
+        metrics = dict(zip(_METRICS, means, strict=True))
+        name, value = self._pretext_metric(metrics)
+        if self.schedule.after_validation(value):
+            save_best(self.engine, self.run_dir, self.step, name, metrics[name])
+        if log is not None:
+            untrained = {"discriminative": ("mse",), "generative": ("nce", "accuracy")}.get(self.config.objective.name, ())
+            shown = {key: value for key, value in metrics.items() if key not in untrained}
+            log.row("valid", self.step, clips=count, num_masked=self.config.valid_num_masked, **shown)
+            log.say(f"step {self.step}: validation " + "  ".join(f"{key} {value:.4f}" for key, value in shown.items()))
+
+    def _pretext_metric(self, metrics: dict[str, float]) -> tuple[str, float]:
+        """(name, value of which higher is better)."""
+        if self.config.objective.name == "generative":
+            return "mse", -metrics["mse"]
+        return "accuracy", metrics["accuracy"]
+
+    # --- data -----------------------------------------------------------------------------------------------------------------------
+
+    def _train_loader(self) -> Prefetcher:
+        data = self.config.data
+        reader = ClipReader(
+            self._decoder(self.data.train),
+            SampleOrder(len(self.data.train), self.config.run.seed),
+            random_crop=data.crop == "random",
+            max_bad_fraction=data.max_bad_fraction,
+            on_bad=self._on_bad,
+        )
+        shard = Shard(self.ranks.rank, self.ranks.world_size, self.micro_batch)
+        first = self.samples // (self.micro_batch * self.ranks.world_size)
+        return Prefetcher(reader, shard, first, self.ranks.device, data.prefetch)
+
+    def _decoder(self, clips: Any) -> AudioDecoder:
+        data = self.config.data
+        return AudioDecoder(
+            clips,
+            num_samples=self.config.num_samples,
+            sample_rate=data.sample_rate,
+            batch_size=self.micro_batch,
+            num_threads=data.num_threads,
+        )
+
+    def _on_bad(self, bad: BadClip) -> None:
+        """Recorded by the rank that met it: a line in skipped.csv, which every rank can append to."""
+        self._bad_clips.append(bad)
+        append_skipped(self.run_dir / "skipped.csv", bad)
+
+    # --- state ----------------------------------------------------------------------------------------------------------------------
+
+    def _save(self, log: RunLog | None) -> None:
+        state = {
+            "step": self.step,
+            "samples": self.samples,
+            "schedule": self.schedule.state_dict(),
+            "world_size": self.ranks.world_size,
+            "clips_per_step": self.clips_per_step,
+            "data": data_fingerprint(self.data),
+        }
+        save_checkpoint(self.engine, self.run_dir, self.step, state, self.config.train.keep_last)
+        self._event(log, "checkpoint", f"step-{self.step}")
+
+    def _resume(self) -> bool:
+        steps = self.ranks.once(lambda: checkpoint_steps(self.run_dir))
+        if not steps:
+            return False
+        state = load_checkpoint(self.engine, self.run_dir, steps[-1])
+        self.step, self.samples = state["step"], state["samples"]
+        self.schedule.load_state_dict(state["schedule"])
+        if self.samples % (self.micro_batch * self.ranks.world_size):
+            self.samples -= self.samples % (self.micro_batch * self.ranks.world_size)  # another batch size: begin at a whole batch
+        if self.ranks.is_first:
+            print(f"resuming from step {self.step} ({self.samples} clips)", flush=True)
+            if state["data"] != data_fingerprint(self.data):
+                print("warning: the training clips are not those the run began with; their order from here on is another", flush=True)
+        return True
+
+
+class _Clock:
+    """Rates since the row before: clips a second, seconds of audio a second, and the share of time spent waiting for data."""
+
+    def __init__(self, clips_per_step: int, seconds_per_clip: float) -> None:
+        self.clips_per_step, self.seconds_per_clip = clips_per_step, seconds_per_clip
+        self.began = self.since = time.perf_counter()
+        self.steps, self.waited = 0, 0.0
+
+    def waiting(self) -> _Waiting:
+        return _Waiting(self)
+
+    def tick(self) -> None:
+        self.steps += 1
+
+    def rates(self) -> dict[str, float]:
+        now = time.perf_counter()
+        elapsed = max(now - self.since, 1e-9)
+        clips_per_s = self.steps * self.clips_per_step / elapsed
+        rates = {
+            "clips_per_s": round(clips_per_s, 3),
+            "audio_s_per_s": round(clips_per_s * self.seconds_per_clip, 2),
+            "data_stall": round(min(self.waited / elapsed, 1.0), 4),
+            "seconds": round(now - self.began, 3),
+        }
+        self.since, self.steps, self.waited = now, 0, 0.0
+        return rates
+
+
+class _Waiting:
+    def __init__(self, clock: _Clock) -> None:
+        self.clock = clock
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.clock.waited += time.perf_counter() - self.began
+
+
+def build_optimizer(model: SSAST, section: dict[str, Any]) -> torch.optim.Optimizer:
+    """The paper's Adam (weight decay added to the gradient) or AdamW, from DeepSpeed's `optimizer` section.
+
+    Raises:
+        UserError: a parameter that the optimizer does not know.
+    """
+    params = {key: tuple(value) if key == "betas" else value for key, value in section.get("params", {}).items()}
+    known = {"lr", "betas", "eps", "weight_decay"}
+    if unknown := params.keys() - known:
+        raise UserError(f"unknown key deepspeed.optimizer.params.{sorted(unknown)[0]} (known: {', '.join(sorted(known))})")
+    kind = torch.optim.Adam if section["type"] == "Adam" else torch.optim.AdamW
+    return kind(model.parameters(), **params)
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """The run's DeepSpeed section, less the optimizer that we build, with gradients accumulated in fp32 unless told otherwise."""
+    section = copy.deepcopy(config.deepspeed)
+    section.pop("optimizer")
+    section.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    section.setdefault("steps_per_print", 10**9)
+    section["zero_allow_untested_optimizer"] = True
+    return section
+
+
+def data_fingerprint(data: Dataset) -> list[int]:
+    """Changes whenever the training clips do."""
+    return [len(data.train), int(np.bitwise_xor.reduce(data.train.sizes * np.arange(1, len(data.train) + 1)))]
+
+
+def append_skipped(path: Path, bad: BadClip) -> None:
+    import csv
+
+    with open(path, "a", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+        csv.writer(stream).writerow([bad.path, bad.reason])
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

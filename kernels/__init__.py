@@ -1,0 +1,17 @@
+"""GPU operators of the engine. They know tensors, nothing of training, files or configs.
+
+One file an operator, read downward: plain-PyTorch reference, then the public function that picks a backend. The references are exact,
+differentiable and run anywhere; they serve as CPU path, as baseline, and as what every faster kernel is held against.
+
+Legend of the shapes in all files:
+    B clips   S samples   T frames   F mel bins   f, t  patch rows (frequency) and columns (time) of the grid   P = f * t patches
+    K values of a patch (256)   M masked patches   D model width   H heads   N = 2 + P tokens   d = D / H
+"""
+
+from .attention import attention
+from .embed import embed_patches
+from .fbank import fbank
+from .mspm_loss import MSPMLoss, found_patches, mspm_loss
+from .patch_mask import sample_patch_mask
+
+__all__ = ["MSPMLoss", "attention", "embed_patches", "fbank", "found_patches", "mspm_loss", "sample_patch_mask"]

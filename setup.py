@@ -1,0 +1,45 @@
+"""Installs the four rooms of the repository as `ssast.engine`, `ssast.kernels`, `ssast.benchmarks` and `ssast.configs`."""
+
+from setuptools import find_packages, setup
+
+ROOMS = ("engine", "kernels", "benchmarks", "configs")
+
+packages, package_dir = [], {}
+for room in ROOMS:
+    package_dir[f"ssast.{room}"] = room
+    packages += [f"ssast.{room}"] + [f"ssast.{room}.{sub}" for sub in find_packages(room)]
+
+setup(
+    name="ssast-engine",
+    version="0.1.0",
+    description="A pretraining engine for self-supervised audio spectrogram transformers",
+    license="BSD-3-Clause",
+    python_requires=">=3.11",
+    packages=packages,
+    package_dir=package_dir,
+    package_data={"ssast.configs": ["*.yaml", "*/*.yaml"], "ssast.engine": ["*.html.j2"], "ssast.benchmarks": ["results/*.csv"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "deepspeed>=0.19.8",
+        "nvidia-dali-cuda130>=2.4.0; platform_system == 'Linux'",
+        "numpy<2.5",
+        "pydantic>=2.7",
+        "PyYAML>=6.0",
+        "tqdm>=4.66",
+        "safetensors>=0.5",
+        "soundfile>=0.13",
+        "av>=14",
+        "tensorboard>=2.18",
+        "matplotlib>=3.9",
+        "Jinja2>=3.1",
+    ],
+    extras_require={
+        # flash-attn and NVIDIA apex are found at run time by the features they have. apex is on no package index (the `apex` of
+        # PyPI is another project): README tells how to build it.
+        "flash": ["flash-attn>=2.8; platform_system == 'Linux'"],
+        "wandb": ["wandb>=0.19"],
+        "test": ["pytest>=8.3", "hypothesis>=6.120", "ruff>=0.14"],
+    },
+    entry_points={"console_scripts": ["ssast = ssast.engine.cli:main"]},
+)
