@@ -6,13 +6,14 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import zipfile
 from collections import Counter, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median_low
 from typing import Any, NamedTuple
@@ -24,9 +25,8 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 from ssast.engine.errors import UserError
 
@@ -75,7 +75,7 @@ class Clip(NamedTuple):
     features: np.ndarray
     mask: np.ndarray
     recon: np.ndarray
-    found: np.ndarray | None
+    found: np.ndarray | None  # where finding them was part of the task
     patch_shape: tuple[int, int]
 
     def errors(self) -> tuple[float, float] | None:
@@ -102,23 +102,25 @@ class Run:
         """Whether any row has a number in this column."""
         return bool(_points(self.train + self.valid, column)[0].size)
 
-    @property
+    @cached_property
     def last_step(self) -> int:
         """The last step that any row tells of."""
         return max((row["step"] for row in self.train + self.valid + self.events), default=0)
 
+    @cached_property
     def guides(self) -> dict[str, float]:
         """What a model that has learned nothing would reach, by column, where the files of the run tell it."""
-        guides, drawn = {}, self.examples.get("recon")
+        guides, errors = {}, [clip.errors() for clip in self.clips]
         hidden = (self.config.get("mask") or {}).get("num_masked")
         if isinstance(hidden, int) and hidden > 0:
             guides |= {"nce": math.log(hidden), "accuracy": 1 / hidden}
-        if drawn is not None and np.isfinite(drawn).any():
-            guides["mse"] = float(self.examples["features"][np.isfinite(drawn)].var())
+        if self.clips and all(errors):
+            guides["mse"] = float(np.mean([average for _, average in errors]))
         return guides
 
+    @cached_property
     def clips(self) -> list[Clip]:
-        """The first example clips. Without a matching task, which patches were found says nothing and is left out."""
+        """The first example clips."""
         matches, shape = self.records("accuracy"), tuple(self.examples.get("patch_shape", ()))
         rows = zip(*(self.examples.get(key, ()) for key in ("names", "features", "mask", "recon", "found")), strict=True)
         return [Clip(*row, found if matches else None, shape) for *row, found in rows][:MOST_CLIPS]
@@ -129,7 +131,7 @@ def read_run(folder: Path) -> Run:
     for name in ("config.yaml", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise UserError(f"{folder} is not a run folder: it has no {name}. Name the folder that a pretraining run wrote.")
-    config = _read(folder / "config.yaml", lambda path: dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {}))
+    config = _read(folder / "config.yaml", lambda path: dict(yaml.safe_load(path.read_text("utf-8")) or {}))
     examples = _read(folder / "reconstruction.npz", lambda path: dict(np.load(path)))
     return Run(folder, config, *read_rows(folder / "metrics.jsonl"), examples)
 
@@ -138,7 +140,7 @@ def read_rows(path: Path) -> tuple[list[dict], list[dict], list[dict], int]:
     """The train, valid and event rows in order, and how many lines could not be read (a crash cuts a line in half)."""
     kept: dict[str, dict[int, dict]] = {"train": {}, "valid": {}}
     events, unreadable = [], 0
-    for line in filter(str.strip, path.read_text(encoding="utf-8", errors="replace").split("\n")):
+    for line in filter(str.strip, path.read_text("utf-8", "replace").split("\n")):
         try:
             row = json.loads(line)
             kind, step = row["kind"], row["step"] + 0
@@ -214,11 +216,11 @@ def draw_curve(curve: Curve, run: Run, theme: Theme) -> Figure:
     for row in run.events:
         if row.get("event") == "resume":
             axes.axvline(row["step"], color=theme.soft, linewidth=0.6, alpha=0.7, zorder=1)
-    if (guide := run.guides().get(curve.column)) is not None:
+    if (guide := run.guides.get(curve.column)) is not None:
         axes.axhline(guide, color=theme.soft, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
     steps, values = _points(run.train, curve.column)
     if steps.size:
-        label = f"training {show(values[-1])}"
+        label = f"train {show(values[-1])}"
         if steps.size >= SMOOTH_FROM:
             axes.plot(steps, values, color=theme.train, linewidth=0.7, alpha=0.3)
             values = _running_mean(values)
@@ -226,17 +228,18 @@ def draw_curve(curve: Curve, run: Run, theme: Theme) -> Figure:
     steps, values = _points(run.valid, curve.column)
     if steps.size:
         style = {"markersize": 4.5, "markeredgecolor": theme.paper, "clip_on": False, "zorder": 4}
-        axes.plot(steps, values, "o", color=theme.valid, label=f"validation {show(values[-1])}", **style)
+        axes.plot(steps, values, "o", color=theme.valid, label=f"valid {show(values[-1])}", **style)
     _style(axes, theme)
-    axes.set_title(curve.title, loc="left", fontsize=9.5, fontweight="bold", color=theme.ink, pad=9)
+    axes.set_title(curve.title, loc="left", fontsize=10.5, fontweight="bold", color=theme.ink, pad=9)
     place = {"loc": "lower right", "bbox_to_anchor": (1.02, 1.0), "borderaxespad": 0.3, "frameon": False}
-    axes.legend(ncols=2, handlelength=1, columnspacing=1, handletextpad=0.5, fontsize=8, labelcolor=theme.soft, **place)
+    axes.legend(ncols=2, handlelength=1, columnspacing=1, handletextpad=0.5, fontsize=9, labelcolor=theme.soft, **place)
     axes.grid(axis="y", color=theme.grid, linewidth=0.8)
     axes.set_xlim(0, max(run.last_step, 1))
-    axes.set_xlabel("step", fontsize=8, color=theme.soft, loc="right", labelpad=1)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
+    axes.set_xlabel("step", fontsize=9, color=theme.soft, loc="right", labelpad=1)
     if curve.scale == "log" and min(axes.dataLim.intervaly) > 0:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
     elif curve.scale == "zero":
         axes.set_ylim(0, (axes.dataLim.y1 or 0.01) * 1.08)
@@ -252,7 +255,7 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
 def _style(axes: Axes, theme: Theme) -> None:
     axes.set_facecolor(theme.paper)
     axes.spines[:].set_visible(False)
-    axes.tick_params(colors=theme.soft, labelsize=8, length=0)
+    axes.tick_params(colors=theme.soft, labelsize=8.5, length=0, which="both")
 
 
 def draw_clip(number: int, clip: Clip, theme: Theme) -> Figure:
@@ -265,21 +268,21 @@ def draw_clip(number: int, clip: Clip, theme: Theme) -> Figure:
     ratios = [1] * len(panels) + [0.6] * (clip.found is not None)
     height = 0.6 + 1.3 * sum(ratios)
     figure = Figure((WIDTH, height), DENSITY, facecolor=theme.paper)
-    figure.text(0.125, 1 - 0.22 / height, f"Clip {number}", fontsize=9.5, fontweight="bold", color=theme.ink)
+    figure.text(0.125, 1 - 0.22 / height, f"Clip {number}", fontsize=10.5, fontweight="bold", color=theme.ink)
     rows = figure.subplots(len(ratios), sharex=True, sharey=True, gridspec_kw={"hspace": 0.35, "height_ratios": ratios})
     figure.subplots_adjust(left=0.125, right=0.97, bottom=0.36 / height, top=1 - 0.52 / height)
     look = {"cmap": SPECTROGRAM.with_extremes(bad=theme.hidden), "interpolation": "nearest", "aspect": "auto", "origin": "lower"}
     look |= dict(zip(("vmin", "vmax"), np.percentile(clip.features, (1, 99)), strict=True))
     for axes, (title, picture) in zip(rows, panels.items(), strict=False):
         axes.imshow(picture.T, extent=(0, frames * FRAME_SECONDS, 0, bins), **look)
-        axes.set_title(title, loc="left", fontsize=8, color=theme.soft, pad=4)
+        axes.set_title(title, loc="left", fontsize=9, color=theme.soft, pad=4)
     if clip.found is not None:
         _draw_found(rows[-1], clip, theme)
     for axes in rows:
         _style(axes, theme)
     rows[0].set_yticks([0, bins // 2, bins])
-    rows[0].set_ylabel("mel bin", fontsize=8, color=theme.soft, labelpad=1)
-    rows[-1].set_xlabel("seconds", fontsize=8, color=theme.soft, loc="right", labelpad=1)
+    rows[0].set_ylabel("mel bin", fontsize=9, color=theme.soft, labelpad=1)
+    rows[-1].set_xlabel("seconds", fontsize=9, color=theme.soft, loc="right", labelpad=1)
     return figure
 
 
@@ -290,38 +293,25 @@ def _draw_found(axes: Axes, clip: Clip, theme: Theme) -> None:
     boxes = (patch_corners(clip.mask, clip.patch_shape, len(clip.features))[:, None] + corners) * (FRAME_SECONDS, 1)
     narrow = width < len(clip.features) / 100
     missed = {"facecolor": theme.missed} if narrow else {"facecolor": "none", "edgecolor": theme.missed, "linewidth": 0.8}
+    axes.add_collection(PolyCollection(boxes[clip.found], facecolor=theme.found, linewidth=0))
     axes.add_collection(PolyCollection(boxes[~clip.found], clip_on=False, **missed))
-    axes.add_collection(
-        PolyCollection(boxes[clip.found], facecolor=theme.found, edgecolor=theme.paper, linewidth=0 if narrow else 0.4)
-    )
     title = f"Found {clip.found.sum()} (green), missed {(~clip.found).sum()} (red{'' if narrow else ' outline'})"
-    axes.set_title(title, loc="left", fontsize=8, color=theme.soft, pad=4)
+    axes.set_title(title, loc="left", fontsize=9, color=theme.soft, pad=4)
 
 
-def png(figure: Figure, theme: Theme) -> bytes:
-    """The figure as a PNG with a palette, which has as many colours of the spectrogram as keep the file small."""
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG with a palette, of as many colours as keep the file small."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
-    codes, places = np.unique(pixels @ (1 << 16, 1 << 8, 1), return_inverse=True)
-    drawn = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=1)
-    for levels in (48, 24, 12, 8):
-        palette = _palette(theme, levels)
-        nearest = np.square(drawn[:, None] - palette).sum(-1).argmin(1)
-        image = Image.fromarray(nearest[places].reshape(pixels.shape[:2]).astype(np.uint8), "P")
-        image.putpalette(palette.astype(np.uint8).tobytes())
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    for colours in (64, 32, 24, 16, 8):
         packed = io.BytesIO()
-        image.save(packed, format="PNG", dpi=(DENSITY, DENSITY))
+        # Other methods spend the palette on the most frequent colours, and lose those of thin lines and text.
+        palette = image.quantize(colours, method=Image.Quantize.MAXCOVERAGE, kmeans=2000)
+        palette.save(packed, format="PNG", dpi=(DENSITY, DENSITY))
         if packed.tell() < PICTURE_BYTES:
             break
     return packed.getvalue()
-
-
-def _palette(theme: Theme, levels: int) -> np.ndarray:
-    """The colours of a theme, their edges on paper, and the spectrogram's. (A palette made to measure would lose the rare ones.)"""
-    paper, *others = np.array([to_rgb(colour) for colour in theme])
-    edges = [paper + (colour - paper) * share for colour in others for share in np.linspace(0, 1, 8)]
-    return np.round(255 * np.vstack([*edges, SPECTROGRAM(np.linspace(0, 1, levels))[:, :3]])).astype(int)
 
 
 # The page
@@ -335,7 +325,7 @@ def write_report(run_dir: Path) -> Path:
     curves, clips = [], []
     for curve in filter(lambda curve: run.records(curve.column), CURVES):
         curves.append((curve, _picture(folder / f"{curve.file}.png", partial(draw_curve, curve, run))))
-    for number, clip in enumerate(run.clips(), 1):
+    for number, clip in enumerate(run.clips, 1):
         clips.append((clip, _picture(folder / f"clip-{number}.png", partial(draw_clip, number, clip))))
     for number in range(len(clips) + 1, MOST_CLIPS + 1):  # of an earlier report
         (folder / f"clip-{number}.png").unlink(missing_ok=True)
@@ -348,7 +338,7 @@ def write_report(run_dir: Path) -> Path:
 
 def _picture(path: Path, draw: Callable[[Theme], Figure]) -> dict[str, str]:
     """Write a picture, and give it as text to put into the page, in light and in dark."""
-    light, dark = png(draw(LIGHT), LIGHT), png(draw(DARK), DARK)
+    light, dark = png(draw(LIGHT)), png(draw(DARK))
     _write_aside(path, light)
     return {"light": base64.b64encode(light).decode(), "dark": base64.b64encode(dark).decode()}
 
@@ -363,31 +353,28 @@ def _write_aside(path: Path, content: bytes) -> None:
 def _facts(run: Run) -> dict[str, Any]:
     """What the page tells besides the pictures. Its words are in the template."""
     last = (run.valid or run.train or [{}])[-1]
-    skipped = _read(run.folder / "skipped.csv", lambda path: list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))))
-    environment, data, best = (
-        _read(run.folder / name, _json) for name in ("environment.json", "data.json", "checkpoints/best.json")
-    )
+    skipped = _read(run.folder / "skipped.csv", lambda path: list(csv.DictReader(io.StringIO(path.read_text("utf-8", "replace")))))
+    names = ("environment.json", "data.json", "checkpoints/best.json")
+    environment, data, best = (_read(run.folder / name, lambda path: dict(json.loads(path.read_text("utf-8")))) for name in names)
     line = next((environment[key] for key in ("command", "command_line", "argv") if environment.get(key)), "")
     return {
         "state": next((row for row in reversed(run.events) if row.get("event") in ("start", "resume", "stop", "done")), {}),
         "last": {column: _number(last.get(column)) for column in ("step", "accuracy", "nce", "mse")},
-        "guides": run.guides(),
         "clips_per_s": median_low(_points(run.train, "clips_per_s")[1].tolist() or [0]),
         "audio_seconds": audio_seconds(run.train),
         "wall_seconds": wall_seconds(run.train),
+        "not_finite": sum(isinstance(row.get("loss"), float) and not math.isfinite(row["loss"]) for row in run.train),
         "resumed": [row["step"] for row in run.events if row.get("event") == "resume"],
         "data": data,
         "skipped": skipped,
-        "skipped_kinds": Counter((row.get("reason") or "no reason given").split(":")[0] for row in skipped or ()).most_common(),
+        "skipped_kinds": Counter(
+            re.split("[:(]", row.get("reason") or "no reason given")[0].strip() for row in skipped
+        ).most_common(),
         "checkpoints": sorted((path.name for path in run.folder.glob("checkpoints/step-*")), key=lambda name: (len(name), name)),
         "best": best,
         "environment": environment,
         "command": shlex.join(map(str, line)) if isinstance(line, list) else line,
         "resume_command": RESUME_COMMAND.format(run=shlex.quote(str(run.folder))),
-        "config_text": (run.folder / "config.yaml").read_text(encoding="utf-8"),
+        "config_text": (run.folder / "config.yaml").read_text("utf-8"),
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8")))

@@ -94,7 +94,7 @@ def num_squares(grid: tuple[int, int], num_masked: int, side: int) -> int:
     """
     patches = grid[0] * grid[1]
     expected = patches / side**2 * math.log(patches / max(patches - num_masked, 1))
-    return max(64, 1 << math.ceil(math.log2(2.5 * expected)))
+    return 1 << max(6, math.ceil(math.log2(2.5 * expected)))
 
 
 def _words(seed: int, clip: torch.Tensor, count: int, stream: int) -> tuple[torch.Tensor, ...]:
@@ -110,24 +110,26 @@ def _first_square(
     rows, columns = grid
     place, size_word, parity, _ = words  # each [B, squares]
     device, squares = place.device, place.shape[1]
-    sides = torch.tensor(cluster, device=device)
-    side = sides[below(size_word[:, :1], len(cluster))]  # [B, 1]: one side a clip, from its first counter
+    side = torch.tensor(cluster, device=device)[below(size_word[:, :1], len(cluster))]  # [B, 1]: one side a clip, from its first counter
     start = below(place, rows * columns)  # [B, squares]
-    number = torch.arange(rows * columns, device=device)
+    cell = torch.arange(max(cluster) ** 2, device=device)  # of the largest square, row by row
+    down, right = cell // max(cluster), cell % max(cluster)
+    inside = (down < side[..., None]) & (right < side[..., None])  # [B, 1, cells]
     if algorithm == "centered":
         lead = (side - 1) // 2  # patches before the centre; for even sides one more on a coin toss, apart for rows and columns
         even = (side + 1) % 2
-        row_start = start // columns - lead - even * (parity & 1)
-        column_start = start % columns - lead - even * (parity >> 1 & 1)
-        row_offset = (number // columns)[None, None, :] - row_start[:, :, None]  # [B, squares, P]
-        column_offset = (number % columns)[None, None, :] - column_start[:, :, None]
-        inside = (row_offset >= 0) & (row_offset < side[:, :, None]) & (column_offset >= 0) & (column_offset < side[:, :, None])
+        row = (start // columns - lead - even * (parity & 1))[..., None] + down  # [B, squares, cells]
+        column = (start % columns - lead - even * (parity >> 1 & 1))[..., None] + right
+        inside = inside & (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
+        number = row * columns + column
     else:
-        ahead = number[None, None, :] - start[:, :, None]
-        inside = (ahead >= 0) & (ahead // columns < side[:, :, None]) & (ahead % columns < side[:, :, None])
-        inside[:, :, 0] = False
-    index = torch.arange(squares, device=device)[None, :, None]
-    covered_by = torch.where(inside, index, squares).amin(dim=1)
+        number = start[..., None] + columns * down + right
+        inside = inside & (number > 0) & (number < rows * columns)
+    nowhere = rows * columns  # one column more, thrown away
+    number = torch.where(inside, number, nowhere).flatten(1)
+    index = torch.arange(squares, device=device).repeat_interleave(len(cell)).expand_as(number)
+    covered_by = torch.full((place.shape[0], nowhere + 1), squares, device=device)
+    covered_by = covered_by.scatter_reduce_(1, number, index, "amin")[:, :nowhere]
     if algorithm == "official":
         covered_by[:, 0] = squares + 1  # last of all, also where squares run out
     return covered_by

@@ -1,6 +1,6 @@
 """Checks every clip once before training: one broken file costs NVIDIA DALI a whole batch, and a cut WAV comes back silently short.
 
-Files are decoded to the end by worker processes (this module run with -m), which may crash, hang or run out of memory without
+Files are decoded to the end by worker processes (this file run as a script), which may crash, hang or run out of memory without
 harm; the verdicts are kept in a cache. What DALI cannot decode, or not faithfully, is converted to a 16 kHz mono FLAC beside it.
 """
 
@@ -11,6 +11,7 @@ import csv
 import ctypes
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import shutil
 import signal
 import sqlite3
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -34,8 +36,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import soundfile
 
-from ssast.engine.data.manifest import CACHE_FILE, Entry
-from ssast.engine.errors import UserError
+if __name__ != "__main__":  # workers run this file as a script: they need neither, and the package would import torch
+    from ssast.engine.data.manifest import CACHE_FILE, Entry
+    from ssast.engine.errors import UserError
 
 CHECK_VERSION = 1  # raise it when a verdict could differ from before: cached ones are then not used
 COPY_RATE = 16_000  # Hz
@@ -120,6 +123,7 @@ def check_clips(
     paths = list(number)
     # Per path: size and mtime of the original; frames, rate, channels, size and mtime of the copy (size -1: there is none).
     table = np.zeros((len(paths), 7), dtype=np.int64)
+    table[:, 5] = -1
     reasons: dict[int, str] = {}
     cache = _Cache(cache_dir / CACHE_FILE)
     try:
@@ -212,23 +216,26 @@ def _status(path: str) -> tuple[int, int] | str:
     """(size, mtime in ns) of a file worth opening, or what is wrong with it."""
     try:
         status = os.stat(path)
-    except (OSError, ValueError) as error:
-        dangling = isinstance(error, FileNotFoundError) and os.path.islink(path)
-        return "broken symbolic link" if dangling else f"unreadable: {getattr(error, 'strerror', error)}"
+    except FileNotFoundError:
+        return "broken symbolic link" if os.path.islink(path) else "no such file"
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        return f"unreadable: {getattr(error, 'strerror', error)}"
     if not stat.S_ISREG(status.st_mode):
         return "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
     return (status.st_size, status.st_mtime_ns) if status.st_size else "empty file"
 
 
 class _Cache:
-    """Verdicts by path. If SQLite fails, whether the file is damaged or locked, it warns once and forgets everything from then on."""
+    """Verdicts by path. If SQLite fails, be it for a damaged or a locked file, it warns once and remembers nothing from then on."""
+
+    _TABLE = f"checked_{CHECK_VERSION}"
 
     def __init__(self, path: Path) -> None:
         self._path, self._db, self._rows, self._committed = path, None, [], time.monotonic()
         with self._guard():
             self._db = sqlite3.connect(path, timeout=10)
-            columns = "size, mtime, frames, rate, channels, copy_size, copy_mtime, reason, version"
-            self._db.execute(f"CREATE TABLE IF NOT EXISTS checked (path BLOB PRIMARY KEY, {columns})")
+            columns = "path BLOB PRIMARY KEY, size, mtime, frames, rate, channels, copy_size, copy_mtime, reason"
+            self._db.execute(f"CREATE TABLE IF NOT EXISTS {self._TABLE} ({columns})")
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
@@ -237,26 +244,25 @@ class _Cache:
         except sqlite3.Error as error:
             self._db = None
             hint = "" if "locked" in str(error) else "; delete it to have it made anew"
-            warnings.warn(f"the cache of checked clips {self._path} cannot be used ({error}): going on without{hint}", stacklevel=4)
+            warnings.warn(f"the cache of checked clips {self._path} cannot be used ({error}): going on without{hint}", stacklevel=2)
 
     def get(self, paths: list[bytes]) -> dict[bytes, tuple]:
         """Rows (size, mtime, frames, rate, channels, copy size, copy mtime, reason) of at most 500 paths."""
-        found: dict[bytes, tuple] = {}
         with self._guard():
             if self._db is not None:
-                query = f"SELECT * FROM checked WHERE path IN ({','.join('?' * len(paths))}) AND version = {CHECK_VERSION}"
-                found = {path: row for path, *row, _version in self._db.execute(query, paths)}
-        return found
+                query = f"SELECT * FROM {self._TABLE} WHERE path IN ({','.join('?' * len(paths))})"
+                return {row[0]: row[1:] for row in self._db.execute(query, paths)}
+        return {}
 
     def put(self, path: bytes, row: list) -> None:
-        self._rows.append((path, *row, CHECK_VERSION))
-        if time.monotonic() - self._committed > 2:
+        self._rows.append((path, *row))
+        if time.monotonic() - self._committed > 2:  # a kill loses no more than this
             self._commit()
 
     def _commit(self) -> None:
         with self._guard():
             if self._db is not None and self._rows:
-                self._db.executemany("INSERT OR REPLACE INTO checked VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", self._rows)
+                self._db.executemany(f"INSERT OR REPLACE INTO {self._TABLE} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", self._rows)
                 self._db.commit()
         self._rows, self._committed = [], time.monotonic()
 
@@ -270,14 +276,16 @@ class _Cache:
 
 
 class _Worker:
+    """One process, and the chunk of files it has been sent."""
+
     def __init__(self, config: dict[str, Any]) -> None:
         self.jobs: deque[tuple] = deque()  # the first one is being decoded
-        self.ready, self.since, self._cache, self._partial = False, time.monotonic(), config["cache"], b""
-        self._stderr = tempfile.TemporaryFile()
+        self.ready, self.since, self._partial = False, time.monotonic(), b""
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
         # The child finds the same packages as this process, but not what happens to lie in the current folder; one thread each.
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        command = [sys.executable, "-P", "-m", "ssast.engine.data.check", json.dumps(config)]
+        command = [sys.executable, "-P", __file__, json.dumps(config)]
         # A session of its own: Ctrl-C reaches this process alone, which then ends the worker.
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._stderr}
         self.process = subprocess.Popen(command, **pipes, env=env, bufsize=0, start_new_session=True)
@@ -303,18 +311,15 @@ class _Worker:
         return self.since + (timeout_s if self.ready else max(60.0, timeout_s))
 
     def stop(self) -> str:
-        """Ends the process and says how it ended; a copy that it was writing is removed."""
+        """Ends the process; how it ended, and what it complained of."""
         self.process.kill()
         code = self.process.wait()
-        if self.jobs:
-            with contextlib.suppress(OSError):
-                os.unlink(_aside(_copy_path(self._cache, *self.jobs[0][1:]), self.process.pid))
-        self.process.stdin.close()
-        self.process.stdout.close()
         self._stderr.seek(0)
-        self.complaint = self._stderr.read()[-2000:].decode(errors="replace").strip()
-        self._stderr.close()
-        return signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        complaint = self._stderr.read()[-2000:].decode(errors="replace").strip()
+        for pipe in (self.process.stdin, self.process.stdout, self._stderr):
+            pipe.close()
+        self.end = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        return complaint
 
 
 def _decode_all(todo: deque[tuple], config: dict[str, Any], count: int, timeout_s: float) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -333,20 +338,20 @@ def _decode_all(todo: deque[tuple], config: dict[str, Any], count: int, timeout_
         return worker.stop()
 
     def feed(worker: _Worker) -> None:
-        if not todo:
-            dismiss(worker)
-            return
         # A file a time at the end, so that no worker sits on a pile while the others have none.
-        size = max(1, min(16, len(todo) // (4 * count)))
-        worker.send([todo.popleft() for _ in range(size)])
+        size = min(16, -(-len(todo) // (4 * count)))
+        if size:
+            worker.send([todo.popleft() for _ in range(size)])
+        else:
+            dismiss(worker)
 
     def replace(worker: _Worker, reason: str) -> Iterator[tuple[int, dict[str, Any]]]:
         """The file that ended a worker is given up, the rest of its chunk goes on to others."""
-        end = dismiss(worker)
+        complaint = dismiss(worker)
         if not worker.ready:
-            raise RuntimeError(f"the process that checks clips did not start ({end}): {worker.complaint}")
+            raise RuntimeError(f"the process that checks clips did not start ({worker.end}): {complaint}")
         if worker.jobs:
-            yield worker.jobs.popleft()[0], {"reason": reason.format(end=end), "transient": True}
+            yield worker.jobs.popleft()[0], {"reason": reason.format(end=worker.end), "transient": True}
             todo.extendleft(reversed(worker.jobs))
         if todo:
             hire()
@@ -415,6 +420,8 @@ def _verdict(path: str, size: int, mtime_ns: int, config: dict[str, Any]) -> dic
         return {"reason": f"needs more than {config['memory'] / 2**30:.1f} GiB of memory to decode", "transient": True}
     except _CannotWriteError as error:
         return {"fatal": str(error)}
+    except ImportError as error:
+        return {"fatal": f"cannot import what decodes audio: {error}"}
     except OSError as error:
         return {"reason": f"unreadable: {error.strerror or error}", "transient": True}
     except Exception as error:  # decoders' bindings raise all kinds, and one file must not end the check
@@ -427,7 +434,7 @@ def _inspect(path: str, size: int, copy: str) -> list[int]:
         unknown_length = magic in (b"RIFF", b"RIFX", b"RF64", b"BW64") and _check_riff(file, size)
         if magic == b"OggS":
             _check_ogg(file, size)
-    problem = "format not recognised"
+    problem = ""
     try:
         with soundfile.SoundFile(os.fsencode(path)) as sound:
             native = sound.subtype in DALI_FORMATS.get(sound.format, ()) and not unknown_length
@@ -437,10 +444,18 @@ def _inspect(path: str, size: int, copy: str) -> list[int]:
                 # One-channel Vorbis and Opus beyond full scale wrap around in the int16 that DALI asks libsndfile for.
                 if peak <= 1 or sound.channels > 1:
                     return [frames, sound.samplerate, sound.channels, -1, 0]
-    except soundfile.LibsndfileError as error:
-        if magic in (b"RIFF", b"RF64", b"fLaC", b"OggS", b"FORM"):
-            problem = error.error_string.rstrip(".")
+    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: named .raw
+        known = magic in (b"RIFF", b"RF64", b"fLaC", b"OggS", b"FORM") and isinstance(error, soundfile.LibsndfileError)
+        problem = _message(error) if known else _UNKNOWN
     return _convert(path, copy, problem)
+
+
+_UNKNOWN = "format not recognised"
+
+
+def _message(error: soundfile.LibsndfileError) -> str:
+    """libsndfile's message without "Error : " and the full stop."""
+    return error.error_string.rpartition("rror : ")[2].rstrip(".")
 
 
 def _check_rate(rate: int) -> None:
@@ -464,24 +479,26 @@ def _check_riff(file: BinaryIO, size: int) -> bool:
     Placeholders that writers to a pipe leave, all ones or about 2^31, mean that the length is unknown: what is there counts.
     """
     file.seek(0)
-    magic, riff_size, _form = file.read(4), file.read(4), file.read(4)
-    order = "big" if magic == b"RIFX" else "little"
+    header = file.read(12).ljust(12, b"\0")
+    order = ">" if header.startswith(b"RIFX") else "<"
     align, tag, long_size = 0, 0, 0
     for _ in range(10_000):
-        name, length = file.read(4), int.from_bytes(file.read(4), order)
+        name, length = struct.unpack(f"{order}4sI", file.read(8).ljust(8, b"\0"))
         body = file.tell()
-        if name == b"data" or not name:
+        if name == b"data" or body >= size:
             break
         content = file.read(min(length, 24))
         if name == b"fmt ":
-            tag, align = int.from_bytes(content[:2], order), int.from_bytes(content[12:14], order)
+            tag, channels, _, _, align, bits = struct.unpack(f"{order}HHIIHH", content[:16].ljust(16, b"\0"))
+            if tag in (1, 3, 0xFFFE) and 0 < align < channels * -(-bits // 8):
+                raise _Reject(f"contradictory header: {channels} channels of {bits} bits in {align} bytes")
         elif name == b"ds64":
-            long_size = int.from_bytes(content[8:16], order)
+            long_size = int.from_bytes(content[8:16], "little")
         file.seek(body + length + length % 2)
     if name != b"data":
         return False  # libsndfile says what is wrong
     held = size - body
-    if magic in (b"RF64", b"BW64") and length == 0xFFFFFFFF:
+    if header.startswith((b"RF64", b"BW64")) and length == 0xFFFFFFFF:
         length, unknown = long_size, long_size >= 2**63
     else:
         unknown = 0x7FFF0000 <= length <= 0x80000000 or length >= 0xFFFF0000
@@ -490,7 +507,7 @@ def _check_riff(file: BinaryIO, size: int) -> bool:
         unit, per = ("samples", align) if tag in (1, 3, 6, 7, 0xFFFE) else ("bytes", 1)
         raise _Reject(f"truncated: header says {length // per} {unit}, file holds {held // per}")
     # Nothing claimed at the end of a RIFF that claims to end here, or anywhere: the writer never came back to fill in the sizes.
-    riff_end = int.from_bytes(riff_size, order) + 8
+    riff_end = struct.unpack_from(f"{order}I", header, 4)[0] + 8
     return length == 0 and held >= align and (riff_end <= body or riff_end >= 0x7FFF0000)
 
 
@@ -516,8 +533,7 @@ def _scan(sound: soundfile.SoundFile) -> tuple[int, float]:
                 block_peak, block_bad = _check_samples(block[:got])
                 peak, bad = max(peak, block_peak), bad + block_bad
     except soundfile.LibsndfileError as error:
-        problem = error.error_string.rstrip(".")
-        raise _Reject(f"truncated or damaged: header says {sound.frames} samples, decoding failed ({problem})") from error
+        raise _Reject(f"truncated or damaged: header says {sound.frames} samples, decoding failed ({_message(error)})") from error
     if bad:
         raise _Reject(f"NaN or infinite samples ({bad})")
     if frames != sound.frames:
@@ -527,85 +543,108 @@ def _scan(sound: soundfile.SoundFile) -> tuple[int, float]:
     return frames, peak
 
 
-def _aside(copy: str, pid: int) -> str:
-    return f"{copy}.{pid}.tmp"
-
-
 def _convert(path: str, copy: str, problem: str) -> list[int]:
-    """Writes what FFmpeg decodes of the first audio stream to `copy`: 16 kHz, the mean of the channels, 16-bit FLAC."""
+    """Writes what FFmpeg decodes of the first audio stream to `copy`: 16 kHz, the mean of the channels, 16-bit FLAC.
+
+    `problem` says why libsndfile could not open the file, "" if it could.
+    """
     import av  # only some data sets need it
 
-    aside = _aside(copy, os.getpid())
+    content = io.BytesIO()
     try:
         options = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}
         with av.open(path, container_options=options, metadata_errors="ignore") as container:
             if not container.streams.audio or container.streams.audio[0].codec_context is None:
                 raise _Reject("no audio stream that can be decoded")
-            frames = _copy_sound(container, path, aside)
+            sound = _Sound(container)
+            frames = 0
+            with soundfile.SoundFile(content, "w", COPY_RATE, 1, "PCM_16", format="FLAC") as flac:
+                for samples in _resampled(sound.mono()):
+                    flac.write(samples)
+                    frames += samples.size
+            sound.require_whole(path, problem)
     except MemoryError:
         raise
     except av.FFmpegError as error:
-        raise _Reject(f"not audio: {problem}") from error
-    else:
-        os.replace(aside, copy)
-        status = os.stat(copy)
-        return [frames, COPY_RATE, 1, status.st_size, status.st_mtime_ns]
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(aside)
+        raise _Reject(f"not audio: {problem or error.strerror}") from error
+    status = _write_copy(copy, content)
+    return [frames, COPY_RATE, 1, status.st_size, status.st_mtime_ns]
 
 
-def _copy_sound(container: Any, path: str, aside: str) -> int:
-    """Copies the first audio stream and counts the samples written; decoding goes on after errors, as players do."""
-    import av
+def _write_copy(copy: str, content: io.BytesIO) -> os.stat_result:
+    aside = f"{copy}.{os.getpid()}.tmp"
+    try:
+        try:
+            with open(aside, "wb") as file:
+                file.write(content.getbuffer())
+            os.replace(aside, copy)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(aside)
+        return os.stat(copy)
+    except OSError as error:
+        folder = os.path.dirname(copy)
+        free = shutil.disk_usage(folder).free / 2**20
+        raise _CannotWriteError(f"cannot write converted clips to {folder}: {error.strerror} ({free:.0f} MiB free)") from error
 
-    stream = container.streams.audio[0]
-    seconds, errors, bad = 0.0, 0, 0
-    with _CopyWriter(aside) as writer:
-        packets = container.demux(stream)
-        while True:
+
+class _Sound:
+    """The first audio stream of a container, decoded past errors as players do."""
+
+    def __init__(self, container: Any) -> None:
+        self._container, self._stream = container, container.streams.audio[0]
+        self._seconds, self._errors, self._bad = 0.0, 0, 0
+
+    def mono(self) -> Iterator[tuple[np.ndarray, int]]:
+        """Blocks (mean of the channels [n], full scale 1; rate in Hz)."""
+        for frame in self._frames():
+            _check_rate(frame.sample_rate)
+            samples = _to_float(frame)
+            self._bad += _check_samples(samples)[1]
+            self._seconds += frame.samples / frame.sample_rate
+            if not self._bad:
+                yield samples.mean(axis=0), frame.sample_rate
+
+    def _frames(self) -> Iterator[Any]:
+        import av
+
+        packets = self._container.demux(self._stream)
+        packet: Any = True
+        while packet is not None:
             try:
                 packet = next(packets, None)
-                decoded = packet.decode() if packet is not None else []
+                yield from packet.decode() if packet is not None else ()
             except MemoryError:
                 raise
             except av.FFmpegError:
-                errors += 1
-                continue
-            if packet is None:
-                break
-            for frame in decoded:
-                _check_rate(frame.sample_rate)
-                samples = _to_float(frame)
-                bad += _check_samples(samples)[1]
-                seconds += frame.samples / frame.sample_rate
-                if not bad:
-                    writer.write(samples.mean(axis=0), frame.sample_rate)
-        if bad:
-            raise _Reject(f"NaN or infinite samples ({bad})")
-        if not seconds:
-            raise _Reject("damaged: nothing can be decoded" if errors else "no samples")
-        claimed = _claimed_seconds(container, path, errors)
-        if claimed - seconds > max(0.5, 0.1 * claimed):
-            raise _Reject(f"truncated: header says {claimed:.1f} s, {seconds:.1f} s can be decoded")
-        return writer.finish()
+                self._errors += 1
 
+    def require_whole(self, path: str, problem: str) -> None:
+        """Rejects what was not decoded in full; called at the end."""
+        if self._bad:
+            raise _Reject(f"NaN or infinite samples ({self._bad})")
+        claimed = self._claimed_seconds(path)
+        if not self._seconds:
+            empty = not problem or (problem == _UNKNOWN and claimed)
+            raise _Reject("no samples" if empty else f"not audio: {problem}")
+        if claimed - self._seconds > max(0.5, 0.1 * claimed):
+            raise _Reject(f"truncated: header says {claimed:.1f} s, {self._seconds:.1f} s can be decoded")
 
-def _claimed_seconds(container: Any, path: str, errors: int) -> float:
-    """Duration by the header; 0 where FFmpeg made it up from the bit rate, unless errors while decoding lend it weight."""
-    stream = container.streams.audio[0]
-    if container.format.name in _GUESSED_DURATION and not errors:
-        with open(path, "rb") as file:
-            head = file.read(1 << 18)
-        if b"Xing" not in head and b"Info" not in head:  # the frame count of an MP3
-            return 0.0
-    if stream.duration is not None:
-        return float(stream.duration * stream.time_base)
-    return container.duration / 1e6 if container.duration and len(container.streams) == 1 else 0.0  # else of a longer video
+    def _claimed_seconds(self, path: str) -> float:
+        """Duration by the header; 0 where FFmpeg made it up from the bit rate, unless errors while decoding lend it weight."""
+        if self._container.format.name in _GUESSED_DURATION and not self._errors:
+            with open(path, "rb") as file:
+                head = file.read(1 << 18)
+            if b"Xing" not in head and b"Info" not in head:  # the frame count of an MP3
+                return 0.0
+        if self._stream.duration is not None:
+            return float(self._stream.duration * self._stream.time_base)
+        alone = len(self._container.streams) == 1  # otherwise it may be that of a longer video
+        return (self._container.duration or 0) / 1e6 if alone else 0.0
 
 
 def _to_float(frame: Any) -> np.ndarray:
-    """Samples [channels, samples], full scale 1."""
+    """Samples [channels, n], full scale 1."""
     samples = frame.to_ndarray()
     if not frame.format.is_planar:
         samples = samples.reshape(-1, frame.layout.nb_channels).T
@@ -616,77 +655,22 @@ def _to_float(frame: Any) -> np.ndarray:
     return samples
 
 
-class _RecordedFile(io.FileIO):
-    """Keeps the error that libsndfile would swallow when it writes, at the latest while it closes the file."""
+def _resampled(blocks: Iterator[tuple[np.ndarray, int]]) -> Iterator[np.ndarray]:
+    """int16 [m] at 16 kHz, clipped, from mono blocks [n] at any rate, which may change where streams are chained."""
+    import av
 
-    error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        left = memoryview(data)
-        try:
-            while left:
-                left = left[super().write(left) :]
-        except OSError as error:
-            self.error = self.error or error
-        return len(data) - len(left)
-
-
-class _CopyWriter:
-    """A FLAC of int16 at 16 kHz mono, given mono samples at any rate, full scale 1 (what is beyond is clipped)."""
-
-    def __init__(self, path: str) -> None:
-        self._path, self._rate, self._resampler, self._frames = path, 0, None, 0
-        with self._guard():
-            self._file = _RecordedFile(path, "w+")
-            self._flac = soundfile.SoundFile(self._file, "w", COPY_RATE, 1, "PCM_16", format="FLAC")
-
-    @contextlib.contextmanager
-    def _guard(self) -> Iterator[None]:
-        error: Exception | None = None
-        try:
-            yield
-            error = self._file.error
-        except (soundfile.LibsndfileError, AssertionError, OSError) as failure:  # soundfile asserts that all was written
-            error = getattr(getattr(self, "_file", None), "error", None) or failure
-        if error is not None:
-            folder = os.path.dirname(self._path)
-            free = shutil.disk_usage(folder).free / 2**20
-            raise _CannotWriteError(f"cannot write converted clips to {folder}: {error}; {free:.0f} MiB are free there")
-
-    def write(self, mono: np.ndarray, rate: int) -> None:
-        """Appends samples [n] at `rate` Hz."""
-        import av
-
-        if rate != self._rate:  # the first block, or the next one of chained streams
-            self._drain()
-            self._rate, self._resampler = rate, av.AudioResampler("fltp", "mono", COPY_RATE)
-        frame = av.AudioFrame.from_ndarray(mono[None].astype(np.float32), format="fltp", layout="mono")
-        frame.sample_rate = rate
-        self._store(self._resampler.resample(frame))
-
-    def finish(self) -> int:
-        """Completes the file; its number of samples."""
-        self._drain()
-        with self._guard():
-            self._flac.close()
-        return self._frames
-
-    def _drain(self) -> None:
-        if self._resampler is not None:
-            self._store(self._resampler.resample(None))
-
-    def _store(self, frames: list) -> None:
+    resampler, before = None, 0
+    for mono, rate in itertools.chain(blocks, [(np.empty(0), 0)]):
+        frames = []
+        if rate != before:
+            frames = resampler.resample(None) if resampler else []
+            resampler, before = av.AudioResampler("fltp", "mono", COPY_RATE), rate
+        if mono.size:
+            frame = av.AudioFrame.from_ndarray(mono[None].astype(np.float32), format="fltp", layout="mono")
+            frame.sample_rate = rate
+            frames += resampler.resample(frame)
         for frame in frames:
-            samples = np.clip(np.rint(frame.to_ndarray()[0] * 32768), -32768, 32767).astype(np.int16)
-            self._frames += samples.size
-            with self._guard():
-                self._flac.write(samples)
-
-    def __enter__(self) -> _CopyWriter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
+            yield np.clip(np.rint(frame.to_ndarray()[0] * 32768), -32768, 32767).astype(np.int16)
 
 
 if __name__ == "__main__":
