@@ -21,12 +21,50 @@ PAPER_MEAN, PAPER_STD = -4.2677393, 4.5689974
 
 # Top-level keys that DeepSpeed reads. DeepSpeed itself passes over an unknown one in silence.
 DEEPSPEED_KEYS = frozenset(
-    "activation_checkpointing aio amp autotuning bf16 checkpoint comms_logger communication_data_type compile compression_training "
-    "csv_monitor curriculum_learning data_efficiency data_types dataloader_drop_last disable_allgather dump_state elasticity eigenvalue "
-    "flops_profiler fp16 fp32_allreduce gradient_accumulation_steps gradient_clipping gradient_predivide_factor memory_breakdown "
-    "optimizer prescale_gradients progressive_layer_drop seq_parallel_communication_data_type sparse_gradients steps_per_print "
-    "tensorboard torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism wall_clock_breakdown "
-    "wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization".split()
+    [
+        "activation_checkpointing",
+        "aio",
+        "amp",
+        "autotuning",
+        "bf16",
+        "checkpoint",
+        "comms_logger",
+        "communication_data_type",
+        "compile",
+        "compression_training",
+        "csv_monitor",
+        "curriculum_learning",
+        "data_efficiency",
+        "data_types",
+        "dataloader_drop_last",
+        "disable_allgather",
+        "dump_state",
+        "elasticity",
+        "eigenvalue",
+        "flops_profiler",
+        "fp16",
+        "fp32_allreduce",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "gradient_predivide_factor",
+        "memory_breakdown",
+        "optimizer",
+        "prescale_gradients",
+        "progressive_layer_drop",
+        "seq_parallel_communication_data_type",
+        "sparse_gradients",
+        "steps_per_print",
+        "tensorboard",
+        "torch_autocast",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "use_data_before_expert_parallelism",
+        "wall_clock_breakdown",
+        "wandb",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "zero_optimization",
+    ]
 )
 
 Paths = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
@@ -144,6 +182,20 @@ class Config(Section):
         )
 
     @property
+    def zero_stage(self) -> int:
+        return self.deepspeed.get("zero_optimization", {}).get("stage", 0)
+
+    @property
+    def bf16(self) -> bool:
+        return bool(self.deepspeed.get("bf16", {}).get("enabled"))
+
+    @property
+    def uses_autocast(self) -> bool:
+        """bf16 without ZeRO: DeepSpeed would accumulate gradients in bf16 there, so weights stay in fp32 and torch.autocast computes in
+        bf16. With ZeRO the weights are bf16 and the optimizer holds fp32 masters."""
+        return self.bf16 and self.zero_stage == 0
+
+    @property
     def valid_num_masked(self) -> int:
         return max(1, round(self.model_config_.num_patches * VALID_MASKED_SHARE))
 
@@ -167,7 +219,9 @@ class Config(Section):
                 f"({model.grid[0]}x{model.grid[1]}); at most {model.num_patches - 1} can be masked"
             )
         if self.mask.algorithm == "official" and self.mask.cluster and self.mask.num_masked > model.num_patches - 2:
-            raise ValueError(f"mask.num_masked: the official algorithm masks at most {model.num_patches - 2} of {model.num_patches}")
+            raise ValueError(
+                f"mask.num_masked: the official algorithm masks at most {model.num_patches - 2} of {model.num_patches}"
+            )
         if self.mask.cluster is not None and (not self.mask.cluster or min(self.mask.cluster) < 1):
             raise ValueError("mask.cluster: must be null or side lengths of at least 1")
         if self.objective.masks == "separate" and self.objective.name != "joint":
@@ -177,7 +231,9 @@ class Config(Section):
         if not isinstance(self.data.std, str) and self.data.std <= 0:
             raise ValueError(f"data.std: must be positive, not {self.data.std}")
         if self.train.schedule != "constant" and self.train.warmup_steps >= self.train.steps:
-            raise ValueError(f"train.warmup_steps: {self.train.warmup_steps} of {self.train.steps} steps leaves none to train at full rate")
+            raise ValueError(
+                f"train.warmup_steps: {self.train.warmup_steps} of {self.train.steps} steps leaves none to train at full rate"
+            )
         if "/" in self.run.name or self.run.name in (".", ".."):
             raise ValueError(f"run.name: {self.run.name!r} must be the name of one folder")
         _check_deepspeed(self.deepspeed)
@@ -203,7 +259,9 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def list_presets() -> list[str]:
-    return sorted(Path(str(file)).stem for file in importlib.resources.files("ssast.configs").iterdir() if file.name.endswith(".yaml"))
+    return sorted(
+        Path(str(file)).stem for file in importlib.resources.files("ssast.configs").iterdir() if file.name.endswith(".yaml")
+    )
 
 
 def dump_config(config: Config) -> str:
@@ -303,7 +361,9 @@ def _check_deepspeed(section: dict[str, Any]) -> None:
         raise ValueError("deepspeed.train_micro_batch_size_per_gpu or deepspeed.train_batch_size is missing")
     optimizer = section.get("optimizer", {})
     if optimizer.get("type") not in ("Adam", "AdamW"):
-        raise ValueError(f"deepspeed.optimizer.type: must be Adam (L2 weight decay, the paper's) or AdamW, not {optimizer.get('type')!r}")
+        raise ValueError(
+            f"deepspeed.optimizer.type: must be Adam (L2 weight decay, the paper's) or AdamW, not {optimizer.get('type')!r}"
+        )
     if "lr" not in optimizer.get("params", {}):
         raise ValueError("deepspeed.optimizer.params.lr is missing")
     stage = section.get("zero_optimization", {}).get("stage", 0)

@@ -45,7 +45,9 @@ def count_parameters(model: SSAST) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def memory_estimate(model: ModelConfig, parameters: int, *, micro_batch: int, bf16: bool, stage: int, world_size: int) -> dict[str, int]:
+def memory_estimate(
+    model: ModelConfig, parameters: int, *, micro_batch: int, bf16: bool, stage: int, world_size: int
+) -> dict[str, int]:
     """Bytes on each device. Weights, gradients and optimizer state are exact for the stage; activations are an estimate: 17 values of
     the width for each token and block (inputs of the norms and products, q, k, v, both sides of the GELU), attention weights not
     stored."""

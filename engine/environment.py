@@ -14,7 +14,17 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "numpy", "flash-attn", "flash-attn-4", "apex")
+PACKAGES = (
+    "torch",
+    "triton",
+    "deepspeed",
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+    "numpy",
+    "flash-attn",
+    "flash-attn-4",
+    "apex",
+)
 
 
 def describe_environment(world_size: int = 1) -> dict[str, Any]:

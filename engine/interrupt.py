@@ -44,7 +44,9 @@ class StopRequest:
 def _outer_launcher() -> psutil.Process | None:
     try:
         inner = psutil.Process(os.getppid())
-        if not any("deepspeed.launcher.launch" in part or part.endswith("deepspeed/launcher/launch.py") for part in inner.cmdline()):
+        if not any(
+            "deepspeed.launcher.launch" in part or part.endswith("deepspeed/launcher/launch.py") for part in inner.cmdline()
+        ):
             return None
         return inner.parent()
     except psutil.Error:

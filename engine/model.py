@@ -47,7 +47,9 @@ class ModelConfig:
                 f"{self.patch_shape[0]}x{self.patch_shape[1]}"
             )
         if self.pretraining_heads and self.patch_values != PATCH_VALUES:
-            raise ValueError(f"patches must hold {PATCH_VALUES} values to be pretrained on, {self.patch_shape} holds {self.patch_values}")
+            raise ValueError(
+                f"patches must hold {PATCH_VALUES} values to be pretrained on, {self.patch_shape} holds {self.patch_values}"
+            )
 
     @property
     def patch_values(self) -> int:
@@ -366,5 +368,3 @@ def _resize_official(image: torch.Tensor, old: tuple[int, int], new: tuple[int, 
 
 def _interpolate(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return nn.functional.interpolate(image.float(), size=size, mode="bilinear", align_corners=False).to(image.dtype)
-
-

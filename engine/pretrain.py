@@ -22,11 +22,11 @@ from .cost import FLOP_FORMULA, count_parameters, flops_per_clip, memory_estimat
 from .environment import describe_environment, source_diff
 from .errors import UserError
 from .model import SSAST, build_model, resize
-from .ranks import Ranks, join_ranks, launched_rank
+from .ranks import join_ranks, launched_rank
 from .weights import load_model
 
 # What may differ between the config of a run folder and that of the command that goes on with it.
-MAY_CHANGE = ("run.folder", "run.wandb", "train.steps", "train.log_every", "train.keep_last", "data.num_threads", "data.prefetch",
+MAY_CHANGE = ("run.name", "run.folder", "run.wandb", "train.steps", "train.log_every", "train.keep_last", "data.num_threads", "data.prefetch",
               "data.cache_dir", "data.max_bad_fraction", "deepspeed.steps_per_print", "deepspeed.wall_clock_breakdown")  # fmt: skip
 
 
@@ -146,8 +146,8 @@ def describe_run(config: Config) -> str:
         model_config,
         parameters,
         micro_batch=micro_batch,
-        bf16=bool(section.get("bf16", {}).get("enabled")),
-        stage=section.get("zero_optimization", {}).get("stage", 0),
+        bf16=config.bf16,
+        stage=config.zero_stage,
         world_size=world_size,
     )
     grid = model_config.grid
@@ -201,7 +201,11 @@ def _wait_for_ranks() -> None:
         left = []
         for process in psutil.process_iter():
             try:
-                if os.getpgid(process.pid) == session and "ssast.engine.pretrain" in process.cmdline() and process.pid != os.getpid():
+                if (
+                    os.getpgid(process.pid) == session
+                    and "ssast.engine.pretrain" in process.cmdline()
+                    and process.pid != os.getpid()
+                ):
                     left.append(process)
             except (psutil.Error, ProcessLookupError):
                 continue
@@ -256,7 +260,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         epilog=f"presets: {', '.join(list_presets())}",
     )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file or the name of a preset")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the config, e.g. data.train=/audio train.steps=1000")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="changes to the config, e.g. data.train=/audio train.steps=1000"
+    )
     parser.add_argument("--ranks", type=int, help="processes on this machine; default one for each visible GPU, or one")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config, parameters, FLOPs and memory, and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the deepspeed launcher

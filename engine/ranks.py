@@ -44,7 +44,9 @@ class Ranks:
 
 def join_ranks() -> Ranks:
     """Join the processes that a launcher (deepspeed, torchrun) has started; without one, a world of this process alone."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # spares DeepSpeed's guess and its warning
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu"
+    )  # spares DeepSpeed's guess and its warning
     import deepspeed
     import deepspeed.ops
 

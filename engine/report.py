@@ -28,9 +28,9 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
+
 from ssast.engine.errors import UserError
 
-RESUME_COMMAND = "ssast pretrain --resume {run}"
 FRAME_SECONDS = 0.01
 MOST_CLIPS = 3
 SMOOTH_FROM = 60  # points; shorter curves are drawn as they are
@@ -108,22 +108,28 @@ class Run:
         return max((row["step"] for row in self.train + self.valid + self.events), default=0)
 
     @cached_property
-    def guides(self) -> dict[str, float]:
-        """What a model that has learned nothing would reach, by column, where the files of the run tell it."""
-        guides, errors = {}, [clip.errors() for clip in self.clips]
+    def hidden(self) -> dict[str, int]:
+        """How many patches of a clip are hidden in training, and in validation where its rows name another number."""
         hidden = (self.config.get("mask") or {}).get("num_masked")
-        if isinstance(hidden, int) and hidden > 0:
-            guides |= {"nce": math.log(hidden), "accuracy": 1 / hidden}
-        if self.clips and all(errors):
-            guides["mse"] = float(np.mean([average for _, average in errors]))
+        return {"train": hidden, "valid": (self.valid or [{}])[-1].get("num_masked", hidden)} if hidden else {}
+
+    @cached_property
+    def guides(self) -> dict[str, dict[str, float]]:
+        """What a model that has learned nothing would reach, by column and kind of row, where the files of the run tell it."""
+        guides = {"nce": {kind: math.log(hidden) for kind, hidden in self.hidden.items()}}
+        guides["accuracy"] = {kind: 1 / hidden for kind, hidden in self.hidden.items()}
+        errors = [errors[1] for clip in self.clips if (errors := clip.errors())]
+        guides["mse"] = {"valid": float(np.mean(errors))} if errors else {}
         return guides
 
     @cached_property
     def clips(self) -> list[Clip]:
-        """The first example clips."""
-        matches, shape = self.records("accuracy"), tuple(self.examples.get("patch_shape", ()))
+        """The first example clips. What a head made that was not trained says nothing, and is left out."""
+        shape, found, drawn = tuple(self.examples.get("patch_shape", ())), self.records("accuracy"), self.records("mse")
         rows = zip(*(self.examples.get(key, ()) for key in ("names", "features", "mask", "recon", "found")), strict=True)
-        return [Clip(*row, found if matches else None, shape) for *row, found in rows][:MOST_CLIPS]
+        clips = [Clip(*row, shape) for row in rows][:MOST_CLIPS]
+        clips = clips if found else [clip._replace(found=None) for clip in clips]
+        return clips if drawn else [clip._replace(recon=np.full_like(clip.recon, np.nan)) for clip in clips]
 
 
 def read_run(folder: Path) -> Run:
@@ -216,8 +222,10 @@ def draw_curve(curve: Curve, run: Run, theme: Theme) -> Figure:
     for row in run.events:
         if row.get("event") == "resume":
             axes.axvline(row["step"], color=theme.soft, linewidth=0.6, alpha=0.7, zorder=1)
-    if (guide := run.guides.get(curve.column)) is not None:
-        axes.axhline(guide, color=theme.soft, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
+    guides = run.guides.get(curve.column, {})
+    for kind, guide in guides.items():
+        colour = theme.soft if len(set(guides.values())) == 1 else getattr(theme, kind)
+        axes.axhline(guide, color=colour, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
     steps, values = _points(run.train, curve.column)
     if steps.size:
         label = f"train {show(values[-1])}"
@@ -354,16 +362,18 @@ def _facts(run: Run) -> dict[str, Any]:
     """What the page tells besides the pictures. Its words are in the template."""
     last = (run.valid or run.train or [{}])[-1]
     skipped = _read(run.folder / "skipped.csv", lambda path: list(csv.DictReader(io.StringIO(path.read_text("utf-8", "replace")))))
-    names = ("environment.json", "data.json", "checkpoints/best.json")
-    environment, data, best = (_read(run.folder / name, lambda path: dict(json.loads(path.read_text("utf-8")))) for name in names)
-    line = next((environment[key] for key in ("command", "command_line", "argv") if environment.get(key)), "")
+    best = ("checkpoints/best.json", "checkpoints/best/best.json")
+    environment, data, *best = (
+        _read(run.folder / name, lambda path: dict(json.loads(path.read_text("utf-8"))))
+        for name in ("environment.json", "data.json", *best)
+    )
     return {
         "state": next((row for row in reversed(run.events) if row.get("event") in ("start", "resume", "stop", "done")), {}),
         "last": {column: _number(last.get(column)) for column in ("step", "accuracy", "nce", "mse")},
         "clips_per_s": median_low(_points(run.train, "clips_per_s")[1].tolist() or [0]),
         "audio_seconds": audio_seconds(run.train),
         "wall_seconds": wall_seconds(run.train),
-        "not_finite": sum(isinstance(row.get("loss"), float) and not math.isfinite(row["loss"]) for row in run.train),
+        "not_finite": sum("loss" in row and _number(row["loss"]) is None for row in run.train),
         "resumed": [row["step"] for row in run.events if row.get("event") == "resume"],
         "data": data,
         "skipped": skipped,
@@ -371,10 +381,9 @@ def _facts(run: Run) -> dict[str, Any]:
             re.split("[:(]", row.get("reason") or "no reason given")[0].strip() for row in skipped
         ).most_common(),
         "checkpoints": sorted((path.name for path in run.folder.glob("checkpoints/step-*")), key=lambda name: (len(name), name)),
-        "best": best,
+        "best": best[0] or best[1],
         "environment": environment,
-        "command": shlex.join(map(str, line)) if isinstance(line, list) else line,
-        "resume_command": RESUME_COMMAND.format(run=shlex.quote(str(run.folder))),
+        "command": shlex.join(["ssast", "pretrain", str(run.folder / "config.yaml")]),
         "config_text": (run.folder / "config.yaml").read_text("utf-8"),
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }

@@ -132,14 +132,15 @@ class Trainer:
         recon_mask = None
         if objective.masks == "separate" and not validation:
             recon_mask = self._mask(batch, _RECON_MASK_SEED, validation)
-        return self.engine(
-            features,
-            mask,
-            recon_mask,
-            softmax_over=objective.softmax_over,
-            objective=objective.name,
-            recon_weight=objective.recon_weight,
-        )
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=config.uses_autocast):
+            return self.engine(
+                features,
+                mask,
+                recon_mask,
+                softmax_over=objective.softmax_over,
+                objective=objective.name,
+                recon_weight=objective.recon_weight,
+            )
 
     def _mask(self, batch: Batch, stream: int, validation: bool) -> torch.Tensor:
         config = self.config
@@ -190,9 +191,7 @@ class Trainer:
             self._report_step(log, last)
         return last is not None and last.stop
 
-    def _note(
-        self, log: RunLog | None, step: int, learning_rate: float, grad_norm: torch.Tensor | None, clock: _Clock
-    ) -> None:
+    def _note(self, log: RunLog | None, step: int, learning_rate: float, grad_norm: torch.Tensor | None, clock: _Clock) -> None:
         """Keep what belongs to this step's row until its metrics arrive."""
         if log is None or not self._is_logged(step):
             return
@@ -315,7 +314,9 @@ class Trainer:
         if self.ranks.is_first:
             print(f"resuming from step {self.step} ({self.samples} clips)", flush=True)
             if state["data"] != data_fingerprint(self.data):
-                print("warning: the training clips are not those the run began with; their order from here on is another", flush=True)
+                print(
+                    "warning: the training clips are not those the run began with; their order from here on is another", flush=True
+                )
         return True
 
 
@@ -377,6 +378,8 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     section = copy.deepcopy(config.deepspeed)
     section.pop("optimizer")
     section.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    if config.uses_autocast:
+        section["bf16"] = {"enabled": False}
     section.setdefault("steps_per_print", 10**9)
     section["zero_allow_untested_optimizer"] = True
     return section

@@ -200,7 +200,9 @@ def _official_config(
     patch_shape = tuple(tensors["v.patch_embed.proj.weight"].shape[2:])
     pretraining = "p_input_tdim" in tensors
     if heads is None and width % HEAD_DIM:
-        raise UserError(f"{file}: width {width} is no multiple of {HEAD_DIM}, so the number of attention heads must be given (heads=...)")
+        raise UserError(
+            f"{file}: width {width} is no multiple of {HEAD_DIM}, so the number of attention heads must be given (heads=...)"
+        )
     if pretraining:
         bins, frames, own_stride = int(tensors["p_input_fdim"]), int(tensors["p_input_tdim"]), patch_shape
     else:
@@ -293,7 +295,9 @@ def _to_official(model: SSAST, prefix: str = "module.") -> dict[str, torch.Tenso
     """The official state dict, in the order in which the official code writes it."""
     config, weights = model.config, {key: value.detach().cpu() for key, value in model.state_dict().items()}
     if config.pretraining_heads and (config.stride != config.patch_shape or config.num_classes is not None):
-        raise UserError("the official format holds pretraining models without overlap or classifier, or fine-tuned ones (num_classes=...)")
+        raise UserError(
+            "the official format holds pretraining models without overlap or classifier, or fine-tuned ones (num_classes=...)"
+        )
     tensors: dict[str, torch.Tensor] = {}
     if config.pretraining_heads:
         tensors["p_input_fdim"] = torch.tensor(config.num_mel_bins)

@@ -33,7 +33,9 @@ def embed_patches(
     if mask is not None and mask_token is None:
         raise ValueError("mask was given without mask_token")
     if position.shape[0] != patches.shape[1] + prefix.shape[0]:
-        raise ValueError(f"position has {position.shape[0]} rows for {prefix.shape[0]} prefix tokens and {patches.shape[1]} patches")
+        raise ValueError(
+            f"position has {position.shape[0]} rows for {prefix.shape[0]} prefix tokens and {patches.shape[1]} patches"
+        )
     resolve_backend(backend, patches.device, has_triton=False)
 
     tokens = torch.nn.functional.linear(patches, weight, bias)  # [B, P, D]

@@ -98,9 +98,7 @@ def _mel(hertz: float) -> float:
 
 
 @functools.lru_cache(maxsize=16)
-def _constants(
-    sample_rate: int, num_mel_bins: int, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _constants(sample_rate: int, num_mel_bins: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     window, _, fft_length = frame_geometry(sample_rate)
     hann = torch.hann_window(window, periodic=False, dtype=torch.float64)
     filters = mel_filters(num_mel_bins, fft_length, sample_rate)

@@ -103,14 +103,14 @@ def _words(seed: int, clip: torch.Tensor, count: int, stream: int) -> tuple[torc
     return philox(seed, index, (clip & 0xFFFFFFFF)[:, None], (clip >> 32)[:, None], torch.full_like(index, stream))
 
 
-def _first_square(
-    grid: tuple[int, int], cluster: tuple[int, ...], algorithm: str, words: tuple[torch.Tensor, ...]
-) -> torch.Tensor:
+def _first_square(grid: tuple[int, int], cluster: tuple[int, ...], algorithm: str, words: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """[B, P] index of the first square that covers each patch, or the number of squares where none does."""
     rows, columns = grid
     place, size_word, parity, _ = words  # each [B, squares]
     device, squares = place.device, place.shape[1]
-    side = torch.tensor(cluster, device=device)[below(size_word[:, :1], len(cluster))]  # [B, 1]: one side a clip, from its first counter
+    side = torch.tensor(cluster, device=device)[
+        below(size_word[:, :1], len(cluster))
+    ]  # [B, 1]: one side a clip, from its first counter
     start = below(place, rows * columns)  # [B, squares]
     cell = torch.arange(max(cluster) ** 2, device=device)  # of the largest square, row by row
     down, right = cell // max(cluster), cell % max(cluster)
@@ -140,14 +140,18 @@ def _keep_smallest(key: torch.Tensor, count: int) -> torch.Tensor:
     return key.sort(dim=1, stable=True).indices[:, :count].sort(dim=1).values
 
 
-def _check(batch: int, grid: tuple[int, int], num_masked: int, cluster: tuple[int, ...] | None, algorithm: str, offset: int) -> None:
+def _check(
+    batch: int, grid: tuple[int, int], num_masked: int, cluster: tuple[int, ...] | None, algorithm: str, offset: int
+) -> None:
     patches = grid[0] * grid[1]
     if algorithm not in ("centered", "official"):
         raise ValueError(f"algorithm must be 'centered' or 'official', not {algorithm!r}")
     if batch < 0 or offset < 0:
         raise ValueError(f"batch and offset must not be negative: {batch}, {offset}")
     if not 0 < num_masked < patches:
-        raise ValueError(f"num_masked must lie between 1 and {patches - 1} for a grid of {grid[0]}x{grid[1]} patches, not {num_masked}")
+        raise ValueError(
+            f"num_masked must lie between 1 and {patches - 1} for a grid of {grid[0]}x{grid[1]} patches, not {num_masked}"
+        )
     if cluster is not None and (not cluster or min(cluster) < 1):
         raise ValueError(f"cluster must be None or side lengths of at least 1, not {cluster}")
     if cluster is not None and algorithm == "official" and num_masked > patches - 2:

@@ -445,8 +445,8 @@ def _inspect(path: str, size: int, copy: str) -> list[int]:
                 if peak <= 1 or sound.channels > 1:
                     return [frames, sound.samplerate, sound.channels, -1, 0]
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: named .raw
-        known = magic in (b"RIFF", b"RF64", b"fLaC", b"OggS", b"FORM") and isinstance(error, soundfile.LibsndfileError)
-        problem = _message(error) if known else _UNKNOWN
+        known = magic in (b"RIFF", b"RF64", b"fLaC", b"OggS", b"FORM") and "not recognised" not in str(error)
+        problem = _message(error) if known and isinstance(error, soundfile.LibsndfileError) else _UNKNOWN
     return _convert(path, copy, problem)
 
 
@@ -557,16 +557,17 @@ def _convert(path: str, copy: str, problem: str) -> list[int]:
             if not container.streams.audio or container.streams.audio[0].codec_context is None:
                 raise _Reject("no audio stream that can be decoded")
             sound = _Sound(container)
-            frames = 0
             with soundfile.SoundFile(content, "w", COPY_RATE, 1, "PCM_16", format="FLAC") as flac:
                 for samples in _resampled(sound.mono()):
                     flac.write(samples)
-                    frames += samples.size
             sound.require_whole(path, problem)
     except MemoryError:
         raise
     except av.FFmpegError as error:
         raise _Reject(f"not audio: {problem or error.strerror}") from error
+    content.seek(0)
+    with soundfile.SoundFile(content) as flac:  # what could not be written would not show otherwise
+        frames, _ = _scan(flac)
     status = _write_copy(copy, content)
     return [frames, COPY_RATE, 1, status.st_size, status.st_mtime_ns]
 

@@ -107,7 +107,9 @@ def _hold_out(clips: Clips, fraction: float) -> tuple[Clips, Clips]:
     marked = np.array([split in ("valid", "validation", "val", "dev") for split in clips.splits])
     if not marked.any():
         if len(clips) < 2:
-            raise UserError(f"{clips.sources[0]}: one clip alone cannot be both trained and validated on; name data.valid or add clips")
+            raise UserError(
+                f"{clips.sources[0]}: one clip alone cannot be both trained and validated on; name data.valid or add clips"
+            )
         hashes = [hashlib.blake2b(os.fsencode(path), digest_size=8).digest() for path in clips.sources]
         wanted = max(1, round(fraction * len(clips)))
         marked = np.zeros(len(clips), dtype=bool)
@@ -115,5 +117,7 @@ def _hold_out(clips: Clips, fraction: float) -> tuple[Clips, Clips]:
     is_test = np.array([split in ("test", "eval") for split in clips.splits])
     train = np.flatnonzero(~marked & ~is_test)
     if not len(train):
-        raise UserError(f"{clips.sources[0]} and {len(clips) - 1} more: all clips are marked for validation or test, none for training")
+        raise UserError(
+            f"{clips.sources[0]} and {len(clips) - 1} more: all clips are marked for validation or test, none for training"
+        )
     return clips.subset(train), clips.subset(np.flatnonzero(marked))

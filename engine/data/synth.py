@@ -19,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from ssast.engine.errors import UserError
 from tqdm import tqdm
+
+from ssast.engine.errors import UserError
 
 GENERATOR = "ssast.engine.data.synth"
 VERSION = 1  # to be raised with every change that alters what any clip sounds like

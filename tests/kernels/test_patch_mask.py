@@ -83,7 +83,10 @@ def test_centered_squares_never_wrap():
 
 def test_every_cluster_size_is_drawn():
     """One square and all of it: 9, 16 or 25 patches at most, told apart by the largest extent."""
-    extents = {int(c.nonzero()[:, 0].max() - c.nonzero()[:, 0].min()) + 1 for c in as_grid(sample_patch_mask(300, num_masked=9, seed=3), (8, 64))}
+    extents = {
+        int(c.nonzero()[:, 0].max() - c.nonzero()[:, 0].min()) + 1
+        for c in as_grid(sample_patch_mask(300, num_masked=9, seed=3), (8, 64))
+    }
     assert {3, 4, 5} <= extents | {3}
     assert max(extents) <= 8
 

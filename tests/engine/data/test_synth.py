@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import soundfile
+
 from ssast.engine.data import synth
 from ssast.engine.data.synth import CLASSES, main, synthesize, write_corpus
 from ssast.engine.errors import UserError

@@ -1,0 +1,150 @@
+"""From files to batches: exact samples, padding, crops, and files that break after they were checked."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from ssast.engine.data.check import check_clips
+from ssast.engine.data.decode import AudioDecoder
+from ssast.engine.data.loader import ClipReader, Prefetcher, Shard
+from ssast.engine.data.manifest import Entry
+from ssast.engine.data.order import SampleOrder
+from ssast.engine.errors import UserError
+
+WINDOW = 4000
+
+
+def write_clips(folder: Path, count: int = 8, rate: int = 16000) -> list[Path]:
+    """Noise of different lengths, some shorter than the window, WAV and FLAC in turn."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for number in range(count):
+        path = folder / f"clip {number}.{'wav' if number % 2 else 'flac'}"
+        soundfile.write(path, rng.integers(-9000, 9000, 1500 + 1000 * number, dtype=np.int16), rate)
+        paths.append(path)
+    return paths
+
+
+def open_decoder(paths: list[Path], cache: Path, window: int = WINDOW) -> AudioDecoder:
+    clips, skipped = check_clips([Entry(str(path)) for path in paths], cache_dir=cache, progress=False)
+    assert not skipped
+    return AudioDecoder(clips, num_samples=window, sample_rate=16000, batch_size=8, num_threads=2)
+
+
+def samples(path: Path) -> np.ndarray:
+    return soundfile.read(path, dtype="int16")[0]
+
+
+def padded(values: np.ndarray) -> np.ndarray:
+    return np.pad(values[:WINDOW], (0, max(0, WINDOW - len(values))))
+
+
+def test_windows_are_the_samples_of_the_files(tmp_path):
+    paths = write_clips(tmp_path)
+    start = np.array([0, 0, 0, 100, 1500, 0, 3500, 4000])
+    decoded = open_decoder(paths, tmp_path / "cache").decode(np.arange(8), start)
+    for row, path in enumerate(paths):
+        assert np.array_equal(decoded.waveform[row], padded(samples(path)[start[row] :]))
+        assert decoded.lengths[row] == min(WINDOW, len(samples(path)) - start[row])
+    assert decoded.waveform.dtype == np.int16 and not decoded.broken
+
+
+def test_stereo_is_averaged_and_other_rates_resampled(tmp_path):
+    time = np.arange(44100) / 44100
+    left, right = 0.5 * np.sin(2 * np.pi * 440 * time), 0.3 * np.sin(2 * np.pi * 1000 * time)
+    soundfile.write(tmp_path / "stereo.wav", np.stack([left, right], axis=1), 44100)
+    decoded = open_decoder([tmp_path / "stereo.wav"], tmp_path / "cache", 16000).decode(np.array([0]), np.array([0]))
+    at_16k = np.arange(16000) / 16000
+    expected = (0.25 * np.sin(2 * np.pi * 440 * at_16k) + 0.15 * np.sin(2 * np.pi * 1000 * at_16k)) * 32768
+    inner = slice(200, -200)
+    assert np.abs(decoded.waveform[0][inner] - expected[inner]).max() < 0.01 * 32768
+    assert decoded.lengths[0] == 16000
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "deleted":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "emptied":
+        path.write_bytes(b"")
+    else:  # of the same size, so only decoding can tell
+        path.write_bytes(os.urandom(len(content)) if how == "garbage" else content[:200] + os.urandom(len(content) - 200))
+
+
+@pytest.mark.parametrize("how", ["deleted", "truncated", "emptied", "garbage", "bit rot"])
+@pytest.mark.parametrize("which", [2, 3])  # FLAC, WAV
+def test_a_file_that_breaks_later_costs_only_itself(tmp_path, how, which):
+    paths = write_clips(tmp_path)
+    decoder = open_decoder(paths, tmp_path / "cache")
+    damage(paths[which], how)
+    found = []
+    batch = ClipReader(decoder, None, on_bad=found.append).read(0, 8)
+    if how == "bit rot" and which == 3:
+        return  # noise in a WAV is a WAV of noise: nothing can tell
+    assert [bad.path for bad in found] == [str(paths[which])]
+    for row, path in enumerate(paths):
+        instead = paths[which + 1] if row == which else path  # the next one, the same for every rank and batch
+        assert np.array_equal(batch.waveform[row].numpy(), padded(samples(instead)))
+    again = ClipReader(decoder, None).read(which, 1)
+    assert np.array_equal(again.waveform[0].numpy(), padded(samples(paths[which + 1])))
+
+
+def test_too_many_broken_files_stop_the_run(tmp_path):
+    paths = write_clips(tmp_path)
+    decoder = open_decoder(paths, tmp_path / "cache")
+    for path in paths[:3]:
+        path.unlink()
+    with pytest.raises(UserError, match=r"clips have become unreadable .*clip \d"):
+        ClipReader(decoder, None, max_bad_fraction=0.25).read(0, 8)
+    for path in paths[3:]:
+        path.unlink()
+    with pytest.raises(UserError, match="8 of 8"):
+        ClipReader(decoder, None).read(0, 8)
+
+
+def read_all(decoder: AudioDecoder, world_size: int, micro_batch: int, first: int, count: int) -> list[bytes]:
+    """Windows in the order of positions, as `world_size` ranks read them."""
+    order = SampleOrder(8, seed=1)
+    shares = []
+    for rank in range(world_size):
+        loader = Prefetcher(
+            ClipReader(decoder, order, random_crop=True),
+            Shard(rank, world_size, micro_batch),
+            first // (world_size * micro_batch),
+            torch.device("cpu"),
+            depth=2,
+        )
+        batches = [next(loader) for _ in range((count - first) // (world_size * micro_batch))]
+        loader._stopped.set()
+        loader._thread.join()
+        shares += [
+            (batch.position + row, window.numpy().tobytes()) for batch in batches for row, window in enumerate(batch.waveform)
+        ]
+    return [window for _, window in sorted(shares)]
+
+
+def test_any_ranks_see_the_same_samples_and_resume_anywhere(tmp_path):
+    """Three epochs of 8 clips and a half: 1, 2 and 3 ranks, and a start in the middle."""
+    decoder = open_decoder(write_clips(tmp_path), tmp_path / "cache")
+    whole = read_all(decoder, 1, 4, 0, 24)
+    assert len(set(whole)) > 8  # other crops in other epochs
+    assert read_all(decoder, 2, 2, 0, 24) == whole
+    assert read_all(decoder, 3, 4, 0, 24) == whole
+    assert read_all(decoder, 2, 3, 12, 24) == whole[12:]
+
+
+def test_prefetcher_hands_errors_to_the_step(tmp_path):
+    paths = write_clips(tmp_path)
+    decoder = open_decoder(paths, tmp_path / "cache")
+    for path in paths:
+        path.unlink()
+    loader = Prefetcher(ClipReader(decoder, SampleOrder(8, 0)), Shard(0, 1, 4), 0, torch.device("cpu"), depth=2)
+    with pytest.raises(UserError, match="unreadable"):
+        next(loader)
+    loader.close()
