@@ -24,6 +24,7 @@ setup(
         "deepspeed>=0.19.8",
         "nvidia-dali-cuda130>=2.4.0; platform_system == 'Linux'",
         "numpy<2.5",
+        "psutil>=5.9",
         "pydantic>=2.7",
         "PyYAML>=6.0",
         "tqdm>=4.66",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from .errors import UserError
+from .errors import UserError, first_line
 from .model import SSAST
 from .weights import WEIGHTS_FILE, save_weights
 
@@ -55,7 +55,7 @@ def save_checkpoint(engine: DeepSpeedEngine, run_dir: Path, step: int, state: di
     except (OSError, RuntimeError) as error:
         free = shutil.disk_usage(folder).free / 2**30
         raise UserError(
-            f"{folder / name}: the checkpoint could not be written ({_first_line(error)}; {free:.1f} GiB free); earlier ones are whole",
+            f"{folder / name}: the checkpoint could not be written ({first_line(error)}; {free:.1f} GiB free); earlier ones are whole",
             every_rank=True,
         ) from None
     dist.barrier()
@@ -87,7 +87,7 @@ def save_best(engine: DeepSpeedEngine, run_dir: Path, step: int, metric: str, va
             (folder / "best.json").write_text(json.dumps({"step": step, "metric": metric, "value": value}) + "\n")
         except (OSError, RuntimeError) as error:
             (folder / f"{WEIGHTS_FILE}.tmp").unlink(missing_ok=True)
-            raise UserError(f"{folder}: the best weights could not be written ({_first_line(error)})", every_rank=True) from None
+            raise UserError(f"{folder}: the best weights could not be written ({first_line(error)})", every_rank=True) from None
     dist.barrier()
 
 
@@ -124,7 +124,3 @@ def _check_space(engine: DeepSpeedEngine, folder: Path) -> None:
             f"{folder}: a checkpoint needs {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; make room and run the same "
             "command again, training goes on from the last checkpoint"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

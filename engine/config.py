@@ -20,52 +20,15 @@ VALID_MASKED_SHARE = 400 / 512
 PAPER_MEAN, PAPER_STD = -4.2677393, 4.5689974
 
 # Top-level keys that DeepSpeed reads. DeepSpeed itself passes over an unknown one in silence.
-DEEPSPEED_KEYS = frozenset(
-    [
-        "activation_checkpointing",
-        "aio",
-        "amp",
-        "autotuning",
-        "bf16",
-        "checkpoint",
-        "comms_logger",
-        "communication_data_type",
-        "compile",
-        "compression_training",
-        "csv_monitor",
-        "curriculum_learning",
-        "data_efficiency",
-        "data_types",
-        "dataloader_drop_last",
-        "disable_allgather",
-        "dump_state",
-        "elasticity",
-        "eigenvalue",
-        "flops_profiler",
-        "fp16",
-        "fp32_allreduce",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-        "gradient_predivide_factor",
-        "memory_breakdown",
-        "optimizer",
-        "prescale_gradients",
-        "progressive_layer_drop",
-        "seq_parallel_communication_data_type",
-        "sparse_gradients",
-        "steps_per_print",
-        "tensorboard",
-        "torch_autocast",
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "use_data_before_expert_parallelism",
-        "wall_clock_breakdown",
-        "wandb",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
-        "zero_optimization",
-    ]
-)
+_DEEPSPEED_KEYS = """
+activation_checkpointing aio amp autotuning bf16 checkpoint comms_logger communication_data_type compile compression_training
+csv_monitor curriculum_learning data_efficiency data_types dataloader_drop_last disable_allgather dump_state elasticity eigenvalue
+flops_profiler fp16 fp32_allreduce gradient_accumulation_steps gradient_clipping gradient_predivide_factor memory_breakdown
+optimizer prescale_gradients progressive_layer_drop seq_parallel_communication_data_type sparse_gradients steps_per_print
+tensorboard torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism
+wall_clock_breakdown wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+"""
+DEEPSPEED_KEYS = frozenset(_DEEPSPEED_KEYS.split())
 
 Paths = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
@@ -324,10 +287,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if isinstance(value, str) or key in ("data.train", "data.valid", "run.name", "model.init_from"):
         value = text if not text.startswith("[") else value
     *parents, leaf = key.split(".")
-    for parent in parents:
+    for depth, parent in enumerate(parents, start=1):
         inner = tree.setdefault(parent, {})
         if not isinstance(inner, dict):
-            raise UserError(f"{override}: {parent} is a value, not a section")
+            raise UserError(f"{override}: {'.'.join(parents[:depth])} is a value, not a section")
         tree = inner
     tree[leaf] = value
 

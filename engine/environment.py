@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from .errors import first_line
+
 PACKAGES = (
     "torch",
     "triton",
@@ -75,7 +77,7 @@ def _has(module: str, feature: str) -> str:
     try:
         found: Callable[..., Any] | None = getattr(importlib.import_module(module), feature, None)
     except Exception as error:  # a broken build may raise anything
-        return f"no ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        return f"no ({first_line(error)})"
     return "yes" if found is not None else f"no ({module} is installed but has no {feature})"
 
 

@@ -13,3 +13,9 @@ class UserError(ValueError):
     def __init__(self, message: str, *, every_rank: bool = False) -> None:
         super().__init__(message)
         self.every_rank = every_rank
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

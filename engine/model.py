@@ -314,9 +314,13 @@ def resize(model: SSAST, config: ModelConfig, position_resize: str = "exact") ->
     if changed:
         raise ValueError(f"weights cannot follow a change of {', '.join(changed)}")
     new = build_model(config)
-    weights = {key: value for key, value in model.state_dict().items() if key in new.state_dict()}
+    weights = new.state_dict()
+    keeps_classifier = config.num_classes == model.config.num_classes
+    for key, value in model.state_dict().items():
+        if key in weights and (keeps_classifier or not key.startswith("classifier")):
+            weights[key] = value
     weights["embedding.position"] = resize_position(weights["embedding.position"], model.config.grid, config.grid, position_resize)
-    new.load_state_dict(weights, strict=False)
+    new.load_state_dict(weights)
     return new
 
 

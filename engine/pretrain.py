@@ -1,4 +1,4 @@
-"""`ssast pretrain CONFIG [key.sub=value ...]`; under a launcher `deepspeed --module ssast.engine.pretrain CONFIG ...`, torchrun likewise."""
+"""`ssast pretrain CONFIG [key.sub=value ...]`; under a launcher: `deepspeed --module ssast.engine.pretrain CONFIG ...`, or torchrun."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ from .ranks import join_ranks, launched_rank
 from .weights import load_model
 
 # What may differ between the config of a run folder and that of the command that goes on with it.
-MAY_CHANGE = ("run.name", "run.folder", "run.wandb", "train.steps", "train.log_every", "train.keep_last", "data.num_threads", "data.prefetch",
-              "data.cache_dir", "data.max_bad_fraction", "deepspeed.steps_per_print", "deepspeed.wall_clock_breakdown")  # fmt: skip
+_MAY_CHANGE = """
+run.name run.folder run.wandb train.steps train.log_every train.keep_last data.num_threads data.prefetch data.cache_dir
+data.max_bad_fraction deepspeed.steps_per_print deepspeed.wall_clock_breakdown
+"""
+MAY_CHANGE = frozenset(_MAY_CHANGE.split())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -129,7 +132,8 @@ def check_run_dir(config: Config) -> None:
     if changed:
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
         raise UserError(
-            f"{run_dir}: holds a run with another config ({'; '.join(changed[:4])}{more}); choose another run.name, or move that folder away"
+            f"{run_dir}: holds a run with another config ({'; '.join(changed[:4])}{more}); "
+            "choose another run.name, or move that folder away"
         )
 
 

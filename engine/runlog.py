@@ -26,7 +26,7 @@ class RunLog:
 
         self.path = run_dir / "metrics.jsonl"
         _drop_rows_after(self.path, first_step)
-        self._rows = open(self.path, "a", encoding="utf-8")
+        self._rows = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
         self._wandb = _start_wandb(config, run_dir) if config.run.wandb else None
         on_terminal = sys.stderr.isatty()

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .errors import UserError
+from .errors import UserError, first_line
 from .model import HEAD_DIM, NUM_PREFIX, SSAST, ModelConfig, init_classifier, resize
 
 log = logging.getLogger("ssast")
@@ -169,7 +169,7 @@ def _load_official(
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{file}: not a checkpoint that can be loaded safely: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{file}: not a checkpoint that can be loaded safely: {first_line(error)}") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise UserError(f"{file}: not an official SSAST checkpoint (a flat dictionary of tensors was expected)")
     tensors = {key.removeprefix("module."): value for key, value in tensors.items()}

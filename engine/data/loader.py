@@ -103,7 +103,8 @@ class ClipReader:
         if len(self.bad) > max(allowed, 1) or len(self.bad) == len(self.decoder.clips):
             raise UserError(
                 f"{len(self.bad)} of {len(self.decoder.clips)} clips have become unreadable since they were checked, the last one "
-                f"{self.bad[clip].path} ({reason}); skipped.csv in the run folder lists them (data.max_bad_fraction={self.max_bad_fraction})",
+                f"{self.bad[clip].path} ({reason}); skipped.csv in the run folder lists them "
+                f"(data.max_bad_fraction={self.max_bad_fraction})",
                 every_rank=True,
             )
 

@@ -5,30 +5,17 @@ import torch
 from ssast.kernels import fbank
 from ssast.kernels.fbank import count_frames, mel_filters
 
-WAVES = [
-    "chirp_16k_10s",
-    "chirp_8k_1s",
-    "dc_only_16k_1s",
-    "dc_plus_sine_16k_1s",
-    "impulse_16k_1s",
-    "len_400_16k",
-    "len_559_16k",
-    "noise_16k_1s",
-    "noise_44k1_1s",
-    "pink_16k_10p24s",
-    "silence_16k_1s",
-    "sine_m90dbfs_16k_1s",
-    "speech_16k",
-    "square_fullscale_16k_1s",
-    "stereo_16k_1s",
-]
+WAVES = """
+chirp_16k_10s chirp_8k_1s dc_only_16k_1s dc_plus_sine_16k_1s impulse_16k_1s len_400_16k len_559_16k noise_16k_1s noise_44k1_1s
+pink_16k_10p24s silence_16k_1s sine_m90dbfs_16k_1s speech_16k square_fullscale_16k_1s stereo_16k_1s
+"""
 
 
 def noise(clips: int, samples: int, seed: int = 0) -> torch.Tensor:
     return 0.2 * torch.randn(clips, samples, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("name", WAVES)
+@pytest.mark.parametrize("name", WAVES.split())
 def test_golden_waves(reference, name):
     """Within what two existing programs keep to: 1.2e-3 + 2e-6 exp(D / 2), D nats below the frame's largest value. Ours must keep to a
     fifth of it, float32 FFT rounding in deep valleys being all that is left."""

@@ -1,0 +1,44 @@
+# make demo [AUDIO=/any/folder]    set up, pretrain a tiny model, write the report
+# make test                        set up, run all the tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+RANKS ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c .); [ "$$n" -gt 0 ] && echo $$n || echo 2)
+
+ifdef AUDIO
+DEMO_NAME := demo-$(subst $(eval ) ,-,$(notdir $(patsubst %/,%,$(AUDIO))))
+DEMO_DATA := $(AUDIO)
+else
+DEMO_NAME := demo
+DEMO_DATA := data/demo/manifest.csv
+endif
+
+.PHONY: demo test lint setup clean
+
+setup: $(READY)
+
+# torch first: packages that merely ask for "torch" would otherwise bring another build of it
+$(READY): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "python3 -m venv failed (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
+	@echo "installing into $(VENV) ..."
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: $(READY)
+ifndef AUDIO
+	@$(BIN)/ssast synth data/demo
+endif
+	@$(BIN)/ssast pretrain demo --ranks $(RANKS) 'run.name=$(DEMO_NAME)' 'data.train=$(DEMO_DATA)'
+
+test: $(READY)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
+	@$(BIN)/python -m pytest -q
+
+lint: $(READY)
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis

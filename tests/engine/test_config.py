@@ -1,0 +1,148 @@
+import pytest
+import yaml
+
+from ssast.engine.config import VALID_MASKED_SHARE, differences, dump_config, list_presets, load_config
+from ssast.engine.cost import count_parameters, flops_per_clip
+from ssast.engine.errors import UserError
+from ssast.engine.model import build_model
+from ssast.engine.pretrain import describe_run
+
+PUBLISHED = {
+    "ssast-tiny-patch-400": (6_046_290, (8, 64), 400),
+    "ssast-tiny-frame-400": (6_046_290, (1, 512), 400),
+    "ssast-small-patch-400": (22_854_354, (8, 64), 400),
+    "ssast-base-patch-400": (88_763_346, (8, 64), 400),
+    "ssast-base-patch-250": (88_763_346, (8, 64), 250),
+    "ssast-base-frame-400": (88_763_346, (1, 512), 400),
+    "ssast-base-frame-250": (88_763_346, (1, 512), 250),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_are_the_published_models(name):
+    parameters, grid, masked = PUBLISHED[name]
+    config = load_config(name)
+    assert config.run.name == name
+    assert config.model_config_.grid == grid and config.mask.num_masked == masked and config.valid_num_masked == 400
+    assert (config.mask.cluster is None) == ("frame" in name)
+    width = config.model_config_.width
+    unused = 2 + 2 * 1000 * (width + 1)  # p_input_*, and DeiT's two heads, which official files carry along
+    assert count_parameters(build_model(config.model_config_)) == parameters - unused
+    assert config.deepspeed["optimizer"]["params"]["betas"] == [0.95, 0.999]
+    assert config.train.steps * config.deepspeed["train_batch_size"] == 19_200_000
+
+
+def test_every_preset_is_listed_and_valid():
+    assert set(list_presets()) == {*PUBLISHED, "demo"}
+    for name in list_presets():
+        assert load_config(name, ["data.train=/audio"]).data.train == ["/audio"]
+
+
+def test_resolved_config_reads_back_the_same(tmp_path):
+    config = load_config("demo", ["data.train=/a b/c:d.csv", "mask.cluster=null", "run.seed=3"])
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yaml") == config
+    assert config.data.train == ["/a b/c:d.csv"] and config.mask.cluster is None
+
+
+def test_validation_masks_the_papers_share():
+    assert round(512 * VALID_MASKED_SHARE) == 400
+    assert load_config("demo", ["mask.num_masked=40"]).valid_num_masked == 100
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("mask.num_maskd=3", "unknown key mask.num_maskd; did you mean mask.num_masked?"),
+        ("trian.steps=3", "unknown key trian"),
+        (
+            "deepspeed.zero_optimisation.stage=1",
+            "unknown key deepspeed.zero_optimisation; did you mean deepspeed.zero_optimization?",
+        ),
+        ("mask.num_masked=128", "mask.num_masked: 128 of 128 patches (8x16); at most 127"),
+        ("mask.num_masked=0", "mask.num_masked: Input should be greater than or equal to 1, not 0"),
+        ("model.input_frames=250", "model.input_frames: 250 is not a multiple of the patch's 16 frames"),
+        ("model.num_mel_bins=120", "model.num_mel_bins: 120 is not a multiple of the patch's 16 mel bins"),
+        ("model.patch_shape=[16,8]", "256 values"),
+        ("model.size=huge", "model.size: Input should be 'tiny', 'small' or 'base', not 'huge'"),
+        ("objective.name=both", "objective.name"),
+        ("train.steps=many", "train.steps"),
+        ("train.warmup_steps=400", "train.warmup_steps: 400 of 400"),
+        ("data.mean=1.0", "'auto' goes for both or neither"),
+        ("deepspeed.optimizer.type=SGD", "deepspeed.optimizer.type: must be Adam"),
+        ("deepspeed.zero_optimization.stage=4", "must be 0, 1, 2 or 3"),
+        ("deepspeed.fp16.enabled=true", "bf16"),
+        ("run.name=a/b", "must be the name of one folder"),
+        ("objective={name: generative, masks: separate}", "belongs to the joint objective"),
+        ("data=3", "data"),
+        ("noequals", "an override is written key.sub=value"),
+        ("run.name.x=1", "run.name is a value, not a section"),
+    ],
+)
+def test_mistakes_are_one_clear_line(override, message):
+    with pytest.raises(UserError) as error:
+        load_config("demo", [override])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_that_are_no_config(tmp_path):
+    for name, content, message in [
+        ("broken.yaml", "run: [", "not valid YAML"),
+        ("list.yaml", "- 1", "a config is a mapping"),
+        ("binary.yaml", b"\xff\xfe\x00", "not valid YAML"),
+        ("circle.yaml", "extends: circle.yaml", "circle"),
+        ("child.yaml", "extends: nowhere.yaml", "no such config file"),
+        ("empty.yaml", "run: {name: x}", "model is missing"),
+    ]:
+        file = tmp_path / name
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(UserError, match=message) as error:
+            load_config(file)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"no such config file, and no preset.*demo"):
+        load_config("nowhere")
+
+
+def test_extends_merges_section_by_section(tmp_path):
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"extends": "demo", "run": {"name": "mine"}, "train": {"steps": 1234}}))
+    mine, demo = load_config(tmp_path / "mine.yaml"), load_config("demo")
+    assert [key for key, _, _ in differences(demo.model_dump(mode="json"), mine.model_dump(mode="json"))] == [
+        "run.name",
+        "train.steps",
+    ]
+
+
+def test_flops_by_hand():
+    """Base, 400 masked, product by product; the published 97.3 GFLOP of a ViT-B at 514 tokens are projection and blocks."""
+    flops = flops_per_clip(load_config("ssast-base-patch-400").model_config_, 400)
+    tokens, width = 514, 768
+    qkv, scores, values, proj = tokens * width * 3 * width, tokens * tokens * width, tokens * tokens * width, tokens * width * width
+    mlp = 2 * tokens * width * 4 * width
+    assert flops.blocks == 2 * 12 * (qkv + scores + values + proj + mlp)
+    assert flops.projection == 2 * 512 * 256 * width
+    assert flops.heads == 2 * 2 * 400 * (width * width + width * 256)
+    assert flops.info_nce == 2 * 400 * 400 * 256
+    assert (flops.blocks + flops.projection) / 1e9 == pytest.approx(97.3, abs=0.1)
+    assert flops.train / 1e12 == pytest.approx(0.296, abs=0.001)
+    two_passes = flops_per_clip(load_config("ssast-base-patch-400").model_config_, 400, passes=2)
+    assert two_passes.blocks == 2 * flops.blocks and two_passes.heads == flops.heads
+
+
+def test_flops_agree_with_a_counter():
+    """Against PyTorch's own count of the products that a forward pass of the tiny demo model runs."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = load_config("demo")
+    model = build_model(config.model_config_)
+    mask = torch.arange(100).expand(2, -1)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model.pretrain(torch.randn(2, 256, 128), mask)
+    assert counter.get_total_flops() / 2 == pytest.approx(flops_per_clip(config.model_config_, 100).forward, rel=1e-6)
+
+
+def test_dry_run_tells_what_it_costs():
+    text = describe_run(load_config("ssast-base-patch-400", ["data.train=/audio"]))
+    assert "parameters      87," in text.replace("\u00a0", " ")
+    assert "514 (8x64 patches + 2), 400 masked" in text and "24 N D^2" in text and "GiB" in text
+    assert yaml.safe_load(text.split("\n\n")[0])["data"]["train"] == ["/audio"]
