@@ -30,6 +30,8 @@ wall_clock_breakdown wandb zero_allow_untested_optimizer zero_force_ds_cpu_optim
 """
 DEEPSPEED_KEYS = frozenset(_DEEPSPEED_KEYS.split())
 
+_BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
 Paths = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
 
@@ -143,6 +145,26 @@ class Config(Section):
             patch_shape=self.model.patch_shape,
             stride=self.model.patch_shape,
         )
+
+    def batch_sizes(self, world_size: int) -> tuple[int, int]:
+        """(micro-batch of a rank, accumulation steps) by DeepSpeed's rule: batch = micro-batch x accumulation x ranks.
+
+        Raises:
+            UserError: sizes that do not multiply out.
+        """
+        batch, micro, steps = (self.deepspeed.get(key) for key in _BATCH_KEYS)
+        if micro is None:
+            micro = batch // (steps or 1) // world_size
+        elif steps is None:
+            steps = 1 if batch is None else batch // micro // world_size
+        steps = steps or 1
+        if micro < 1 or steps < 1 or (batch is not None and micro * steps * world_size != batch):
+            given = ", ".join(f"{key} {self.deepspeed[key]}" for key in _BATCH_KEYS if key in self.deepspeed)
+            raise UserError(
+                f"deepspeed: {given} on {world_size} ranks do not fit: "
+                "train_batch_size must be train_micro_batch_size_per_gpu x gradient_accumulation_steps x ranks"
+            )
+        return micro, steps
 
     @property
     def zero_stage(self) -> int:
@@ -322,6 +344,12 @@ def _check_deepspeed(section: dict[str, Any]) -> None:
             raise ValueError(f"unknown key deepspeed.{key}" + (f"; did you mean deepspeed.{near[0]}?" if near else ""))
     if not {"train_micro_batch_size_per_gpu", "train_batch_size"} & section.keys():
         raise ValueError("deepspeed.train_micro_batch_size_per_gpu or deepspeed.train_batch_size is missing")
+    for key in (*_BATCH_KEYS, "gradient_clipping"):
+        if not isinstance(section.get(key, 1), int | float) or section.get(key, 1) < (1 if key in _BATCH_KEYS else 0):
+            raise ValueError(f"deepspeed.{key}: must be a positive number, not {section[key]!r}")
+    for key in ("optimizer", "zero_optimization", "bf16", "fp16", "data_types"):
+        if not isinstance(section.get(key, {}), dict):
+            raise ValueError(f"deepspeed.{key}: is a section of its own, not {section[key]!r}")
     optimizer = section.get("optimizer", {})
     if optimizer.get("type") not in ("Adam", "AdamW"):
         raise ValueError(

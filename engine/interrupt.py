@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM and Ctrl-C, and the launcher's death."""
+"""Being asked to stop: SIGTERM, Ctrl-C, or the launcher's end."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ import psutil
 class StopRequest:
     """While entered, the first SIGTERM or SIGINT only sets `asked`, so that the loop can save and leave; a second one ends the process.
 
-    DeepSpeed's launcher is two processes, of which the outer one passes no signal on: killed alone it would leave the ranks training
-    on. Its death therefore counts as a request, too.
+    DeepSpeed's launcher is two processes, of which the outer one passes no signal on: killed alone, it would leave the ranks training
+    on for ever. The end of either counts as a request, too.
     """
 
     def __init__(self) -> None:
         self._asked = False
-        self._launcher = _outer_launcher()
+        self._launchers = _deepspeed_launchers()
 
     @property
     def asked(self) -> bool:
-        if not self._asked and self._launcher is not None and not self._launcher.is_running():
-            self._asked = True
+        self._asked = self._asked or not all(process.is_running() for process in self._launchers)
         return self._asked
 
     def __enter__(self) -> StopRequest:
@@ -41,13 +40,13 @@ class StopRequest:
         self._asked = True
 
 
-def _outer_launcher() -> psutil.Process | None:
+def _deepspeed_launchers() -> list[psutil.Process]:
+    """The launcher's process on this machine, and the command that started it; empty under torchrun or no launcher."""
     try:
         inner = psutil.Process(os.getppid())
-        if not any(
-            "deepspeed.launcher.launch" in part or part.endswith("deepspeed/launcher/launch.py") for part in inner.cmdline()
-        ):
-            return None
-        return inner.parent()
+        command = inner.cmdline()
+        if not any(part == "deepspeed.launcher.launch" or part.endswith("deepspeed/launcher/launch.py") for part in command):
+            return []
+        return [process for process in (inner, inner.parent()) if process is not None]
     except psutil.Error:
-        return None
+        return []

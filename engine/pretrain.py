@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import logging
 import os
 import signal
-import subprocess
 import sys
-import time
 import warnings
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-import yaml
 
-from .config import Config, differences, dump_config, list_presets, load_config
+from .config import Config, dump_config, list_presets, load_config
 from .cost import FLOP_FORMULA, count_parameters, flops_per_clip, memory_estimate
-from .environment import describe_environment, source_diff
 from .errors import UserError
+from .launch import launch
 from .model import SSAST, build_model, resize
 from .ranks import join_ranks, launched_rank
+from .rundir import check_run_dir, is_finished, locked, measured_statistics, prepare_run_dir
 from .weights import load_model
 
-# What may differ between the config of a run folder and that of the command that goes on with it.
-_MAY_CHANGE = """
-run.name run.folder run.wandb train.steps train.log_every train.keep_last data.num_threads data.prefetch data.cache_dir
-data.max_bad_fraction deepspeed.steps_per_print deepspeed.wall_clock_breakdown
-"""
-MAY_CHANGE = frozenset(_MAY_CHANGE.split())
+if TYPE_CHECKING:
+    from .data.dataset import Dataset
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,26 +54,26 @@ def run(config: Config) -> int:
 
     _quiet_libraries()
     ranks = join_ranks()
-    run_dir = config.run_dir
-    finished = ranks.once(lambda: prepare_run_dir(config, ranks.world_size))
-    if finished:
+    config.batch_sizes(ranks.world_size)
+    if ranks.once(lambda: is_finished(config)):
         if ranks.is_first:
-            print(f"{run_dir}: already finished; the report is {run_dir / 'report.html'}")
+            print(f"{config.run_dir}: already finished; the report is {config.run_dir / 'report.html'}")
         return 0
-    data = ranks.once(lambda: open_dataset(config.data, num_mel_bins=config.model.num_mel_bins, num_samples=config.num_samples))
-    if ranks.is_first:
-        _write_data_summary(run_dir, data)
-    torch.manual_seed(config.run.seed)
-    trainer = Trainer(config, data, start_model(config), ranks)
-    with StopRequest() as stop_request:
-        try:
-            done = trainer.train(stop_request)
-        except RuntimeError:
-            if stop_request.asked:  # another rank has gone already; the last checkpoint is whole
-                return 128 + signal.SIGTERM
-            raise
-    if ranks.is_first:
-        _finish(config, data, run_dir, trainer.step, done)
+    data = ranks.once(lambda: open_dataset(config, measured_statistics(config)))
+    with contextlib.ExitStack() as held:
+        ranks.once(lambda: held.enter_context(locked(config.run_dir)))
+        ranks.once(lambda: prepare_run_dir(config, data, ranks.world_size))
+        torch.manual_seed(config.run.seed)
+        trainer = Trainer(config, data, start_model(config), ranks)
+        with StopRequest() as stop_request:
+            try:
+                done = trainer.train(stop_request)
+            except RuntimeError:
+                if stop_request.asked:  # another rank has gone already; the last checkpoint is whole
+                    return 128 + signal.SIGTERM
+                raise
+        if ranks.is_first:
+            _finish(config, data, trainer.step, done)
     return 0
 
 
@@ -98,54 +91,14 @@ def start_model(config: Config) -> SSAST:
         raise UserError(f"{config.model.init_from}: does not fit model.*: {error} (file: {model.config})") from None
 
 
-def prepare_run_dir(config: Config, world_size: int) -> bool:
-    """Make the run folder, or check that it belongs to this config; return whether the run in it is finished."""
-    from .checkpoint import checkpoint_steps, remove_incomplete
-
-    check_run_dir(config)
-    run_dir = config.run_dir
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        remove_incomplete(run_dir)
-        (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        environment = run_dir / "environment.json"
-        environment.write_text(json.dumps(describe_environment(world_size), indent=2) + "\n", encoding="utf-8")
-        (run_dir / "source.diff").write_text(source_diff(), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{run_dir}: the run folder cannot be written: {error.strerror}") from None
-    steps = checkpoint_steps(run_dir)
-    return bool(steps) and steps[-1] >= config.train.steps and (run_dir / "report.html").is_file()
-
-
-def check_run_dir(config: Config) -> None:
-    """Raise UserError if the run folder holds another run, or something that is no run."""
-    run_dir = config.run_dir
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"{run_dir}: is a file; choose another run.name or run.folder")
-    if not run_dir.is_dir() or not any(run_dir.iterdir()):
-        return
-    saved = run_dir / "config.yaml"
-    if not saved.is_file():
-        raise UserError(f"{run_dir}: holds files but no run (no config.yaml); choose another run.name or run.folder")
-    old, new = yaml.safe_load(saved.read_text(encoding="utf-8")) or {}, config.model_dump(mode="json")
-    changed = [f"{key} was {before}, is now {after}" for key, before, after in differences(old, new) if key not in MAY_CHANGE]
-    if changed:
-        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-        raise UserError(
-            f"{run_dir}: holds a run with another config ({'; '.join(changed[:4])}{more}); "
-            "choose another run.name, or move that folder away"
-        )
-
-
 def describe_run(config: Config) -> str:
     """The resolved config and what it costs, without touching data or devices."""
     model_config = config.model_config_
     parameters = count_parameters(build_model(model_config))
     passes = 2 if config.objective.masks == "separate" else 1
     flops = flops_per_clip(model_config, config.mask.num_masked, objective=config.objective.name, passes=passes)
-    section = config.deepspeed
     world_size = max(1, torch.cuda.device_count())
-    micro_batch = section.get("train_micro_batch_size_per_gpu") or max(1, section["train_batch_size"] // world_size)
+    micro_batch, accumulation = config.batch_sizes(world_size)
     memory = memory_estimate(
         model_config,
         parameters,
@@ -164,87 +117,19 @@ def describe_run(config: Config) -> str:
         f"window          {config.num_samples} samples, {config.num_samples / config.data.sample_rate:.2f} s",
         f"FLOPs per clip  forward {flops.forward / 1e9:.2f} G, training {flops.train / 1e9:.2f} G",
         f"                {FLOP_FORMULA}",
-        f"memory          {sum(memory.values()) / 2**30:.2f} GiB on each of {world_size} device(s), micro-batch {micro_batch}: "
+        f"memory          {sum(memory.values()) / 2**30:.2f} GiB on each of {world_size} device(s), "
+        f"micro-batch {micro_batch} x {accumulation}: "
         + ", ".join(f"{name} {value / 2**30:.2f}" for name, value in memory.items()),
     ]
     return "\n".join(lines)
 
 
-def launch(ranks: int, config: str, overrides: list[str]) -> int:
-    """Start `ranks` processes on this machine through the deepspeed launcher, pass signals on, and return its exit status."""
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_accelerators", str(ranks)]
-    command += ["--master_port", str(_free_port()), "--module", "ssast.engine.pretrain", config, *overrides]
-    environment = {**os.environ, "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu"}
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
-    child = subprocess.Popen(command, env=environment)
-    asked = False
-
-    def pass_on(number: int, frame: Any) -> None:
-        nonlocal asked
-        asked = True
-        child.send_signal(number)  # the ranks see the launcher go, save and leave
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        status = child.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if asked:
-        _wait_for_ranks()
-        return 0
-    return status
-
-
-def _wait_for_ranks() -> None:
-    """Until the ranks that the launcher left behind have saved and gone; they were this process's grandchildren."""
-    import psutil
-
-    session = os.getpgid(0)
-    while True:
-        left = []
-        for process in psutil.process_iter():
-            try:
-                if (
-                    os.getpgid(process.pid) == session
-                    and "ssast.engine.pretrain" in process.cmdline()
-                    and process.pid != os.getpid()
-                ):
-                    left.append(process)
-            except (psutil.Error, ProcessLookupError):
-                continue
-        if not left:
-            return
-        time.sleep(0.2)
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _write_data_summary(run_dir: Path, data: Any) -> None:
-    from .data.check import write_skipped
-
-    write_skipped(run_dir / "skipped.csv", data.skipped)
-    (run_dir / "data.json").write_text(json.dumps(data.summary(), indent=2) + "\n", encoding="utf-8")
-    print(
-        f"{len(data.train)} clips to train on and {len(data.valid)} to validate on, {data.train.hours + data.valid.hours:.2f} h; "
-        f"mean {data.mean:.4f}, std {data.std:.4f}"
-    )
-    if data.skipped:
-        print(f"warning: {len(data.skipped)} clips cannot be used; {run_dir / 'skipped.csv'} says why")
-
-
-def _finish(config: Config, data: Any, run_dir: Path, step: int, done: bool) -> None:
+def _finish(config: Config, data: Dataset, step: int, done: bool) -> None:
     from .preview import write_preview
     from .report import write_report
 
-    write_preview(config, data, run_dir, step)
-    report = write_report(run_dir)
+    write_preview(config, data, config.run_dir, step)
+    report = write_report(config.run_dir)
     if done:
         print(f"finished {step} steps; report: {report}")
     else:

@@ -57,8 +57,7 @@ class Trainer:
             config=deepspeed_config(config),
             dist_init_required=False,
         )
-        self.micro_batch: int = self.engine.train_micro_batch_size_per_gpu()
-        self.accumulation: int = self.engine.gradient_accumulation_steps()
+        self.micro_batch, self.accumulation = config.batch_sizes(ranks.world_size)
         self.clips_per_step = self.micro_batch * self.accumulation * ranks.world_size
         self.schedule = Schedule(config.train, optimizer_section["params"]["lr"])
         self.step = 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ssast.engine.config import DataSection
+from ssast.engine.config import Config, DataSection
 from ssast.engine.errors import UserError
 from ssast.kernels import fbank
 from ssast.kernels.fbank import count_frames
@@ -42,12 +42,13 @@ class Dataset:
         }
 
 
-def open_dataset(data: DataSection, *, num_mel_bins: int, num_samples: int) -> Dataset:
-    """Read and check all clips that the config names.
+def open_dataset(config: Config, measured: tuple[float, float] | None = None) -> Dataset:
+    """Read and check all clips that the config names; `measured` is the mean and std that "auto" stands for, if known already.
 
     Raises:
         UserError: nothing named, found or readable, too few clips to hold some out, or in strict mode any clip that is skipped.
     """
+    data = config.data
     if not data.train:
         raise UserError("data.train is not set: name a folder, a JSON, CSV or TSV manifest, or a list of paths: data.train=/path")
     train, train_skipped = _checked(data.train, data)
@@ -62,7 +63,8 @@ def open_dataset(data: DataSection, *, num_mel_bins: int, num_samples: int) -> D
     valid = valid.subset(np.arange(min(len(valid), data.valid_clips)))
     mean, std = data.mean, data.std
     if isinstance(mean, str) or isinstance(std, str):
-        mean, std = feature_statistics(train, data.sample_rate, num_mel_bins, num_samples, data.num_threads)
+        bins = config.model.num_mel_bins
+        mean, std = measured or feature_statistics(train, data.sample_rate, bins, config.num_samples, data.num_threads)
     return Dataset(train, valid, skipped, mean, std)
 
 

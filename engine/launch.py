@@ -1,0 +1,66 @@
+"""Starting the ranks of one machine through the deepspeed launcher."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import FrameType
+
+import psutil
+import torch
+
+_PR_SET_PDEATHSIG = 1
+
+
+def launch(ranks: int, config: str, overrides: list[str]) -> int:
+    """Run `ranks` processes on this machine and return their exit status; 0 if they were asked to stop and have saved.
+
+    DeepSpeed's launcher passes no signal on to them. Asked to stop, this process ends the launcher, whose end is what the ranks take
+    as the request (`ssast.engine.interrupt`), and waits for them; if it is itself killed outright, the kernel ends the launcher.
+    """
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_accelerators", str(ranks)]
+    command += ["--master_port", str(_free_port()), "--module", "ssast.engine.pretrain", config, *overrides]
+    environment = {**os.environ, "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu"}
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+    child = subprocess.Popen(command, env=environment, process_group=0, preexec_fn=_end_with_parent)
+    asked = False
+
+    def end_launcher(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        child.terminate()
+
+    before = {number: signal.signal(number, end_launcher) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        status = child.wait()
+        while asked and _group_is_alive(child.pid):
+            time.sleep(0.1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 0 if asked else status
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _group_is_alive(group: int) -> bool:
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+        except (psutil.Error, ProcessLookupError):
+            continue
+    return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
