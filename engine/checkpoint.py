@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from .errors import UserError, first_line
 from .model import SSAST
-from .weights import WEIGHTS_FILE, save_weights
+from .weights import WEIGHTS_FILE, WRITE_ERRORS, save_weights
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -52,7 +52,7 @@ def save_checkpoint(engine: DeepSpeedEngine, run_dir: Path, step: int, state: di
         engine.save_checkpoint(str(folder), tag=aside, client_state=state, save_latest=False)
         if weights is not None:
             save_weights(weights, _model(engine).config, folder / aside / WEIGHTS_FILE)
-    except (OSError, RuntimeError) as error:
+    except WRITE_ERRORS as error:
         free = shutil.disk_usage(folder).free / 2**30
         raise UserError(
             f"{folder / name}: the checkpoint could not be written ({first_line(error)}; {free:.1f} GiB free); earlier ones are whole",
@@ -85,7 +85,7 @@ def save_best(engine: DeepSpeedEngine, run_dir: Path, step: int, metric: str, va
             save_weights(weights, _model(engine).config, folder / f"{WEIGHTS_FILE}.tmp")
             os.replace(folder / f"{WEIGHTS_FILE}.tmp", folder / WEIGHTS_FILE)
             (folder / "best.json").write_text(json.dumps({"step": step, "metric": metric, "value": value}) + "\n")
-        except (OSError, RuntimeError) as error:
+        except WRITE_ERRORS as error:
             (folder / f"{WEIGHTS_FILE}.tmp").unlink(missing_ok=True)
             raise UserError(f"{folder}: the best weights could not be written ({first_line(error)})", every_rank=True) from None
     dist.barrier()

@@ -32,6 +32,8 @@ DEEPSPEED_KEYS = frozenset(_DEEPSPEED_KEYS.split())
 
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
+OPTIMIZER_PARAMS = ("lr", "betas", "eps", "weight_decay")
+
 Paths = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
 
@@ -355,8 +357,11 @@ def _check_deepspeed(section: dict[str, Any]) -> None:
         raise ValueError(
             f"deepspeed.optimizer.type: must be Adam (L2 weight decay, the paper's) or AdamW, not {optimizer.get('type')!r}"
         )
-    if "lr" not in optimizer.get("params", {}):
+    params = optimizer.get("params") or {}
+    if "lr" not in params:
         raise ValueError("deepspeed.optimizer.params.lr is missing")
+    if unknown := sorted(params.keys() - set(OPTIMIZER_PARAMS)):
+        raise ValueError(f"unknown key deepspeed.optimizer.params.{unknown[0]}; there are {', '.join(OPTIMIZER_PARAMS)}")
     stage = section.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"deepspeed.zero_optimization.stage: must be 0, 1, 2 or 3, not {stage!r}")

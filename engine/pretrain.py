@@ -60,11 +60,11 @@ def run(config: Config) -> int:
             print(f"{config.run_dir}: already finished; the report is {config.run_dir / 'report.html'}")
         return 0
     data = ranks.once(lambda: open_dataset(config, measured_statistics(config)))
+    model = start_model(config)
     with contextlib.ExitStack() as held:
         ranks.once(lambda: held.enter_context(locked(config.run_dir)))
         ranks.once(lambda: prepare_run_dir(config, data, ranks.world_size))
-        torch.manual_seed(config.run.seed)
-        trainer = Trainer(config, data, start_model(config), ranks)
+        trainer = Trainer(config, data, model, ranks)
         with StopRequest() as stop_request:
             try:
                 done = trainer.train(stop_request)

@@ -66,9 +66,13 @@ def locked(run_dir: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it for longer than ranks need that save and leave because their launcher was killed.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = open(run_dir / LOCK_FILE, "w")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise UserError(f"{run_dir}: the run folder cannot be made: {error.strerror}") from None
     deadline = time.monotonic() + LOCK_PATIENCE_S
-    with open(run_dir / LOCK_FILE, "w") as file:
+    with file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
+import csv
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ from ssast.kernels import MSPMLoss, fbank, sample_patch_mask
 
 from .checkpoint import checkpoint_steps, load_checkpoint, save_best, save_checkpoint
 from .config import Config
+from .data.check import Clips
 from .data.dataset import Dataset
 from .data.decode import AudioDecoder
 from .data.loader import BadClip, Batch, ClipReader, Prefetcher, Shard
 from .data.order import SampleOrder
-from .errors import UserError
 from .interrupt import StopRequest
 from .model import SSAST
 from .ranks import Ranks
@@ -35,14 +36,12 @@ _METRICS = ("loss", "nce", "mse", "accuracy")
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Means over all clips of one optimizer step, and whether any rank was asked to stop during it."""
+    """Means over all clips of one optimizer step, whether any rank was asked to stop during it, and what else its row will say."""
 
     step: int
-    loss: float
-    nce: float
-    mse: float
-    accuracy: float
+    losses: dict[str, float]
     stop: bool
+    row: dict[str, Any] | None
 
 
 class Trainer:
@@ -62,7 +61,7 @@ class Trainer:
         self.schedule = Schedule(config.train, optimizer_section["params"]["lr"])
         self.step = 0
         self.samples = 0  # clips consumed: the whole state of the loader
-        self._sent: tuple[int, torch.Tensor, dist.Work] | None = None
+        self._sent: tuple[int, torch.Tensor, Callable[[], object], dict[str, Any] | None] | None = None
         self._bad_clips: list[BadClip] = []
 
     def train(self, stop_request: StopRequest) -> bool:
@@ -73,7 +72,6 @@ class Trainer:
         self._event(log, "resume" if resumed else "start", f"{self.clips_per_step} clips a step on {self.ranks.world_size} ranks")
         loader = self._train_loader()
         clock = _Clock(self.clips_per_step, self.config.num_samples / self.config.data.sample_rate)
-        saved_at = self.step
         stopping = False
         try:
             while self.step < config.train.steps and not stopping:
@@ -89,23 +87,17 @@ class Trainer:
                     total += torch.stack([value.detach().float() for value in losses])
                 self.step += 1
                 self.samples += self.clips_per_step
-                previous = self._exchange_metrics(total / self.accumulation, stop_request.asked)
                 clock.tick()
-                if previous is not None:
-                    stopping = previous.stop
-                    self._report_step(log, previous)
-                self._note(log, self.step, learning_rate, grad_norm, clock)
+                row = self._row(learning_rate, grad_norm, clock)
+                previous = self._exchange_metrics(total / self.accumulation, stop_request.asked, row)
+                stopping = self._report(log, previous)
 
                 is_last = self.step == config.train.steps
                 if self.step % config.train.valid_every == 0 or is_last:
                     self._validate(log)
                 if self.step % config.train.checkpoint_every == 0 or is_last or stopping:
-                    stopping |= self._finish_metrics(log)  # a checkpoint leaves no row behind
+                    stopping |= self._report(log, self._collect_metrics())  # a checkpoint leaves no row behind
                     self._save(log)
-                    saved_at = self.step
-            if saved_at != self.step:
-                self._finish_metrics(log)
-                self._save(log)
             finished = self.step >= config.train.steps
             self._event(log, "done" if finished else "stop", f"step {self.step} of {config.train.steps}")
             return finished
@@ -168,52 +160,53 @@ class Trainer:
 
     # --- metrics, read one step late so that the host never waits for the step that it has just launched ------------------------------
 
-    def _exchange_metrics(self, values: torch.Tensor, stop: bool) -> StepMetrics | None:
+    def _exchange_metrics(self, values: torch.Tensor, stop: bool, row: dict[str, Any] | None) -> StepMetrics | None:
+        """Send this step's metrics round; return those of the step before."""
         previous = self._collect_metrics()
-        sent = torch.cat((values, values.new_tensor([float(stop)])))
-        self._sent = (self.step, sent, dist.all_reduce(sent, async_op=True))
+        summed = torch.cat((values, values.new_tensor([float(stop)])))
+        work = dist.all_reduce(summed, async_op=True)
+        arrived = work.wait
+        if summed.is_cuda:
+            work.wait()  # makes the stream wait, not the host
+            summed = torch.empty(summed.shape, pin_memory=True).copy_(summed, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+            arrived = copied.synchronize
+        self._sent = (self.step, summed, arrived, row)
         return previous
 
     def _collect_metrics(self) -> StepMetrics | None:
         if self._sent is None:
             return None
-        step, summed, work = self._sent
+        step, summed, arrived, row = self._sent
         self._sent = None
-        work.wait()
-        *values, stops = summed.tolist()
-        return StepMetrics(step, *(value / self.ranks.world_size for value in values), stop=stops > 0)
+        arrived()
+        *means, stops = (value / self.ranks.world_size for value in summed.tolist())
+        return StepMetrics(step, dict(zip(_METRICS, means, strict=True)), stops > 0, row)
 
-    def _finish_metrics(self, log: RunLog | None) -> bool:
-        """Report the step under way; return whether a rank was asked to stop during it."""
-        last = self._collect_metrics()
-        if last is not None:
-            self._report_step(log, last)
-        return last is not None and last.stop
-
-    def _note(self, log: RunLog | None, step: int, learning_rate: float, grad_norm: torch.Tensor | None, clock: _Clock) -> None:
-        """Keep what belongs to this step's row until its metrics arrive."""
-        if log is None or not self._is_logged(step):
-            return
+    def _row(self, learning_rate: float, grad_norm: torch.Tensor | None, clock: _Clock) -> dict[str, Any] | None:
+        """What this step's row will say beside its metrics; None if it has none."""
+        if not self.ranks.is_first or not (self.step % self.config.train.log_every == 0 or self.step == self.config.train.steps):
+            return None
         norm = grad_norm if grad_norm is not None else self.engine.get_global_grad_norm()
-        epoch = self.samples / len(self.data.train)
-        self._row = {"samples": self.samples, "epoch": round(epoch, 4), "lr": learning_rate, "grad_norm": norm, **clock.rates()}
+        epoch = round(self.samples / len(self.data.train), 4)
+        return {"samples": self.samples, "epoch": epoch, "lr": learning_rate, "grad_norm": norm, **clock.rates()}
 
-    def _report_step(self, log: RunLog | None, metrics: StepMetrics) -> None:
-        if log is None or not self._is_logged(metrics.step):
-            return
-        row = dict(self._row)
-        if row["grad_norm"] is not None:
-            row["grad_norm"] = float(row["grad_norm"])
-        losses = {name: getattr(metrics, name) for name in _METRICS}
-        log.row("train", metrics.step, **losses, **row)
-        for bad in self._bad_clips:
-            log.row("event", metrics.step, event="bad clip", detail=f"{bad.path}: {bad.reason}")
-        self._bad_clips.clear()
-        shown = {name: f"{value:.4f}" for name, value in losses.items() if value == value}
-        log.progress(metrics.step, self.config.train.steps, **shown, clips_per_s=f"{row['clips_per_s']:.1f}")
-
-    def _is_logged(self, step: int) -> bool:
-        return step % self.config.train.log_every == 0 or step == self.config.train.steps
+    def _report(self, log: RunLog | None, metrics: StepMetrics | None) -> bool:
+        """Log a step if it has a row; return whether a rank was asked to stop during it."""
+        if metrics is None:
+            return False
+        if log is not None and metrics.row is not None:
+            norm = metrics.row["grad_norm"]
+            row = {**metrics.losses, **metrics.row, "grad_norm": None if norm is None else float(norm)}
+            log.row("train", metrics.step, **row)
+            shown = {name: f"{value:.4f}" for name, value in metrics.losses.items() if value == value}
+            log.progress(metrics.step, self.config.train.steps, **shown, clips_per_s=f"{row['clips_per_s']:.1f}")
+        if log is not None:
+            while self._bad_clips:
+                bad = self._bad_clips.pop()
+                log.row("event", metrics.step, event="bad clip", detail=f"{bad.path}: {bad.reason}")
+        return metrics.stop
 
     def _event(self, log: RunLog | None, event: str, detail: str) -> None:
         if log is not None:
@@ -272,7 +265,7 @@ class Trainer:
         first = self.samples // (self.micro_batch * self.ranks.world_size)
         return Prefetcher(reader, shard, first, self.ranks.device, data.prefetch)
 
-    def _decoder(self, clips: Any) -> AudioDecoder:
+    def _decoder(self, clips: Clips) -> AudioDecoder:
         data = self.config.data
         return AudioDecoder(
             clips,
@@ -359,15 +352,8 @@ class _Waiting:
 
 
 def build_optimizer(model: SSAST, section: dict[str, Any]) -> torch.optim.Optimizer:
-    """The paper's Adam (weight decay added to the gradient) or AdamW, from DeepSpeed's `optimizer` section.
-
-    Raises:
-        UserError: a parameter that the optimizer does not know.
-    """
-    params = {key: tuple(value) if key == "betas" else value for key, value in section.get("params", {}).items()}
-    known = {"lr", "betas", "eps", "weight_decay"}
-    if unknown := params.keys() - known:
-        raise UserError(f"unknown key deepspeed.optimizer.params.{sorted(unknown)[0]} (known: {', '.join(sorted(known))})")
+    """The paper's Adam (weight decay added to the gradient) or AdamW, from DeepSpeed's `optimizer` section."""
+    params = {key: tuple(value) if key == "betas" else value for key, value in section["params"].items()}
     kind = torch.optim.Adam if section["type"] == "Adam" else torch.optim.AdamW
     return kind(model.parameters(), **params)
 
@@ -390,11 +376,5 @@ def data_fingerprint(data: Dataset) -> list[int]:
 
 
 def append_skipped(path: Path, bad: BadClip) -> None:
-    import csv
-
     with open(path, "a", newline="", encoding="utf-8", errors="surrogateescape") as stream:
         csv.writer(stream).writerow([bad.path, bad.reason])
-
-
-def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -24,6 +24,7 @@ log = logging.getLogger("ssast")
 
 WEIGHTS_FILE = "model.safetensors"
 FORMAT = "ssast-engine/1"
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what a full disk looks like from torch, safetensors and Python
 UNUSED_OFFICIAL = ("v.head.weight", "v.head.bias", "v.head_dist.weight", "v.head_dist.bias")  # DeiT's own heads: saved, never used
 UNUSED_CLASSES = 1000
 FINETUNE_STRIDES = {(16, 16): ((10, 10), (16, 16)), (128, 2): ((128, 1), (128, 2))}  # the paper's fine-tuning stride first
@@ -98,7 +99,7 @@ def save_model(model: SSAST, path: str | os.PathLike[str], format: str = "safete
         else:
             save_weights({k: v.detach() for k, v in model.state_dict().items()}, model.config, aside)
         os.replace(aside, path)
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except WRITE_ERRORS as error:
         aside.unlink(missing_ok=True)
         raise UserError(f"{path}: could not be written: {error}") from None
 

@@ -18,7 +18,7 @@ import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ssast.engine.data import check
+from ssast.engine.data import check, probe
 from ssast.engine.data.check import Skipped, check_clips, write_skipped
 from ssast.engine.data.manifest import Entry
 from ssast.engine.errors import UserError
@@ -244,28 +244,28 @@ def test_what_dali_gets_wrong_as_int16_is_converted(tmp_path, dali):
 
 
 def test_workers_do_not_load_torch(tmp_path):
-    command = [sys.executable, "-X", "importtime", "-P", check.__file__, json.dumps({"cache": str(tmp_path), "memory": 1 << 32})]
+    command = [sys.executable, "-X", "importtime", "-P", probe.__file__, str(1 << 32)]
     path = wav(tmp_path / "a.wav")
     status = os.stat(path)
-    line = json.dumps([[path, status.st_size, status.st_mtime_ns]]).encode() + b"\n"
+    line = json.dumps([path, status.st_size, status.st_mtime_ns, str(tmp_path / "copy.flac")]).encode() + b"\n"
     done = subprocess.run(command, input=line, capture_output=True, timeout=30, check=True)
-    assert json.loads(done.stdout) == {"sound": [8000, RATE, 1, -1, 0]}
+    assert [json.loads(answer) for answer in done.stdout.splitlines()] == [None, {"sound": [8000, RATE, 1, -1, 0]}]
     assert not re.search(rb"\| +(torch|av|ssast\.engine)$", done.stderr, re.M)
 
 
 @pytest.fixture
 def sabotage(monkeypatch):
-    """Lets a worker be stopped, and perhaps killed, when it is sent a chunk that begins with a certain file."""
+    """Lets a worker be stopped, and perhaps killed, when it is sent a certain file."""
     send = check._Worker.send
 
     def arm(name, *signals):
-        def armed(self, jobs):
-            mine = jobs[0][1].endswith(name)
+        def armed(self, number, job):
+            mine = job[0].endswith(name)
             if mine:
                 os.kill(self.process.pid, signal.SIGSTOP)
-            send(self, jobs)
-            for number in signals if mine else ():
-                os.kill(self.process.pid, number)
+            send(self, number, job)
+            for signal_number in signals if mine else ():
+                os.kill(self.process.pid, signal_number)
 
         monkeypatch.setattr(check._Worker, "send", armed)
 
@@ -285,7 +285,7 @@ def test_verdicts_that_may_pass_are_not_cached(tmp_path, monkeypatch):
     path = wav(tmp_path / "00.wav")
     with monkeypatch.context() as patch:
         send = check._Worker.send
-        patch.setattr(check._Worker, "send", lambda self, jobs: (os.kill(self.process.pid, signal.SIGKILL), send(self, jobs)))
+        patch.setattr(check._Worker, "send", lambda self, *job: (os.kill(self.process.pid, signal.SIGKILL), send(self, *job)))
         assert run(tmp_path, path)[1] == {"00.wav": "decoder crashed (SIGKILL)"}
     assert run(tmp_path, path)[1] == {}
 
@@ -301,8 +301,8 @@ def test_what_a_worker_makes_of_errors(tmp_path, monkeypatch):
         def inspect(*_):
             raise error
 
-        monkeypatch.setattr(check, "_inspect", inspect)
-        return check._verdict("/a.wav", 1, 1, {"cache": str(tmp_path), "memory": 3 << 30})
+        monkeypatch.setattr(probe, "_inspect", inspect)
+        return probe._verdict("/a.wav", 1, 1, str(tmp_path / "copy.flac"), 3 << 30)
 
     assert raising(MemoryError()) == {"reason": "needs more than 3.0 GiB of memory to decode", "transient": True}
     assert raising(OSError(5, "Input/output error")) == {"reason": "unreadable: Input/output error", "transient": True}
@@ -312,14 +312,14 @@ def test_what_a_worker_makes_of_errors(tmp_path, monkeypatch):
 
 def test_a_file_that_changes_meanwhile(tmp_path):
     path = wav(tmp_path / "a.wav")
-    config = {"cache": str(tmp_path), "memory": 0}
-    assert check._verdict(path, 1, 2, config) == {"reason": "changed while it was being checked", "transient": True}
+    verdict = probe._verdict(path, 1, 2, str(tmp_path / "copy.flac"), 0)
+    assert verdict == {"reason": "changed while it was being checked", "transient": True}
 
 
 def count_decoded(monkeypatch):
     decoded = []
     send = check._Worker.send
-    monkeypatch.setattr(check._Worker, "send", lambda self, jobs: (decoded.extend(job[1] for job in jobs), send(self, jobs)))
+    monkeypatch.setattr(check._Worker, "send", lambda self, number, job: (decoded.append(job[0]), send(self, number, job)))
     return decoded
 
 
@@ -373,8 +373,8 @@ def test_verdicts_survive_a_kill(tmp_path):
     """What was decided more than a few seconds before a kill -9 is in the cache."""
     cache = check._Cache(tmp_path / "checked.sqlite")
     cache._committed -= 3
-    cache.put(b"/a.wav", [1, 2, 3, 4, 5, -1, 0, None])
-    assert check._Cache(tmp_path / "checked.sqlite").get([b"/a.wav", b"/b.wav"]) == {b"/a.wav": (1, 2, 3, 4, 5, -1, 0, None)}
+    cache.put("/a.wav", [1, 2, 3, 4, 5, -1, 0, None])
+    assert list(check._Cache(tmp_path / "checked.sqlite").rows(["/a.wav", "/b.wav"])) == [(1, 2, 3, 4, 5, -1, 0, None), None]
 
 
 def test_a_cache_folder_that_cannot_be_written(tmp_path):

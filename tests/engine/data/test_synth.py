@@ -1,6 +1,7 @@
 import csv
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,7 +131,7 @@ def test_manifest_lists_every_file_and_balances_the_classes(corpus):
 
 @pytest.mark.parametrize(("clips", "expected"), [(10, (1, 0, 0)), (30, (1, 1, 1)), (100, (8, 1, 1)), (300, (24, 3, 3))])
 def test_splits_of_a_class(clips, expected):
-    counts = Counter((entry.label, entry.split) for entry in synth._plan(clips))
+    counts = Counter((label, split) for label, _, split in synth._plan(clips))
     for label in CLASSES:
         assert tuple(counts[label, split] for split in ("train", "valid", "test")) == expected
 
@@ -146,7 +147,7 @@ def test_interrupted_corpus_is_completed(tmp_path, corpus):
     whole = snapshot(corpus)
     folder = tmp_path / "corpus"
     write_corpus(folder, clips=CLIPS, seed=3, progress=False)
-    (folder / "corpus.json").unlink()
+    (folder / "corpus.json").rename(folder / "corpus.json.part")
     (folder / "bell" / "bell-0000.flac").unlink()
     kept = modification_times(folder / "rain")
     write_corpus(folder, clips=CLIPS, seed=3, progress=False)
@@ -155,7 +156,7 @@ def test_interrupted_corpus_is_completed(tmp_path, corpus):
 
 
 def test_failure_half_way_leaves_only_whole_files_and_can_be_resumed(tmp_path, corpus, monkeypatch):
-    replace, renames = synth.os.replace, iter(range(7))
+    replace, renames = synth.os.replace, iter(range(8))
 
     def run_out(*arguments):
         if next(renames, None) is None:
@@ -165,11 +166,15 @@ def test_failure_half_way_leaves_only_whole_files_and_can_be_resumed(tmp_path, c
     with monkeypatch.context() as patch, pytest.raises(UserError, match="no space left"):
         patch.setattr(synth.os, "replace", run_out)
         write_corpus(tmp_path, clips=CLIPS, seed=3, progress=False)
-    left = snapshot(tmp_path)
-    assert len(left) == 7 and left.items() <= snapshot(corpus).items()
-    (tmp_path / "bell" / ".bell-0000.flac.0123abcd.part").write_bytes(b"left by a killed run")
+    left, whole = snapshot(tmp_path), snapshot(corpus)
+    assert left.pop(Path("corpus.json.part")) == whole[Path("corpus.json")] and Path("corpus.json") not in left
+    assert len(left) == 7 and left.items() <= whole.items()
+    killed = tmp_path / "bell" / "bell-0000.flac.12345.tmp"
+    killed.parent.mkdir(exist_ok=True)
+    killed.write_bytes(b"left by a killed run")
     write_corpus(tmp_path, clips=CLIPS, seed=3, progress=False)
-    assert snapshot(corpus).items() <= snapshot(tmp_path).items()
+    killed.unlink()
+    assert snapshot(tmp_path) == whole
 
 
 @pytest.mark.parametrize(
@@ -186,16 +191,32 @@ def test_foreign_folder_is_refused_and_untouched(tmp_path, name):
 
 
 @pytest.mark.parametrize("other", [{"clips": CLIPS + 1, "seed": 3}, {"clips": CLIPS, "seed": 4}])
-@pytest.mark.parametrize("finished", [True, False])
-def test_another_corpus_is_refused(tmp_path, corpus, other, finished):
+@pytest.mark.parametrize("record", ["corpus.json", "corpus.json.part", None])
+def test_another_corpus_is_refused(tmp_path, corpus, other, record):
     folder = tmp_path / "corpus"
     for name, content in snapshot(corpus).items():
-        if finished or name.name != "corpus.json":
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    if record is None:
+        (folder / "corpus.json").unlink()
+    else:
+        (folder / "corpus.json").rename(folder / record)
     before = snapshot(folder)
     with pytest.raises(UserError, match="another folder"):
         write_corpus(folder, **other, progress=False)
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "bell/more.flac", "cats/one.flac"])
+def test_an_interrupted_corpus_with_foreign_files_is_refused(tmp_path, corpus, name):
+    folder = tmp_path / "corpus"
+    for path, content in {**snapshot(corpus), Path(name): b"something else"}.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    (folder / "corpus.json").rename(folder / "corpus.json.part")
+    before = snapshot(folder)
+    with pytest.raises(UserError, match="another folder"):
+        write_corpus(folder, clips=CLIPS, seed=3, progress=False)
     assert snapshot(folder) == before
 
 

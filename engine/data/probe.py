@@ -1,0 +1,321 @@
+"""Decodes audio files to the end, and converts those that NVIDIA DALI cannot decode, or not faithfully: the worker of check.py.
+
+It runs as a script, `python -P probe.py MEMORY_BYTES`, so that neither the package nor torch is imported. A line of standard input
+is a file, [path, size, mtime in ns, path for a converted copy] in JSON. Each is answered by a line of standard output: {"sound":
+[frames, rate, channels, size of the copy, its mtime]}, where size -1 means no copy; or {"reason": why the file is of no use,
+"transient": true if that may pass by itself}; or {"fatal": what no other file would change}.
+"""
+
+import contextlib
+import ctypes
+import io
+import itertools
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import struct
+import sys
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+import soundfile
+
+COPY_RATE = 16_000  # Hz
+MIN_RATE, MAX_RATE = 1_000, 768_000  # Hz
+MAX_PEAK = 1_000.0  # full scale is 1: beyond this, samples are finite but no audio
+
+# What DALI's decoder (libsndfile without MP3) returns equal to libsndfile as int16. It also opens AIFF, AU, CAF and others, but
+# there nothing would tell a cut file from a whole one; and one-channel float files come back as -1, 0 and 1, that is as silence.
+_PCM = {"PCM_U8", "PCM_16", "PCM_24", "PCM_32", "ULAW", "ALAW"}
+DALI_FORMATS = {"WAV": _PCM, "WAVEX": _PCM, "RF64": _PCM, "FLAC": {"PCM_S8", "PCM_16", "PCM_24"}, "OGG": {"VORBIS", "OPUS"}}
+
+# FFmpeg's demuxers for audio files. The others are kept out: text and images are not audio, and playlists open other files.
+_DEMUXERS = (
+    "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,dsf,dts,eac3,flac,flv,gsm,iff,ircam,loas,matroska,mov,mp3,mpc,mpc8,mpeg,"
+    "nistsphere,nut,ogg,oma,paf,pvf,rm,sds,shn,sox,tak,tta,voc,w64,wav,wv"
+)
+_GUESSED_DURATION = {"aac", "ac3", "amr", "dts", "eac3", "loas", "mp3", "mpeg"}  # from the bit rate of the beginning
+_UNKNOWN = "format not recognised"
+
+
+class _Reject(Exception):
+    """The file cannot be used; the message is the reason that the user reads."""
+
+
+class _CannotWriteError(Exception):
+    """The copy cannot be written, which no other file would change."""
+
+
+def _serve(memory: int) -> None:
+    """Answers files from standard input until it ends, in at most `memory` bytes of address space."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what decoders print must not get between the answers
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: dies with its parent, even in the middle of a file
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    answers.write("null\n")  # ready
+    for line in sys.stdin.buffer:
+        answers.write(json.dumps(_verdict(*json.loads(line), memory)) + "\n")
+
+
+def _verdict(path: str, size: int, mtime_ns: int, copy: str, memory: int) -> dict[str, Any]:
+    try:
+        sound = _inspect(path, size, copy)
+        now = os.stat(path)
+        if (now.st_size, now.st_mtime_ns) != (size, mtime_ns):
+            return {"reason": "changed while it was being checked", "transient": True}
+        return {"sound": sound}
+    except _Reject as reject:
+        return {"reason": str(reject)}
+    except MemoryError:
+        return {"reason": f"needs more than {memory / 2**30:.1f} GiB of memory to decode", "transient": True}
+    except _CannotWriteError as error:
+        return {"fatal": str(error)}
+    except ImportError as error:
+        return {"fatal": f"cannot import what decodes audio: {error}"}
+    except OSError as error:
+        return {"reason": f"unreadable: {error.strerror or error}", "transient": True}
+    except Exception as error:  # decoders' bindings raise all kinds, and one file must not end the check
+        return {"reason": f"cannot be decoded: {type(error).__name__}: {error}", "transient": True}
+
+
+def _inspect(path: str, size: int, copy: str) -> list[int]:
+    with open(path, "rb") as file:
+        magic = file.read(4)
+        unknown_length = magic in (b"RIFF", b"RIFX", b"RF64", b"BW64") and _check_riff(file, size)
+        if magic == b"OggS":
+            _check_ogg(file, size)
+    problem = ""
+    try:
+        with soundfile.SoundFile(os.fsencode(path)) as sound:
+            native = sound.subtype in DALI_FORMATS.get(sound.format, ()) and not unknown_length
+            if native and sound.frames < 2**62:  # a FLAC written to a pipe knows no length, and DALI then decodes nothing
+                _check_rate(sound.samplerate)
+                frames, peak = _scan(sound)
+                # One-channel Vorbis and Opus beyond full scale wrap around in the int16 that DALI asks libsndfile for.
+                if peak <= 1 or sound.channels > 1:
+                    return [frames, sound.samplerate, sound.channels, -1, 0]
+    except TypeError:  # named .raw
+        problem = _UNKNOWN
+    except soundfile.LibsndfileError as error:
+        known = magic in (b"RIFF", b"RF64", b"fLaC", b"OggS", b"FORM") and "not recognised" not in str(error)
+        problem = _message(error) if known else _UNKNOWN
+    return _convert(path, copy, problem)
+
+
+def _check_riff(file: BinaryIO, size: int) -> bool:
+    """Rejects a WAV whose `data` chunk claims more than the file holds; True if the samples are there, but the chunk says none.
+
+    Placeholders that writers to a pipe leave, all ones or about 2^31, mean that the length is unknown: what is there counts.
+    """
+    file.seek(0)
+    header = file.read(12).ljust(12, b"\0")
+    order = ">" if header.startswith(b"RIFX") else "<"
+    align, tag, long_size = 0, 0, 0
+    for _ in range(10_000):
+        name, length = struct.unpack(f"{order}4sI", file.read(8).ljust(8, b"\0"))
+        body = file.tell()
+        if name == b"data" or body >= size:
+            break
+        content = file.read(min(length, 24))
+        if name == b"fmt ":
+            tag, channels, _, _, align, bits = struct.unpack(f"{order}HHIIHH", content[:16].ljust(16, b"\0"))
+            if tag in (1, 3, 0xFFFE) and 0 < align < channels * -(-bits // 8):
+                raise _Reject(f"contradictory header: {channels} channels of {bits} bits in {align} bytes")
+        elif name == b"ds64":
+            long_size = int.from_bytes(content[8:16], "little")
+        file.seek(body + length + length % 2)
+    if name != b"data":
+        return False  # libsndfile says what is wrong
+    held = size - body
+    if header.startswith((b"RF64", b"BW64")) and length == 0xFFFFFFFF:
+        length, unknown = long_size, long_size >= 2**63
+    else:
+        unknown = 0x7FFF0000 <= length <= 0x80000000 or length >= 0xFFFF0000
+    align = max(align, 1)
+    if length // align > held // align and not unknown:
+        unit, per = ("samples", align) if tag in (1, 3, 6, 7, 0xFFFE) else ("bytes", 1)
+        raise _Reject(f"truncated: header says {length // per} {unit}, file holds {held // per}")
+    # Nothing claimed at the end of a RIFF that claims to end here, or anywhere: the writer never came back to fill in the sizes.
+    riff_end = struct.unpack_from(f"{order}I", header, 4)[0] + 8
+    return length == 0 and held >= align and (riff_end <= body or riff_end >= 0x7FFF0000)
+
+
+def _check_ogg(file: BinaryIO, size: int) -> None:
+    """Rejects an Ogg file without the page that ends the stream."""
+    file.seek(max(0, size - 2 * 65_307))  # the largest page, twice
+    tail = file.read()
+    page = tail[max(0, tail.rfind(b"OggS")) :]
+    table = page[27 : 27 + page[26]] if len(page) > 26 else b""
+    if len(page) < 27 + len(table) + sum(table) or not page[5] & 4:
+        raise _Reject("truncated: the end of the Ogg stream is missing")
+
+
+def _check_rate(rate: int) -> None:
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise _Reject(f"sample rate of {rate} Hz, outside {MIN_RATE} to {MAX_RATE}")
+
+
+def _check_samples(samples: np.ndarray) -> tuple[float, int]:
+    """Peak, and how many samples are not finite."""
+    peak = float(np.abs(samples).max(initial=0.0))
+    if not math.isfinite(peak):
+        return 0.0, int(samples.size - np.count_nonzero(np.isfinite(samples)))
+    if peak > MAX_PEAK:
+        raise _Reject(f"absurd samples: peak {peak:.3g} where 1 is full scale")
+    return peak, 0
+
+
+def _message(error: soundfile.LibsndfileError) -> str:
+    """libsndfile's message without "Error : " and the full stop."""
+    return error.error_string.rpartition("rror : ")[2].rstrip(".")
+
+
+def _scan(sound: soundfile.SoundFile) -> tuple[int, float]:
+    """Decodes all of a file: (frames, peak), the peak of integer formats being 1."""
+    kind = "float32" if sound.format == "OGG" else "int16"
+    block = np.empty((max(1, (1 << 18) // sound.channels), sound.channels), dtype=kind)
+    frames, peak, bad = 0, 1.0 if kind == "int16" else 0.0, 0
+    try:
+        while got := sound.buffer_read_into(block, kind):
+            frames += got
+            if kind == "float32":
+                block_peak, block_bad = _check_samples(block[:got])
+                peak, bad = max(peak, block_peak), bad + block_bad
+    except soundfile.LibsndfileError as error:
+        raise _Reject(f"truncated or damaged: header says {sound.frames} samples, decoding failed ({_message(error)})") from error
+    if bad:
+        raise _Reject(f"NaN or infinite samples ({bad})")
+    if frames != sound.frames:
+        raise _Reject(f"truncated: header says {sound.frames} samples, {frames} can be decoded")
+    if not frames:
+        raise _Reject("no samples")
+    return frames, peak
+
+
+def _convert(path: str, copy: str, problem: str) -> list[int]:
+    """Writes what FFmpeg decodes of the first audio stream to `copy`: 16 kHz, the mean of the channels, 16-bit FLAC.
+
+    `problem` says why libsndfile could not open the file, "" if it could.
+    """
+    import av  # only some data sets need it
+
+    content = io.BytesIO()
+    try:
+        options = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}
+        with av.open(path, container_options=options, metadata_errors="ignore") as container:
+            if not container.streams.audio or container.streams.audio[0].codec_context is None:
+                raise _Reject("no audio stream that can be decoded")
+            sound = _Sound(container)
+            with soundfile.SoundFile(content, "w", COPY_RATE, 1, "PCM_16", format="FLAC") as flac:
+                for samples in sound.resampled():
+                    flac.write(samples)
+            sound.require_whole(path, problem)
+    except MemoryError:
+        raise
+    except av.FFmpegError as error:
+        raise _Reject(f"not audio: {problem or error.strerror}") from error
+    content.seek(0)
+    with soundfile.SoundFile(content) as flac:  # what could not be written would not show otherwise
+        frames, _ = _scan(flac)
+    return [frames, COPY_RATE, 1, *_write_copy(copy, content)]
+
+
+def _write_copy(copy: str, content: io.BytesIO) -> tuple[int, int]:
+    """(size, mtime in ns) of the copy, which appears whole or not at all."""
+    aside = f"{copy}.{os.getpid()}.tmp"
+    try:
+        with open(aside, "wb") as file:
+            file.write(content.getbuffer())
+        os.replace(aside, copy)
+        status = os.stat(copy)
+        return status.st_size, status.st_mtime_ns
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(aside)
+        folder = os.path.dirname(copy)
+        free = shutil.disk_usage(folder).free / 2**20
+        raise _CannotWriteError(f"cannot write converted clips to {folder}: {error.strerror} ({free:.0f} MiB free)") from error
+
+
+class _Sound:
+    """The first audio stream of a container, decoded past errors as players do."""
+
+    def __init__(self, container: Any) -> None:
+        self._container, self._stream = container, container.streams.audio[0]
+        self._seconds, self._errors, self._bad = 0.0, 0, 0
+
+    def resampled(self) -> Iterator[np.ndarray]:
+        """int16 [n] at 16 kHz, clipped. The rate of the stream may change where several have been chained."""
+        import av
+
+        for _, frames in itertools.groupby(self._mono(), key=lambda frame: frame.sample_rate):
+            resampler = av.AudioResampler("fltp", "mono", COPY_RATE)
+            for frame in itertools.chain(frames, [None]):  # None draws out what the resampler holds back
+                for block in resampler.resample(frame):
+                    yield np.clip(np.rint(block.to_ndarray()[0] * 32768), -32768, 32767).astype(np.int16)
+
+    def _mono(self) -> Iterator[Any]:
+        """Frames of the mean of the channels, float32, full scale 1."""
+        import av
+
+        for frame in self._frames():
+            _check_rate(frame.sample_rate)
+            samples = frame.to_ndarray()
+            if not frame.format.is_planar:
+                samples = samples.reshape(-1, frame.layout.nb_channels).T
+            if samples.dtype.kind in "iu":
+                samples = samples.astype(np.float32) / 2 ** (8 * samples.itemsize - 1) - (samples.dtype.kind == "u")
+            self._bad += _check_samples(samples)[1]
+            self._seconds += frame.samples / frame.sample_rate
+            if frame.samples and not self._bad:
+                mean = samples.mean(axis=0, keepdims=True).astype(np.float32)
+                mono = av.AudioFrame.from_ndarray(mean, format="fltp", layout="mono")
+                mono.sample_rate = frame.sample_rate
+                yield mono
+
+    def _frames(self) -> Iterator[Any]:
+        import av
+
+        packets = self._container.demux(self._stream)
+        while True:
+            try:
+                yield from next(packets).decode()
+            except StopIteration:
+                return
+            except MemoryError:
+                raise
+            except av.FFmpegError:
+                self._errors += 1
+
+    def require_whole(self, path: str, problem: str) -> None:
+        """Rejects what was not decoded in full; called at the end."""
+        if self._bad:
+            raise _Reject(f"NaN or infinite samples ({self._bad})")
+        claimed = self._claimed_seconds(path)
+        if not self._seconds:
+            empty = not problem or (problem == _UNKNOWN and claimed)
+            raise _Reject("no samples" if empty else f"not audio: {problem}")
+        if claimed - self._seconds > max(0.5, 0.1 * claimed):
+            raise _Reject(f"truncated: header says {claimed:.1f} s, {self._seconds:.1f} s can be decoded")
+
+    def _claimed_seconds(self, path: str) -> float:
+        """Duration by the header; 0 where FFmpeg made it up from the bit rate, unless errors while decoding lend it weight."""
+        if self._container.format.name in _GUESSED_DURATION and not self._errors:
+            with open(path, "rb") as file:
+                head = file.read(1 << 18)
+            if b"Xing" not in head and b"Info" not in head:  # the frame count of an MP3
+                return 0.0
+        if self._stream.duration is not None:
+            return float(self._stream.duration * self._stream.time_base)
+        alone = len(self._container.streams) == 1  # otherwise it may be that of a longer video
+        return (self._container.duration or 0) / 1e6 if alone else 0.0
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]))
