@@ -11,6 +11,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 _STEP = re.compile(r"step-(\d+)")
 _ASIDE = "incomplete-"
+STATE_FILE = "state.json"
 
 
 def checkpoint_steps(run_dir: Path) -> list[int]:
@@ -52,6 +55,7 @@ def save_checkpoint(engine: DeepSpeedEngine, run_dir: Path, step: int, state: di
         engine.save_checkpoint(str(folder), tag=aside, client_state=state, save_latest=False)
         if weights is not None:
             save_weights(weights, _model(engine).config, folder / aside / WEIGHTS_FILE)
+            (folder / aside / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     except WRITE_ERRORS as error:
         free = shutil.disk_usage(folder).free / 2**30
         raise UserError(
@@ -67,12 +71,33 @@ def save_checkpoint(engine: DeepSpeedEngine, run_dir: Path, step: int, state: di
     dist.barrier()
 
 
-def load_checkpoint(engine: DeepSpeedEngine, run_dir: Path, step: int) -> dict[str, Any]:
-    """Put the engine where `save_checkpoint` left it and return the state given there; every rank calls it."""
-    path, state = engine.load_checkpoint(str(run_dir / "checkpoints"), tag=f"step-{step}")
+def load_checkpoint(engine: DeepSpeedEngine, run_dir: Path, name: str) -> None:
+    """Put the engine where `save_checkpoint` left it; every rank calls it."""
+    path, _ = engine.load_checkpoint(str(run_dir / "checkpoints"), tag=name)
     if path is None:
-        raise UserError(f"{run_dir / 'checkpoints' / f'step-{step}'}: could not be loaded by DeepSpeed")
-    return state
+        raise UserError(f"{run_dir / 'checkpoints' / name}: could not be loaded by DeepSpeed")
+
+
+def read_state(run_dir: Path, step: int) -> dict[str, Any]:
+    """What the trainer gave `save_checkpoint` to keep."""
+    return json.loads((run_dir / "checkpoints" / f"step-{step}" / STATE_FILE).read_text(encoding="utf-8"))
+
+
+def convert_for_other_ranks(run_dir: Path, step: int) -> str:
+    """Make a copy of a ZeRO checkpoint that any number of ranks can load (DeepSpeed's universal checkpoint); return its name.
+
+    Raises:
+        UserError: DeepSpeed's converter failed.
+    """
+    folder, name = run_dir / "checkpoints", f"{_ASIDE}universal-{step}"
+    shutil.rmtree(folder / name, ignore_errors=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(folder / f"step-{step}"), "--output_folder", str(folder / name)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(f"{folder / f'step-{step}'}: could not be converted for another number of ranks: {reason}")
+    return name
 
 
 def save_best(engine: DeepSpeedEngine, run_dir: Path, step: int, metric: str, value: float) -> None:

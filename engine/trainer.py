@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from ssast.kernels import MSPMLoss, fbank, sample_patch_mask
 
-from .checkpoint import checkpoint_steps, load_checkpoint, save_best, save_checkpoint
+from .checkpoint import checkpoint_steps, convert_for_other_ranks, load_checkpoint, read_state, save_best, save_checkpoint
 from .config import Config
 from .data.check import Clips
 from .data.dataset import Dataset
@@ -50,10 +50,11 @@ class Trainer:
 
         self.config, self.data, self.ranks, self.run_dir = config, data, ranks, config.run_dir
         optimizer_section = config.deepspeed["optimizer"]
+        self._resume_from = ranks.once(self._choose_checkpoint)
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, optimizer_section),
-            config=deepspeed_config(config),
+            config=deepspeed_config(config, universal=self._resume_from is not None and self._resume_from.is_universal),
             dist_init_required=False,
         )
         self.micro_batch, self.accumulation = config.batch_sizes(ranks.world_size)
@@ -294,22 +295,41 @@ class Trainer:
         save_checkpoint(self.engine, self.run_dir, self.step, state, self.config.train.keep_last)
         self._event(log, "checkpoint", f"step-{self.step}")
 
-    def _resume(self) -> bool:
-        steps = self.ranks.once(lambda: checkpoint_steps(self.run_dir))
+    def _choose_checkpoint(self) -> _ResumePoint | None:
+        """The last one, converted first if DeepSpeed could not load it on this number of ranks; on rank 0."""
+        steps = checkpoint_steps(self.run_dir)
         if not steps:
+            return None
+        state = read_state(self.run_dir, steps[-1])
+        is_universal = self.config.zero_stage > 0 and state["world_size"] != self.ranks.world_size
+        if is_universal:
+            print(f"converting the checkpoint from {state['world_size']} ranks to {self.ranks.world_size}", flush=True)
+        name = convert_for_other_ranks(self.run_dir, steps[-1]) if is_universal else f"step-{steps[-1]}"
+        return _ResumePoint(name, state, is_universal)
+
+    def _resume(self) -> bool:
+        point = self._resume_from
+        if point is None:
             return False
-        state = load_checkpoint(self.engine, self.run_dir, steps[-1])
-        self.step, self.samples = state["step"], state["samples"]
-        self.schedule.load_state_dict(state["schedule"])
-        if self.samples % (self.micro_batch * self.ranks.world_size):
-            self.samples -= self.samples % (self.micro_batch * self.ranks.world_size)  # another batch size: begin at a whole batch
+        load_checkpoint(self.engine, self.run_dir, point.name)
+        self.step, self.samples = point.state["step"], point.state["samples"]
+        self.samples -= self.samples % (self.micro_batch * self.ranks.world_size)  # another batch size begins at a whole batch
+        self.schedule.load_state_dict(point.state["schedule"])
         if self.ranks.is_first:
             print(f"resuming from step {self.step} ({self.samples} clips)", flush=True)
-            if state["data"] != data_fingerprint(self.data):
+            if point.state["data"] != data_fingerprint(self.data):
                 print(
                     "warning: the training clips are not those the run began with; their order from here on is another", flush=True
                 )
         return True
+
+
+@dataclass(frozen=True)
+class _ResumePoint:
+    name: str
+    """Of the folder in checkpoints/."""
+    state: dict[str, Any]
+    is_universal: bool
 
 
 class _Clock:
@@ -358,9 +378,12 @@ def build_optimizer(model: SSAST, section: dict[str, Any]) -> torch.optim.Optimi
     return kind(model.parameters(), **params)
 
 
-def deepspeed_config(config: Config) -> dict[str, Any]:
-    """The run's DeepSpeed section, less the optimizer that we build, with gradients accumulated in fp32 unless told otherwise."""
+def deepspeed_config(config: Config, *, universal: bool = False) -> dict[str, Any]:
+    """The run's DeepSpeed section, less the optimizer that we build, with gradients accumulated in fp32 unless told otherwise;
+    `universal`: to load a checkpoint that was converted for another number of ranks."""
     section = copy.deepcopy(config.deepspeed)
+    if universal:
+        section.setdefault("checkpoint", {})["load_universal"] = True
     section.pop("optimizer")
     section.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     if config.uses_autocast:

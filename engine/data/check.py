@@ -113,6 +113,7 @@ def check_clips(
         return [paths[i], *table[i, :2].tolist(), copy_path(i)]
 
     with contextlib.closing(_Cache(cache_dir / CACHE_FILE)) as cache:
+        # What the file system and the cache know.
         for i, row in enumerate(cache.rows(paths)):
             status = _status(paths[i])
             if isinstance(status, str):
@@ -126,6 +127,7 @@ def check_clips(
             else:
                 table[i] = row[:7]
 
+        # What is left to decode.
         bar = tqdm(total=len(todo), desc="checking clips", unit="file", smoothing=0.05, disable=None if progress and todo else True)
         count = min(workers or len(os.sched_getaffinity(0)), len(todo))
         with bar, contextlib.closing(_probe_all(todo, job, count, timeout_s, memory_limit_bytes)) as verdicts:
@@ -140,6 +142,7 @@ def check_clips(
                     cache.put(paths[i], [*table[i].tolist(), reason])
                 bar.update()
 
+    # From paths to entries, which may name one path many times.
     size, mtime_ns, frames, rate, channels, copy_size, copy_mtime_ns = np.ascontiguousarray(table.T)
     needed = np.ceil(min_seconds * rate - 1e-6).astype(np.int64)
     for i in np.flatnonzero(frames < needed).tolist():

@@ -11,7 +11,6 @@ import ctypes
 import io
 import itertools
 import json
-import math
 import os
 import resource
 import shutil
@@ -164,7 +163,7 @@ def _check_rate(rate: int) -> None:
 def _check_samples(samples: np.ndarray) -> tuple[float, int]:
     """Peak, and how many samples are not finite."""
     peak = float(np.abs(samples).max(initial=0.0))
-    if not math.isfinite(peak):
+    if not np.isfinite(peak):
         return 0.0, int(samples.size - np.count_nonzero(np.isfinite(samples)))
     if peak > MAX_PEAK:
         raise _Reject(f"absurd samples: peak {peak:.3g} where 1 is full scale")

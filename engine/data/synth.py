@@ -159,15 +159,13 @@ def _pluck(clip: _Clip) -> None:
         period = round(clip.rate / pitch_hz - blend)
         periods = max(2, round(clip.between(0.6, 2.0) * clip.rate / period))
         loss = 10.0 ** (-3.0 * period / (t60_seconds * clip.rate))
-        taps = loss * (1 - blend), loss * blend
-        # A column in front holds the last sample of the period before, which the low-pass reaches back to.
-        wave = np.zeros((periods, period + 1))
-        wave[0, 1:] = clip.rng.uniform(-1, 1, period)
-        wave[0, 1:] -= wave[0, 1:].mean()
-        for now in range(1, periods):
-            wave[now, 0] = wave[now - 1, -1]
-            wave[now, 1:] = taps[0] * wave[now - 1, 1:] + taps[1] * wave[now - 1, :-1]
-        clip.add(onset, clip.between(0.4, 1.0) * clip.fade(wave[:, 1:].ravel(), 0.001, 0.1))
+        wave = np.zeros(1 + periods * period)  # the low-pass reaches back to the zero in front
+        wave[1 : 1 + period] = clip.rng.uniform(-1, 1, period)
+        wave[1 : 1 + period] -= wave[1 : 1 + period].mean()
+        for start in range(1, len(wave) - period, period):
+            before = wave[start - 1 : start + period]
+            wave[start + period : start + 2 * period] = loss * (1 - blend) * before[1:] + loss * blend * before[:-1]
+        clip.add(onset, clip.between(0.4, 1.0) * clip.fade(wave[1:], 0.001, 0.1))
 
 
 def _bell(clip: _Clip) -> None:
@@ -264,7 +262,7 @@ def _drum(clip: _Clip) -> None:
 
 
 _GENERATORS = (_sweep, _burst, _siren, _pluck, _bell, _engine, _vowel, _chirps, _rain, _drum)
-CLASSES: tuple[str, ...] = tuple(generator.__name__[1:] for generator in _GENERATORS)
+CLASSES: tuple[str, ...] = tuple(generator.__name__[1:] for generator in _GENERATORS)  # the order is part of the sound
 
 
 def _reverberate(clip: _Clip) -> None:
@@ -290,7 +288,7 @@ def _add_background(clip: _Clip) -> None:
 
 
 def synthesize(label: str, seed: int, index: int, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
-    """One clip, float32 [S]: mono, 2 to 6 seconds, peak at -30 to -3 dBFS, all multiples of 2**-15, which 16-bit files hold exactly.
+    """One clip, float32 [S], 2 to 6 seconds long: peak at -30 to -3 dBFS, all multiples of 2**-15, which 16-bit files hold exactly.
 
     Raises ValueError for a label not in `CLASSES`, a seed outside 0..2**64-1, an index outside 0..2**32-1, or a rate below 16 kHz,
     which would cut off what sets some of the classes apart.
@@ -364,7 +362,8 @@ def _fill(folder: Path, clips: int, seed: int, progress: bool) -> Path:
     own = {manifest, begun, finished, *files, *(path.parent for path in files)} if mine else set()
     foreign = [path for path in folder.rglob("*") if path not in own and path.suffix != ".tmp"]
     if foreign:
-        raise UserError(f"{min(foreign)} is no part of the corpus asked for, {record}: choose another folder")
+        found = finished if finished in foreign else min(foreign)
+        raise UserError(f"{found} is not of the corpus asked for, {record}: choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     _write(begun, record.encode())
     missing = [path for path in files if not path.is_file()]
@@ -387,9 +386,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="an empty or new folder, or one that an earlier run left unfinished")
     parser.add_argument("--clips", type=int, default=300, help="number of clips (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random streams (default: %(default)s)")
-    arguments = parser.parse_args(argv)
     try:
-        print(write_corpus(arguments.folder, arguments.clips, arguments.seed))
+        print(write_corpus(**vars(parser.parse_args(argv))))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
