@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -267,6 +268,19 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return found
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as text, for want of a dot; here it is a number, as in YAML 1.2 and everywhere else."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
 def _find(source: str, beside: Path) -> Path:
     path = beside / source
     if path.is_file():
@@ -281,7 +295,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
         raise UserError(f"{path}: 'extends' goes round in a circle")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = _parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except OSError as error:
@@ -305,7 +319,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"{override}: an override is written key.sub=value")
     try:
-        value = yaml.safe_load(text) if text else None
+        value = _parse_yaml(text) if text else None
     except yaml.YAMLError:
         value = text  # a path with a colon or a bracket, say
     if isinstance(value, str) or key in ("data.train", "data.valid", "run.name", "model.init_from"):
@@ -360,6 +374,9 @@ def _check_deepspeed(section: dict[str, Any]) -> None:
     params = optimizer.get("params") or {}
     if "lr" not in params:
         raise ValueError("deepspeed.optimizer.params.lr is missing")
+    for name, value in params.items():
+        if name != "betas" and not isinstance(value, int | float):
+            raise ValueError(f"deepspeed.optimizer.params.{name}: must be a number, not {value!r}")
     if unknown := sorted(params.keys() - set(OPTIMIZER_PARAMS)):
         raise ValueError(f"unknown key deepspeed.optimizer.params.{unknown[0]}; there are {', '.join(OPTIMIZER_PARAMS)}")
     stage = section.get("zero_optimization", {}).get("stage", 0)

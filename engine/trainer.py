@@ -388,6 +388,10 @@ def deepspeed_config(config: Config, *, universal: bool = False) -> dict[str, An
     section.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     if config.uses_autocast:
         section["bf16"] = {"enabled": False}
+    section.setdefault("gradient_clipping", 0.0)  # DeepSpeed's own default clips at 1
+    if config.zero_stage == 3:
+        # its own linear layer adds up bias gradients in another order, so that stage 3 would drift from the others
+        section["zero_optimization"].setdefault("memory_efficient_linear", False)
     section.setdefault("steps_per_print", 10**9)
     section["zero_allow_untested_optimizer"] = True
     return section

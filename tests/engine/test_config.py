@@ -103,6 +103,14 @@ def test_files_that_are_no_config(tmp_path):
         load_config("nowhere")
 
 
+def test_numbers_may_be_written_without_a_dot(tmp_path):
+    (tmp_path / "c.yaml").write_text("extends: demo\ndeepspeed: {optimizer: {params: {weight_decay: 5e-7}}}")
+    params = load_config(tmp_path / "c.yaml", ["deepspeed.optimizer.params.lr=1e-4"]).deepspeed["optimizer"]["params"]
+    assert params["lr"] == 1e-4 and params["weight_decay"] == 5e-7
+    with pytest.raises(UserError, match=r"params.lr: must be a number, not 'fast'"):
+        load_config("demo", ["deepspeed.optimizer.params.lr=fast"])
+
+
 def test_extends_merges_section_by_section(tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"extends": "demo", "run": {"name": "mine"}, "train": {"steps": 1234}}))
     mine, demo = load_config(tmp_path / "mine.yaml"), load_config("demo")

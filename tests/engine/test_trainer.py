@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from ssast.engine import load_model
+from ssast.engine.config import TrainSection
 from ssast.engine.runlog import read_rows
+from ssast.engine.schedule import Schedule
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
 SMALL = {
@@ -23,7 +25,7 @@ SMALL = {
         "steps": 9,
         "schedule": "plateau",
         "warmup_steps": 3,
-        "plateau_patience": 0,
+        "plateau_patience": 99,
         "valid_every": 2,
         "checkpoint_every": 4,
         "keep_last": 3,
@@ -32,7 +34,6 @@ SMALL = {
     "deepspeed": {
         "train_batch_size": 8,
         "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "betas": [0.95, 0.999], "weight_decay": 5e-7}},
-        "gradient_clipping": 1.0,
     },
 }
 
@@ -102,11 +103,17 @@ def runs(tmp_path_factory, corpus) -> Runs:
         runs.job("objective-generative", "objective.name=generative"),
     ]
     two += [runs.job("objective-discriminative", "objective.name=discriminative", "objective.softmax_over=targets")]
+    for stage in (0, 1, 2, 3):
+        two += [runs.job(f"clipped-{stage}", f"deepspeed.zero_optimization.stage={stage}", "deepspeed.gradient_clipping=1.0")]
+    two += [runs.job("plateau", "train.plateau_patience=0")]
     two += [runs.job("two-accumulate", "deepspeed.train_micro_batch_size_per_gpu=2")]
     for precision in ("fp32", "bf16"):
-        for stage in (0, 1, 2):
+        for stage in (0, 1, 2, 3):
             overrides = [f"deepspeed.zero_optimization.stage={stage}", f"deepspeed.bf16.enabled={precision == 'bf16'}"]
             one += [runs.job(f"one-{stage}-{precision}", *overrides, "deepspeed.train_micro_batch_size_per_gpu=4")]
+            if stage:
+                two += [runs.interrupted(f"fewer-{stage}-{precision}", f"zero{stage}-{precision}", 4)]
+                one += [runs.job(f"fewer-{stage}-{precision}", *overrides)]
     one += [runs.job("one-frame", "model.patch_shape=[128,2]", "mask.cluster=null")]
     one += [runs.job("continued", f"model.init_from={runs.folder / 'zero1-fp32'}", "train.steps=4")]
     runs.run(2, two)
@@ -115,27 +122,47 @@ def runs(tmp_path_factory, corpus) -> Runs:
 
 
 def test_zero_stages_agree(runs):
-    """fp32: the same arithmetic in another order of summation."""
+    """fp32: without clipping the same arithmetic in the same order, so the same bits."""
     whole = runs.losses("zero0-fp32")
     assert len(whole) == 9 and whole[-1][1] < whole[0][1]
     for stage in (1, 2, 3):
         for ours, theirs in zip(runs.losses(f"zero{stage}-fp32"), whole, strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5), stage
+            assert ours == theirs, stage
     for stage in (0, 1, 2, 3):
         for ours, theirs in zip(runs.losses(f"zero{stage}-bf16"), whole, strict=True):
-            assert ours[1] == pytest.approx(theirs[1], rel=5e-3), stage
+            assert ours[1] == pytest.approx(theirs[1], rel=2e-2), stage
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_one_rank_with_accumulation_equals_two_ranks(runs, stage):
     for kind in ("train", "valid"):
         for ours, theirs in zip(runs.losses(f"one-{stage}-fp32", kind), runs.losses(f"zero{stage}-fp32", kind), strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
-        # bf16: gradients are summed in fp32, so all that differs is rounding within a micro-batch
+            assert ours == pytest.approx(theirs, abs=1e-6)
+        # bf16: micro-batches add up in fp32, ranks at stages 2 and 3 in bf16
         for ours, theirs in zip(runs.losses(f"one-{stage}-bf16", kind), runs.losses(f"zero{stage}-bf16", kind), strict=True):
-            assert ours[1] == pytest.approx(theirs[1], rel=1e-3)
+            assert ours[1] == pytest.approx(theirs[1], rel=2e-3)
+
+
+def test_smaller_micro_batches_sum_to_the_same(runs):
+    """Two of two clips instead of one of four: other shapes round otherwise, and Adam enlarges it."""
     for ours, theirs in zip(runs.losses("two-accumulate"), runs.losses("zero0-fp32"), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+        assert ours[1] == pytest.approx(theirs[1], rel=1e-3)
+
+
+def test_clipping_agrees_between_stages(runs):
+    """The norm is summed in another order at each stage; Adam turns the last bit of a gradient that is all but zero into a step of
+    its full size, so after nine steps only 1e-3 is left of the agreement."""
+    for stage in (1, 2, 3):
+        for ours, theirs in zip(runs.losses(f"clipped-{stage}"), runs.losses("clipped-0"), strict=True):
+            assert ours[1] == pytest.approx(theirs[1], rel=1e-3), stage
+    assert runs.losses("clipped-0")[-1] != runs.losses("zero0-fp32")[-1]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_ranks_can_be_gone_on_with_on_one(runs, stage):
+    for precision, tolerance in (("fp32", 1e-5), ("bf16", 5e-3)):
+        for ours, theirs in zip(runs.losses(f"fewer-{stage}-{precision}"), runs.losses(f"zero{stage}-{precision}"), strict=True):
+            assert ours[1] == pytest.approx(theirs[1], rel=tolerance), precision
 
 
 @pytest.mark.parametrize(("stage", "precision"), STAGES)
@@ -171,9 +198,13 @@ def test_gradient_norm_is_logged_at_every_stage(runs):
 
 
 def test_learning_rate_warms_up_and_halves(runs):
-    rates = [row["lr"] for row in runs.rows("zero0-fp32", "train")]
-    assert rates[:3] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3])
-    assert set(rates[3:]) <= {1e-3 * 0.5**halvings for halvings in range(5)}
+    schedule = Schedule(TrainSection(**{**SMALL["train"], "plateau_patience": 0}), 1e-3)
+    validations = {row["step"]: row["accuracy"] for row in runs.rows("plateau", "valid")}
+    for row in runs.rows("plateau", "train"):
+        assert row["lr"] == schedule.lr(row["step"] - 1)
+        if row["step"] in validations:
+            schedule.after_validation(validations[row["step"]])
+    assert schedule.factor < 1.0
 
 
 def test_objectives(runs):
@@ -202,7 +233,7 @@ def test_run_folder_is_complete(runs):
     for name in ("config.yaml", "environment.json", "metrics.jsonl", "skipped.csv", "data.json", "report.html", "source.diff"):
         assert (folder / name).is_file(), name
     assert list((folder / "tensorboard").iterdir())
-    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir() if path.is_dir())
     assert kept == ["best", "step-4", "step-8", "step-9"]
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["world_size"] == 2 and environment["torch"]
