@@ -6,14 +6,6 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RANKS ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c .); [ "$$n" -gt 0 ] && echo $$n || echo 2)
 
-ifdef AUDIO
-DEMO_NAME := demo-$(subst $(eval ) ,-,$(notdir $(patsubst %/,%,$(AUDIO))))
-DEMO_DATA := $(AUDIO)
-else
-DEMO_NAME := demo
-DEMO_DATA := data/demo/manifest.csv
-endif
-
 .PHONY: demo test lint setup clean
 
 setup: $(READY)
@@ -23,15 +15,18 @@ $(READY): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "python3 -m venv failed (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 	@echo "installing into $(VENV) ..."
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@$(BIN)/pip install --quiet --quiet --disable-pip-version-check -c constraints.txt torch numpy
+	@$(BIN)/pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@
 
+# AUDIO is read from the environment, so that any name of a folder survives
 demo: $(READY)
-ifndef AUDIO
-	@$(BIN)/ssast synth data/demo
-endif
-	@$(BIN)/ssast pretrain demo --ranks $(RANKS) 'run.name=$(DEMO_NAME)' 'data.train=$(DEMO_DATA)'
+	@if [ -n "$$AUDIO" ]; then \
+		name="demo-$$(basename -- "$$AUDIO" | tr -c 'A-Za-z0-9._\n-' '-')"; data="$$AUDIO"; \
+	else \
+		$(BIN)/ssast synth data/demo || exit; name=demo; data=data/demo/manifest.csv; \
+	fi; \
+	$(BIN)/ssast pretrain demo --ranks $(RANKS) "run.name=$$name" "data.train=$$data"
 
 test: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--out", type=Path, default=FILE, help="CSV to add the rows to")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "ssast.engine.cli", "synth", f"{folder}/corpus"], check=True)
         for seed in arguments.seeds:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from types import FrameType, TracebackType
 
 import psutil
@@ -25,6 +26,13 @@ class StopRequest:
     def asked(self) -> bool:
         self._asked = self._asked or not all(process.is_running() for process in self._launchers)
         return self._asked
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the request comes within so many seconds."""
+        deadline = time.monotonic() + seconds
+        while not self.asked and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return self.asked
 
     def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -23,7 +23,7 @@ def launch(ranks: int, config: str, overrides: list[str]) -> int:
     DeepSpeed's launcher passes no signal on to them. Asked to stop, this process ends the launcher, whose end is what the ranks take
     as the request (`ssast.engine.interrupt`), and waits for them; if it is itself killed outright, the kernel ends the launcher.
     """
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_accelerators", str(ranks)]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", "--num_accelerators", str(ranks)]
     command += ["--master_port", str(_free_port()), "--module", "ssast.engine.pretrain", config, *overrides]
     environment = {**os.environ, "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu"}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from .data.dataset import Dataset
 
 
+LAUNCHER_NOTICES_S = 3.0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command-line entry; returns the exit status."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
@@ -69,7 +72,8 @@ def run(config: Config) -> int:
             try:
                 done = trainer.train(stop_request)
             except RuntimeError:
-                if stop_request.asked:  # another rank has gone already; the last checkpoint is whole
+                # when another rank fails, collectives break here, and the launcher then ends this rank: its error is not the story
+                if stop_request.wait(LAUNCHER_NOTICES_S):
                     return 128 + signal.SIGTERM
                 raise
         if ranks.is_first:
@@ -155,7 +159,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, help="processes on this machine; default one for each visible GPU, or one")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config, parameters, FLOPs and memory, and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the deepspeed launcher
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 if __name__ == "__main__":

@@ -389,7 +389,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(write_corpus(**vars(parser.parse_args(argv))))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"ssast: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 

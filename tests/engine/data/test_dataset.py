@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from ssast.engine.config import load_config
+from ssast.engine.data.dataset import open_dataset
+from ssast.engine.errors import UserError
+from ssast.kernels import fbank
+
+
+def config(tmp_path, *overrides):
+    return load_config("demo", [f"data.train={tmp_path / 'audio'}", f"data.cache_dir={tmp_path / 'cache'}", *overrides])
+
+
+@pytest.fixture
+def audio(tmp_path):
+    """Twenty clips of noise of different loudness and length."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "audio").mkdir()
+    for number in range(20):
+        samples = 0.02 * (1 + number) * rng.standard_normal(8000 + 3000 * number)
+        soundfile.write(tmp_path / "audio" / f"{number:02}.flac", np.clip(samples, -1, 1), 16000)
+    return tmp_path
+
+
+def test_held_out_clips_stay_held_out_when_files_are_added(audio):
+    before = open_dataset(config(audio, "data.valid_fraction=0.2"))
+    assert len(before.valid) == 4 and len(before.train) == 16
+    assert not set(before.valid.sources) & set(before.train.sources)
+    for number in range(20, 24):
+        (audio / "audio" / f"{number}.flac").write_bytes((audio / "audio" / "03.flac").read_bytes())
+    after = open_dataset(config(audio, "data.valid_fraction=0.2"))
+    assert len(set(before.valid.sources) - set(after.valid.sources)) <= 1
+
+
+def test_splits_of_a_manifest_are_kept(audio):
+    splits = ["train"] * 10 + ["valid"] * 6 + ["test"] * 4
+    lines = ["path,split", *(f"{number:02}.flac,{split}" for number, split in enumerate(splits))]
+    (audio / "audio" / "m.csv").write_text("\n".join(lines))
+    data = open_dataset(config(audio, f"data.train={audio / 'audio' / 'm.csv'}"))
+    assert len(data.train) == 10 and len(data.valid) == 6
+    (audio / "audio" / "m.csv").write_text("path,split\n00.flac,valid\n01.flac,test")
+    with pytest.raises(UserError, match="none for training"):
+        open_dataset(config(audio, f"data.train={audio / 'audio' / 'm.csv'}"))
+
+
+def test_several_sources_and_a_validation_set_of_their_own(audio):
+    sources = [str(audio / "audio" / f"{number:02}.txt") for number in range(3)]
+    for number, source in enumerate(sources):
+        with open(source, "w") as stream:
+            stream.write(f"{number:02}.flac\n{number + 3:02}.flac\n")
+    data = open_dataset(config(audio, f"data.train=[{sources[0]}, {sources[1]}]", f"data.valid={sources[2]}", "data.valid_clips=1"))
+    assert len(data.train) == 4 and len(data.valid) == 1
+
+
+def test_statistics_are_those_of_the_sounding_frames(audio):
+    """Against all frames of all training clips, one at a time; padding does not count."""
+    data = open_dataset(config(audio))
+    frames = [
+        fbank(torch.from_numpy(soundfile.read(path, dtype="float32")[0])[None, :41200])[0].flatten() for path in data.train.sources
+    ]
+    values = torch.cat(frames).double()
+    assert data.mean == pytest.approx(values.mean().item(), abs=2e-3)
+    assert data.std == pytest.approx(values.std().item(), abs=2e-3)
+    assert open_dataset(config(audio), measured=(1.0, 2.0)).std == 2.0
+    assert open_dataset(config(audio, "data.mean=-4.0", "data.std=5.0")).mean == -4.0
