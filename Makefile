@@ -4,7 +4,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-RANKS ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c .); [ "$$n" -gt 0 ] && echo $$n || echo 2)
 
 .PHONY: demo test lint setup clean
 
@@ -26,7 +25,8 @@ demo: $(READY)
 	else \
 		$(BIN)/ssast synth data/demo || exit; name=demo; data=data/demo/manifest.csv; \
 	fi; \
-	$(BIN)/ssast pretrain demo --ranks $(RANKS) "run.name=$$name" "data.train=$$data"
+	ranks="$${RANKS:-$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')}"; \
+	$(BIN)/ssast pretrain demo --ranks "$$ranks" "run.name=$$name" "data.train=$$data"
 
 test: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .

@@ -33,6 +33,7 @@ setup(
         "av>=14",
         "tensorboard>=2.18",
         "matplotlib>=3.9",
+        "Pillow>=11",
         "Jinja2>=3.1",
     ],
     extras_require={

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .rows import RESULTS, read_rows
 
-DOCUMENTS = ("README.md", "docs/kernels.md", "docs/performance.md")
+DOCUMENTS = ("README.md",)
 
 
 def demo_table() -> str:

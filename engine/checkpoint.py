@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 
 from .errors import UserError, first_line
+from .files import sync_folder, write_whole
 from .model import SSAST
-from .weights import WEIGHTS_FILE, WRITE_ERRORS, save_weights
+from .weights import WEIGHTS_FILE, is_write_error, save_weights
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -46,7 +47,9 @@ def save_checkpoint(engine: DeepSpeedEngine, run_dir: Path, step: int, state: di
     """
     folder = run_dir / "checkpoints"
     name, aside = f"step-{step}", f"{_ASIDE}step-{step}"
-    _check_space(engine, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if dist.get_rank() == 0:
+        _check_space(engine, folder)
     weights = full_weights(engine)
     try:
         if dist.get_rank() == 0:
@@ -56,7 +59,10 @@ def save_checkpoint(engine: DeepSpeedEngine, run_dir: Path, step: int, state: di
         if weights is not None:
             save_weights(weights, _model(engine).config, folder / aside / WEIGHTS_FILE)
             (folder / aside / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    except WRITE_ERRORS as error:
+            sync_folder(folder / aside)
+    except Exception as error:
+        if not is_write_error(error):
+            raise
         free = shutil.disk_usage(folder).free / 2**30
         raise UserError(
             f"{folder / name}: the checkpoint could not be written ({first_line(error)}; {free:.1f} GiB free); earlier ones are whole",
@@ -67,7 +73,8 @@ def save_checkpoint(engine: DeepSpeedEngine, run_dir: Path, step: int, state: di
         shutil.rmtree(folder / name, ignore_errors=True)
         os.rename(folder / aside, folder / name)
         for old in checkpoint_steps(run_dir)[:-keep_last]:
-            shutil.rmtree(folder / f"step-{old}")
+            os.rename(folder / f"step-{old}", folder / f"{_ASIDE}old-{old}")  # half deleted, it must not count as whole
+            shutil.rmtree(folder / f"{_ASIDE}old-{old}")
     dist.barrier()
 
 
@@ -109,8 +116,10 @@ def save_best(engine: DeepSpeedEngine, run_dir: Path, step: int, metric: str, va
         try:
             save_weights(weights, _model(engine).config, folder / f"{WEIGHTS_FILE}.tmp")
             os.replace(folder / f"{WEIGHTS_FILE}.tmp", folder / WEIGHTS_FILE)
-            (folder / "best.json").write_text(json.dumps({"step": step, "metric": metric, "value": value}) + "\n")
-        except WRITE_ERRORS as error:
+            write_whole(folder / "best.json", json.dumps({"step": step, "metric": metric, "value": value}) + "\n")
+        except Exception as error:
+            if not is_write_error(error):
+                raise
             (folder / f"{WEIGHTS_FILE}.tmp").unlink(missing_ok=True)
             raise UserError(f"{folder}: the best weights could not be written ({first_line(error)})", every_rank=True) from None
     dist.barrier()
@@ -141,7 +150,6 @@ def _model(engine: DeepSpeedEngine) -> SSAST:
 
 def _check_space(engine: DeepSpeedEngine, folder: Path) -> None:
     """Before anything is written: weights, master weights and two moments in fp32, and the fp32 copy for `load_model`."""
-    folder.mkdir(parents=True, exist_ok=True)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in _model(engine).parameters())
     needed, free = 20 * parameters, shutil.disk_usage(folder).free
     if free < needed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
+import importlib.util
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -47,7 +48,10 @@ class RunSection(Section):
     """Of the run folder."""
     folder: str = "runs"
     """The run folder is `folder/name`."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Of initial weights, order, crops and masks."""
+    deterministic: bool = False
+    """On a GPU: only deterministic kernels, so that a resumed run repeats to the bit there, too; slower."""
     wandb: bool = False
     """Log to Weights & Biases too, where it is installed."""
 
@@ -55,26 +59,33 @@ class RunSection(Section):
 class ModelSection(Section):
     size: Literal["tiny", "small", "base"]
     depth: int = Field(12, ge=1)
+    """Blocks of the encoder; the published models have 12."""
     patch_shape: tuple[int, int] = (16, 16)
     """Mel bins x frames: (16, 16) the patch model, (128, 2) the frame model."""
     input_frames: int = Field(1024, ge=1)
     """10 ms each."""
     num_mel_bins: int = Field(128, ge=1)
+    """Of the filter bank; all published models have 128."""
     init_from: str | None = None
     """Continue from these weights: an official `.pth`, a `.safetensors`, or a run folder."""
 
 
 class MaskSection(Section):
     num_masked: int = Field(400, ge=1)
+    """Patches hidden in training; the paper found 400 of 512 best for sounds, 250 as good for speakers."""
     cluster: tuple[int, ...] | None = (3, 4, 5)
     """Side lengths of the masked squares in patches; null masks single patches at random (the frame model)."""
     algorithm: Literal["centered", "official"] = "centered"
+    """centered: as the paper says; official: as its code does (docs/fidelity.md)."""
 
 
 class ObjectiveSection(Section):
     name: Literal["joint", "discriminative", "generative"] = "joint"
+    """InfoNCE and reconstruction, or one of them alone."""
     softmax_over: Literal["predictions", "targets"] = "predictions"
+    """predictions: as the official code and the published weights; targets: equation 1 of the paper."""
     recon_weight: float = Field(10.0, ge=0)
+    """Lambda of the joint loss, the paper's 10."""
     masks: Literal["shared", "separate"] = "shared"
     """shared: one forward pass and one mask for both losses (the paper's algorithm 1); separate: a pass and a mask each (their code)."""
 
@@ -88,6 +99,7 @@ class DataSection(Section):
     valid_clips: int = Field(4096, ge=1)
     """At most so many clips are validated on."""
     sample_rate: int = Field(16000, ge=1000)
+    """In Hz; clips of other rates are resampled to it."""
     crop: Literal["random", "head"] = "random"
     """Where the window is cut from a longer clip."""
     mean: float | Literal["auto"] = PAPER_MEAN
@@ -96,8 +108,9 @@ class DataSection(Section):
     strict: bool = False
     """A clip that cannot be used is an error instead of a warning."""
     min_seconds: float = Field(0.025, ge=0.025)
+    """Shorter clips are skipped; one frame of the filter bank is 25 ms."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    """More clips than this share failing after the check stops the run."""
+    """More clips than this share breaking after the check stops the run; each rank counts its own."""
     num_threads: int = Field(4, ge=1)
     """Decoding threads of each rank."""
     prefetch: int = Field(3, ge=1)
@@ -110,16 +123,22 @@ class TrainSection(Section):
     steps: int = Field(ge=1)
     """Optimizer steps."""
     schedule: Literal["plateau", "cosine", "constant"] = "plateau"
+    """Of the learning rate after warm-up; the paper's is plateau."""
     warmup_steps: int = Field(1000, ge=0)
+    """Steps of linear warm-up."""
     plateau_factor: float = Field(0.5, gt=0, lt=1)
     plateau_patience: int = Field(2, ge=0)
     """Validations without improvement that are let pass before the learning rate is multiplied by `plateau_factor`."""
     min_lr_share: float = Field(0.0, ge=0, le=1)
     """Where the cosine ends, as a share of the learning rate."""
     valid_every: int = Field(4000, ge=1)
+    """Steps between validations; the plateau rule counts validations."""
     checkpoint_every: int = Field(1000, ge=1)
+    """Steps between checkpoints: what a crash can cost."""
     keep_last: int = Field(2, ge=1)
+    """Checkpoints kept, beside the best validation's weights."""
     log_every: int = Field(10, ge=1)
+    """Steps between rows of metrics.jsonl."""
 
 
 class Config(Section):
@@ -185,7 +204,8 @@ class Config(Section):
 
     @property
     def valid_num_masked(self) -> int:
-        return max(1, round(self.model_config_.num_patches * VALID_MASKED_SHARE))
+        patches = self.model_config_.num_patches
+        return max(1, min(round(patches * VALID_MASKED_SHARE), patches - 2))
 
     @property
     def num_samples(self) -> int:
@@ -222,6 +242,8 @@ class Config(Section):
             raise ValueError(
                 f"train.warmup_steps: {self.train.warmup_steps} of {self.train.steps} steps leaves none to train at full rate"
             )
+        if self.run.wandb and importlib.util.find_spec("wandb") is None:
+            raise ValueError("run.wandb: Weights & Biases is not installed; pip install wandb, or leave it off")
         if "/" in self.run.name or self.run.name in (".", ".."):
             raise ValueError(f"run.name: {self.run.name!r} must be the name of one folder")
         _check_deepspeed(self.deepspeed)
@@ -361,8 +383,9 @@ def _check_deepspeed(section: dict[str, Any]) -> None:
     if not {"train_micro_batch_size_per_gpu", "train_batch_size"} & section.keys():
         raise ValueError("deepspeed.train_micro_batch_size_per_gpu or deepspeed.train_batch_size is missing")
     for key in (*_BATCH_KEYS, "gradient_clipping"):
-        if not isinstance(section.get(key, 1), int | float) or section.get(key, 1) < (1 if key in _BATCH_KEYS else 0):
-            raise ValueError(f"deepspeed.{key}: must be a positive number, not {section[key]!r}")
+        value, is_count = section.get(key, 1), key in _BATCH_KEYS
+        if isinstance(value, bool) or not isinstance(value, int if is_count else int | float) or value < is_count:
+            raise ValueError(f"deepspeed.{key}: must be a positive number, not {value!r}")
     for key in ("optimizer", "zero_optimization", "bf16", "fp16", "data_types"):
         if not isinstance(section.get(key, {}), dict):
             raise ValueError(f"deepspeed.{key}: is a section of its own, not {section[key]!r}")
@@ -375,8 +398,11 @@ def _check_deepspeed(section: dict[str, Any]) -> None:
     if "lr" not in params:
         raise ValueError("deepspeed.optimizer.params.lr is missing")
     for name, value in params.items():
-        if name != "betas" and not isinstance(value, int | float):
-            raise ValueError(f"deepspeed.optimizer.params.{name}: must be a number, not {value!r}")
+        if name == "betas":
+            if not (isinstance(value, list) and len(value) == 2 and all(isinstance(b, int | float) and 0 <= b < 1 for b in value)):
+                raise ValueError(f"deepspeed.optimizer.params.betas: must be two numbers from 0 to below 1, not {value!r}")
+        elif not isinstance(value, int | float) or value < 0:
+            raise ValueError(f"deepspeed.optimizer.params.{name}: must be a number of at least 0, not {value!r}")
     if unknown := sorted(params.keys() - set(OPTIMIZER_PARAMS)):
         raise ValueError(f"unknown key deepspeed.optimizer.params.{unknown[0]}; there are {', '.join(OPTIMIZER_PARAMS)}")
     stage = section.get("zero_optimization", {}).get("stage", 0)

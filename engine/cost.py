@@ -48,14 +48,17 @@ def count_parameters(model: SSAST) -> int:
 def memory_estimate(
     model: ModelConfig, parameters: int, *, micro_batch: int, bf16: bool, stage: int, world_size: int
 ) -> dict[str, int]:
-    """Bytes on each device. Weights, gradients and optimizer state are exact for the stage; activations are an estimate: 17 values of
-    the width for each token and block (inputs of the norms and products, q, k, v, both sides of the GELU), attention weights not
-    stored."""
+    """Bytes on each device: weights, gradients and optimizer state as the ZeRO stage holds them, without DeepSpeed's buffers.
+
+    Activations are an estimate: 17 values of the width for each token and block (inputs of the norms and products, q, k, v, both sides
+    of the GELU), attention weights not stored.
+    """
+    masters = bf16 and stage > 0  # without ZeRO the weights themselves are fp32
     low = 2 if bf16 else 4
-    state = 12 if bf16 else 8  # fp32 master weights where training is bf16, and Adam's two moments
+    state = 12 if masters else 8  # fp32 master weights, and Adam's two moments
     tokens = NUM_PREFIX + model.num_patches
     return {
-        "weights": low * parameters // (world_size if stage == 3 else 1),
+        "weights": (2 if masters else 4) * parameters // (world_size if stage == 3 else 1),
         "gradients (fp32)": 4 * parameters // (world_size if stage >= 2 else 1),
         "optimizer state": state * parameters // (world_size if stage >= 1 else 1),
         "activations (estimate)": 17 * tokens * model.width * model.depth * micro_batch * low,

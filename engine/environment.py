@@ -40,15 +40,15 @@ def describe_environment(world_size: int = 1) -> dict[str, Any]:
         "world_size": world_size,
         "devices": device_names(),
         "cuda": torch.version.cuda,
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain")),
+        "git_commit": (_own_git("rev-parse", "HEAD") or "").strip() or None,
+        "git_dirty": bool(_own_git("status", "--porcelain")),
         **{package: version for package in PACKAGES if (version := _version(package))},
     }
 
 
 def source_diff() -> str:
     """Uncommitted changes of the engine's own source, empty where it is not a git checkout."""
-    return _git("diff", "HEAD") or ""
+    return _own_git("diff", "HEAD") or ""
 
 
 def device_names() -> list[str]:
@@ -88,11 +88,14 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _own_git(*arguments: str) -> str | None:
+    """What git says, if the checkout around this file is its own and not one that it was merely installed into."""
+    return _git(*arguments) if _git("ls-files", "--error-unmatch", Path(__file__).name) else None
+
+
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, timeout=10, check=False
-        )
+        done = subprocess.run(["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return done.stdout.decode("utf-8", "replace") if done.returncode == 0 else None

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from types import FrameType, TracebackType
 
 import psutil
+
+# Set by `ssast.engine.launch`: the outer launcher leads the process group of the ranks, so it is known even after it has ended.
+LEADER_VARIABLE = "SSAST_LAUNCHER_LEADS_GROUP"
 
 
 class StopRequest:
@@ -19,12 +23,16 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self._asked = False
-        self._launchers = _deepspeed_launchers()
+        launchers = _deepspeed_launchers()
+        self._asked = launchers is None
+        self._launchers = launchers or []
+        self._entered = threading.Event()
+        if self._launchers or self._asked:
+            threading.Thread(target=self._leave_with_launcher, name="launcher-watch", daemon=True).start()
 
     @property
     def asked(self) -> bool:
-        self._asked = self._asked or not all(process.is_running() for process in self._launchers)
+        self._asked = self._asked or not all(_is_alive(process) for process in self._launchers)
         return self._asked
 
     def wait(self, seconds: float) -> bool:
@@ -34,7 +42,14 @@ class StopRequest:
             time.sleep(0.1)
         return self.asked
 
+    def _leave_with_launcher(self) -> None:
+        """Until there is something to save, the launcher's end is simply the end."""
+        while not self._entered.wait(0.5):
+            if self.asked:
+                os._exit(128 + signal.SIGTERM)
+
     def __enter__(self) -> StopRequest:
+        self._entered.set()
         self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -48,13 +63,23 @@ class StopRequest:
         self._asked = True
 
 
-def _deepspeed_launchers() -> list[psutil.Process]:
-    """The launcher's process on this machine, and the command that started it; empty under torchrun or no launcher."""
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _deepspeed_launchers() -> list[psutil.Process] | None:
+    """The launcher's process on this machine, and the one that started it; none under torchrun or no launcher, None if one has ended."""
     try:
         inner = psutil.Process(os.getppid())
         command = inner.cmdline()
         if not any(part == "deepspeed.launcher.launch" or part.endswith("deepspeed/launcher/launch.py") for part in command):
             return []
-        return [process for process in (inner, inner.parent()) if process is not None]
+        outer = psutil.Process(os.getpgid(0)) if LEADER_VARIABLE in os.environ else inner.parent()
+        return [process for process in (inner, outer) if process is not None]
+    except psutil.NoSuchProcess:
+        return None
     except psutil.Error:
         return []

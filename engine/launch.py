@@ -14,24 +14,30 @@ from types import FrameType
 import psutil
 import torch
 
+from .errors import UserError
+from .interrupt import LEADER_VARIABLE
+
 _PR_SET_PDEATHSIG = 1
 
 
-def launch(ranks: int, config: str, overrides: list[str]) -> int:
-    """Run `ranks` processes on this machine and return their exit status; 0 if they were asked to stop and have saved.
+def launch(ranks: int, config: str, overrides: list[str]) -> int | None:
+    """Run `ranks` processes on this machine and return their exit status; None if they were asked to stop, and have gone.
 
     DeepSpeed's launcher passes no signal on to them. Asked to stop, this process ends the launcher, whose end is what the ranks take
     as the request (`ssast.engine.interrupt`), and waits for them; if it is itself killed outright, the kernel ends the launcher.
     """
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", "--num_accelerators", str(ranks)]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", *_devices(ranks)]
     command += ["--master_port", str(_free_port()), "--module", "ssast.engine.pretrain", config, *overrides]
-    environment = {**os.environ, "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu"}
+    environment = {"DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu", **os.environ}
+    environment[LEADER_VARIABLE] = "1"
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     child = subprocess.Popen(command, env=environment, process_group=0, preexec_fn=_end_with_parent)
     asked = False
 
     def end_launcher(number: int, frame: FrameType | None) -> None:
         nonlocal asked
+        if asked:
+            os.killpg(child.pid, signal.SIGTERM)  # asked twice: at once, without saving
         asked = True
         child.terminate()
 
@@ -43,7 +49,20 @@ def launch(ranks: int, config: str, overrides: list[str]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return 0 if asked else status
+    return None if asked else status
+
+
+def _devices(ranks: int) -> list[str]:
+    """The launcher's words for which GPUs, keeping to CUDA_VISIBLE_DEVICES, which it would pass over; on a CPU how many processes."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not torch.cuda.is_available():
+        return ["--num_accelerators", str(ranks)]
+    if ranks > torch.cuda.device_count():
+        raise UserError(f"--ranks {ranks}: there are {torch.cuda.device_count()} GPUs")
+    numbers = visible.split(",")
+    if not all(number.strip().isdigit() for number in numbers):
+        return ["--num_accelerators", str(ranks)]
+    return ["--include", "localhost:" + ",".join(number.strip() for number in numbers[:ranks])]
 
 
 def _end_with_parent() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import os
 import signal
 import sys
@@ -13,13 +12,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .checkpoint import checkpoint_steps
 from .config import Config, dump_config, list_presets, load_config
 from .cost import FLOP_FORMULA, count_parameters, flops_per_clip, memory_estimate
-from .errors import UserError
+from .errors import UserError, first_line
 from .launch import launch
 from .model import SSAST, build_model, resize
-from .ranks import join_ranks, launched_rank
+from .ranks import join_ranks, speaks_for_its_node
 from .rundir import check_run_dir, is_finished, locked, measured_statistics, prepare_run_dir
+from .runlog import read_rows
 from .weights import load_model
 
 if TYPE_CHECKING:
@@ -34,46 +35,56 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     try:
         config = load_config(arguments.config, arguments.overrides)
+        ranks = arguments.ranks if arguments.ranks is not None else max(1, torch.cuda.device_count())
+        if ranks < 1:
+            raise UserError(f"--ranks {ranks}: at least one process is needed")
         if arguments.dry_run:
-            print(describe_run(config))
+            print(describe_run(config, ranks))
             return 0
         if "RANK" not in os.environ:
             check_run_dir(config)
-            ranks = arguments.ranks or max(1, torch.cuda.device_count())
             if ranks > 1:
-                return launch(ranks, arguments.config, arguments.overrides)
+                status = launch(ranks, arguments.config, arguments.overrides)
+                return status if status is not None else _status_after_stop(config)
         return run(config)
     except UserError as error:
-        if error.every_rank or launched_rank() == 0:
+        if error.every_rank or speaks_for_its_node():
             print(f"ssast: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 
 
 def run(config: Config) -> int:
     """Pretrain on the ranks that there are. 0 when finished, or when asked to stop and saved."""
-    from .data.dataset import open_dataset
+    from .data.dataset import check_reachable, open_dataset
     from .interrupt import StopRequest
-    from .trainer import Trainer
+    from .trainer import Trainer, check_deepspeed_section
 
-    _quiet_libraries()
+    stop_request = StopRequest()
+    warnings.filterwarnings("ignore", category=FutureWarning)
     ranks = join_ranks()
     config.batch_sizes(ranks.world_size)
+    check_deepspeed_section(config)
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     if ranks.once(lambda: is_finished(config)):
         if ranks.is_first:
             print(f"{config.run_dir}: already finished; the report is {config.run_dir / 'report.html'}")
         return 0
     data = ranks.once(lambda: open_dataset(config, measured_statistics(config)))
-    model = start_model(config)
+    check_reachable(data)
+    model = build_model(config.model_config_) if checkpoint_steps(config.run_dir) else start_model(config)
     with contextlib.ExitStack() as held:
         ranks.once(lambda: held.enter_context(locked(config.run_dir)))
         ranks.once(lambda: prepare_run_dir(config, data, ranks.world_size))
         trainer = Trainer(config, data, model, ranks)
-        with StopRequest() as stop_request:
+        with stop_request:
             try:
                 done = trainer.train(stop_request)
-            except RuntimeError:
+            except RuntimeError as error:
                 # when another rank fails, collectives break here, and the launcher then ends this rank: its error is not the story
                 if stop_request.wait(LAUNCHER_NOTICES_S):
+                    print(f"rank {ranks.rank} leaves at step {trainer.step} without saving: {first_line(error)}", file=sys.stderr)
                     return 128 + signal.SIGTERM
                 raise
         if ranks.is_first:
@@ -95,13 +106,12 @@ def start_model(config: Config) -> SSAST:
         raise UserError(f"{config.model.init_from}: does not fit model.*: {error} (file: {model.config})") from None
 
 
-def describe_run(config: Config) -> str:
-    """The resolved config and what it costs, without touching data or devices."""
+def describe_run(config: Config, world_size: int = 1) -> str:
+    """The resolved config and what it costs on so many ranks, without touching data or devices."""
     model_config = config.model_config_
     parameters = count_parameters(build_model(model_config))
     passes = 2 if config.objective.masks == "separate" else 1
     flops = flops_per_clip(model_config, config.mask.num_masked, objective=config.objective.name, passes=passes)
-    world_size = max(1, torch.cuda.device_count())
     micro_batch, accumulation = config.batch_sizes(world_size)
     memory = memory_estimate(
         model_config,
@@ -140,10 +150,13 @@ def _finish(config: Config, data: Dataset, step: int, done: bool) -> None:
         print(f"stopped at step {step} of {config.train.steps}, saved; run the same command to go on; report so far: {report}")
 
 
-def _quiet_libraries() -> None:
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+def _status_after_stop(config: Config) -> int:
+    """0 if the run saved before it left."""
+    rows = read_rows(config.run_dir / "metrics.jsonl")
+    if rows and rows[-1].get("event") in ("stop", "done"):
+        return 0
+    print("ssast: stopped without saving; the last checkpoint, if there is one, is whole", file=sys.stderr)
+    return 1
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from ssast.kernels import fbank, sample_patch_mask
 from .config import Config
 from .data.dataset import Dataset
 from .data.decode import AudioDecoder
+from .files import write_whole
 from .weights import load_model
 
 PREVIEW_CLIPS = 3
@@ -45,8 +47,9 @@ def write_preview(config: Config, data: Dataset, run_dir: Path, step: int) -> No
         seed=config.run.seed,
     )
     recon, found = model.reconstruct(features, mask, softmax_over=config.objective.softmax_over)
+    content = io.BytesIO()
     np.savez_compressed(
-        run_dir / "reconstruction.npz",
+        content,
         features=features.numpy(),
         mask=mask.numpy(),
         recon=recon.numpy(),
@@ -55,6 +58,7 @@ def write_preview(config: Config, data: Dataset, run_dir: Path, step: int) -> No
         patch_shape=np.array(model.config.patch_shape),
         step=np.array(step),
     )
+    write_whole(run_dir / "reconstruction.npz", content.getvalue())
 
 
 def _longest(data: Dataset, window: int, sample_rate: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
+    """This process among the others of the run."""
+
     rank: int
     world_size: int
     device: torch.device
@@ -44,16 +47,16 @@ class Ranks:
 
 def join_ranks() -> Ranks:
     """Join the processes that a launcher (deepspeed, torchrun) has started; without one, a world of this process alone."""
-    os.environ.setdefault(
-        "DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu"
-    )  # spares DeepSpeed's guess and its warning
+    # DeepSpeed and this engine must agree on the device; said outright, it also spares DeepSpeed's guess and its warning
+    on_gpu = os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu") == "cuda"
     import deepspeed
     import deepspeed.ops
 
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         os.environ.setdefault(key, value)
     local_rank = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
+    if on_gpu:
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
     else:
@@ -65,6 +68,6 @@ def join_ranks() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device, patient)
 
 
-def launched_rank() -> int:
-    """Rank as the launcher's environment says, before anything is joined."""
-    return int(os.environ.get("RANK", "0"))
+def speaks_for_its_node() -> bool:
+    """Whether this process is the first of its machine, as the launcher's environment says before anything is joined."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -139,10 +139,10 @@ def read_run(folder: Path) -> Run:
             raise UserError(f"{folder} is not a run folder: it has no {name}. Name the folder that a pretraining run wrote.")
     config = _read(folder / "config.yaml", lambda path: dict(yaml.safe_load(path.read_text("utf-8")) or {}))
     examples = _read(folder / "reconstruction.npz", lambda path: dict(np.load(path)))
-    return Run(folder, config, *read_rows(folder / "metrics.jsonl"), examples)
+    return Run(folder, config, *rows_by_kind(folder / "metrics.jsonl"), examples)
 
 
-def read_rows(path: Path) -> tuple[list[dict], list[dict], list[dict], int]:
+def rows_by_kind(path: Path) -> tuple[list[dict], list[dict], list[dict], int]:
     """The train, valid and event rows in order, and how many lines could not be read (a crash cuts a line in half)."""
     kept: dict[str, dict[int, dict]] = {"train": {}, "valid": {}}
     events, unreadable = [], 0

@@ -16,6 +16,7 @@ from .checkpoint import checkpoint_steps, remove_incomplete
 from .config import Config, differences, dump_config
 from .environment import describe_environment, source_diff
 from .errors import UserError
+from .files import write_whole
 
 if TYPE_CHECKING:
     from .data.dataset import Dataset
@@ -38,12 +39,17 @@ def check_run_dir(config: Config) -> None:
     if not run_dir.is_dir() or not any(path.name != LOCK_FILE for path in run_dir.iterdir()):
         return
     saved = run_dir / "config.yaml"
-    if saved.is_file() and not (run_dir / "metrics.jsonl").is_file():
-        return  # it failed before its first step
-    if not saved.is_file():
-        raise UserError(f"{run_dir}: holds files but no run (no config.yaml); choose another run.name or run.folder")
+    if saved.is_file() and (run_dir / "environment.json").is_file() and not (run_dir / "metrics.jsonl").is_file():
+        return  # a run that failed before its first step
+    if not saved.is_file() or not (run_dir / "environment.json").is_file():
+        raise UserError(
+            f"{run_dir}: holds files but no run (no config.yaml and environment.json); choose another run.name or run.folder"
+        )
     old, new = yaml.safe_load(saved.read_text(encoding="utf-8")) or {}, config.model_dump(mode="json")
-    changed = [f"{key} was {before}, is now {after}" for key, before, after in differences(old, new) if key not in MAY_CHANGE]
+    may_change = set(MAY_CHANGE)
+    if old.get("deepspeed", {}).get("train_batch_size") is not None:  # the batch itself stays
+        may_change |= {"deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps"}
+    changed = [f"{key} was {before}, is now {after}" for key, before, after in differences(old, new) if key not in may_change]
     if changed:
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
         raise UserError(
@@ -72,12 +78,16 @@ def locked(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{run_dir}: the run folder cannot be made: {error.strerror}") from None
     deadline = time.monotonic() + LOCK_PATIENCE_S
+    waiting = False
     with file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                if not waiting:
+                    print(f"waiting for another process that is training in {run_dir}", flush=True)
+                waiting = True
                 if time.monotonic() > deadline:
                     raise UserError(f"{run_dir}: another process is training in this run folder") from None
                 time.sleep(0.5)
@@ -86,6 +96,8 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 def measured_statistics(config: Config) -> tuple[float, float] | None:
     """Mean and standard deviation that the run in this folder measured when it began: it goes on with the same."""
+    if not (config.run_dir / "metrics.jsonl").is_file():
+        return None
     try:
         data = json.loads((config.run_dir / "data.json").read_text(encoding="utf-8"))
         return data["mean"], data["std"]
@@ -96,6 +108,8 @@ def measured_statistics(config: Config) -> tuple[float, float] | None:
 def prepare_run_dir(config: Config, data: Dataset, world_size: int) -> None:
     """Make the run folder, clear what a killed process left half-written, and write down what the run is made of."""
     from .data.check import write_skipped
+
+    check_run_dir(config)  # once more: this process may have waited while another trained
 
     run_dir = config.run_dir
     contents = {
@@ -108,7 +122,7 @@ def prepare_run_dir(config: Config, data: Dataset, world_size: int) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         remove_incomplete(run_dir)
         for name, content in contents.items():
-            (run_dir / name).write_text(content, encoding="utf-8")
+            write_whole(run_dir / name, content)
         write_skipped(run_dir / "skipped.csv", data.skipped)
     except OSError as error:
         raise UserError(f"{run_dir}: the run folder cannot be written: {error.strerror}") from None

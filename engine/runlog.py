@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .config import Config
-from .errors import UserError
+from .files import write_whole
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -81,14 +80,14 @@ def _drop_rows_after(path: Path, step: int) -> None:
     """Training goes on from a checkpoint: what was logged past it will be logged again."""
     rows = read_rows(path)
     if rows:
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step), encoding="utf-8")
-        os.replace(aside, path)
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
 
 
 def _start_wandb(config: Config, run_dir: Path) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("run.wandb is set, but Weights & Biases is not installed: pip install wandb, or run.wandb=false") from None
-    return wandb.init(name=config.run.name, dir=run_dir, config=config.model_dump(mode="json"), resume="allow")
+    import wandb
+
+    id_file = run_dir / "wandb-id.txt"
+    if not id_file.is_file():
+        write_whole(id_file, wandb.util.generate_id())
+    run_id = id_file.read_text().strip()
+    return wandb.init(id=run_id, name=config.run.name, dir=run_dir, config=config.model_dump(mode="json"), resume="allow")

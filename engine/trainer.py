@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from ssast.kernels import MSPMLoss, fbank, sample_patch_mask
 
-from .checkpoint import checkpoint_steps, convert_for_other_ranks, load_checkpoint, read_state, save_best, save_checkpoint
+from .checkpoint import (
+    checkpoint_steps,
+    convert_for_other_ranks,
+    load_checkpoint,
+    read_state,
+    remove_incomplete,
+    save_best,
+    save_checkpoint,
+)
 from .config import Config
 from .data.check import Clips
 from .data.dataset import Dataset
 from .data.decode import AudioDecoder
 from .data.loader import BadClip, Batch, ClipReader, Prefetcher, Shard
 from .data.order import SampleOrder
+from .errors import UserError
 from .interrupt import StopRequest
 from .model import SSAST
 from .ranks import Ranks
@@ -45,6 +55,11 @@ class StepMetrics:
 
 
 class Trainer:
+    """One run: the engine, its place in the data, and what is logged and kept.
+
+    Building it joins the model to DeepSpeed; `train` goes on from the last checkpoint of the run folder, if there is one.
+    """
+
     def __init__(self, config: Config, data: Dataset, model: SSAST, ranks: Ranks) -> None:
         import deepspeed
 
@@ -64,6 +79,7 @@ class Trainer:
         self.samples = 0  # clips consumed: the whole state of the loader
         self._sent: tuple[int, torch.Tensor, Callable[[], object], dict[str, Any] | None] | None = None
         self._bad_clips: list[BadClip] = []
+        self._valid_reader = ClipReader(self._decoder(data.valid), None, on_bad=self._on_bad)
 
     def train(self, stop_request: StopRequest) -> bool:
         """Train to the last step; return False if asked to stop before it. In either case a checkpoint is left at the last step."""
@@ -164,7 +180,7 @@ class Trainer:
     def _exchange_metrics(self, values: torch.Tensor, stop: bool, row: dict[str, Any] | None) -> StepMetrics | None:
         """Send this step's metrics round; return those of the step before."""
         previous = self._collect_metrics()
-        summed = torch.cat((values, values.new_tensor([float(stop)])))
+        summed = torch.cat((values, torch.full((1,), float(stop), device=values.device)))  # filled there: a copy would wait
         work = dist.all_reduce(summed, async_op=True)
         arrived = work.wait
         if summed.is_cuda:
@@ -218,8 +234,7 @@ class Trainer:
     @torch.no_grad()
     def _validate(self, log: RunLog | None) -> None:
         """Means over all validation clips. The masks are the same every time, and 400 of 512 patches whatever training masks."""
-        count = len(self.data.valid)
-        reader = ClipReader(self._decoder(self.data.valid), None, on_bad=self._on_bad)
+        count, reader = len(self.data.valid), self._valid_reader
         shard = Shard(self.ranks.rank, self.ranks.world_size, self.micro_batch)
         sums = torch.zeros(len(_METRICS) + 1, dtype=torch.float64, device=self.ranks.device)
         self.engine.eval()
@@ -229,10 +244,10 @@ class Trainer:
             # a rank with no clip left still runs, unweighted: under ZeRO-3 every rank takes part in every forward pass
             batch = reader.read(min(first, count - 1), max(clips, 1))
             losses = self._losses(batch, validation=True)
-            sums[:-1] += torch.stack([value.double() for value in losses]).nan_to_num() * clips
-            sums[-1] += clips
+            if clips:
+                sums[:-1] += torch.stack([value.double() for value in losses]) * clips
+                sums[-1] += clips
         self.engine.train()
-        reader.decoder.close()
         dist.all_reduce(sums)
         means = (sums[:-1] / sums[-1]).tolist()
         metrics = dict(zip(_METRICS, means, strict=True))
@@ -312,6 +327,8 @@ class Trainer:
         if point is None:
             return False
         load_checkpoint(self.engine, self.run_dir, point.name)
+        if point.is_universal:
+            self.ranks.once(lambda: remove_incomplete(self.run_dir))
         self.step, self.samples = point.state["step"], point.state["samples"]
         self.samples -= self.samples % (self.micro_batch * self.ranks.world_size)  # another batch size begins at a whole batch
         self.schedule.load_state_dict(point.state["schedule"])
@@ -340,8 +357,11 @@ class _Clock:
         self.began = self.since = time.perf_counter()
         self.steps, self.waited = 0, 0.0
 
-    def waiting(self) -> _Waiting:
-        return _Waiting(self)
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
 
     def tick(self) -> None:
         self.steps += 1
@@ -358,17 +378,6 @@ class _Clock:
         }
         self.since, self.steps, self.waited = now, 0, 0.0
         return rates
-
-
-class _Waiting:
-    def __init__(self, clock: _Clock) -> None:
-        self.clock = clock
-
-    def __enter__(self) -> None:
-        self.began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.clock.waited += time.perf_counter() - self.began
 
 
 def build_optimizer(model: SSAST, section: dict[str, Any]) -> torch.optim.Optimizer:
@@ -394,12 +403,31 @@ def deepspeed_config(config: Config, *, universal: bool = False) -> dict[str, An
         section["zero_optimization"].setdefault("memory_efficient_linear", False)
     section.setdefault("steps_per_print", 10**9)
     section["zero_allow_untested_optimizer"] = True
+    section.setdefault("zero_force_ds_cpu_optimizer", False)  # offloading with PyTorch's Adam: nothing to compile
     return section
 
 
+def check_deepspeed_section(config: Config) -> None:
+    """Have DeepSpeed read its section before anything is opened; ranks must have joined.
+
+    Raises:
+        UserError: what DeepSpeed says is wrong.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig(deepspeed_config(config))
+    except Exception as error:  # pydantic's, assertions, ValueErrors: one for each way of being wrong
+        raise UserError(f"deepspeed: {' '.join(str(error).split())[:400]}") from None
+
+
 def data_fingerprint(data: Dataset) -> list[int]:
-    """Changes whenever the training clips do."""
-    return [len(data.train), int(np.bitwise_xor.reduce(data.train.sizes * np.arange(1, len(data.train) + 1)))]
+    """Changes whenever the training clips or their order do."""
+    return [
+        len(data.train),
+        zlib.crc32("\n".join(data.train.sources).encode("utf-8", "surrogateescape")),
+        int(data.train.sizes.sum()),
+    ]
 
 
 def append_skipped(path: Path, bad: BadClip) -> None:

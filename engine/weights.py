@@ -24,7 +24,6 @@ log = logging.getLogger("ssast")
 
 WEIGHTS_FILE = "model.safetensors"
 FORMAT = "ssast-engine/1"
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what a full disk looks like from torch, safetensors and Python
 UNUSED_OFFICIAL = ("v.head.weight", "v.head.bias", "v.head_dist.weight", "v.head_dist.bias")  # DeiT's own heads: saved, never used
 UNUSED_CLASSES = 1000
 FINETUNE_STRIDES = {(16, 16): ((10, 10), (16, 16)), (128, 2): ((128, 1), (128, 2))}  # the paper's fine-tuning stride first
@@ -99,8 +98,10 @@ def save_model(model: SSAST, path: str | os.PathLike[str], format: str = "safete
         else:
             save_weights({k: v.detach() for k, v in model.state_dict().items()}, model.config, aside)
         os.replace(aside, path)
-    except WRITE_ERRORS as error:
+    except Exception as error:
         aside.unlink(missing_ok=True)
+        if not is_write_error(error):
+            raise
         raise UserError(f"{path}: could not be written: {error}") from None
 
 
@@ -108,6 +109,11 @@ def save_weights(weights: dict[str, torch.Tensor], config: ModelConfig, path: Pa
     """Write named tensors and the shape of the model they belong to as safetensors."""
     tensors = {name: value.contiguous().cpu() for name, value in weights.items()}
     save_file(tensors, path, metadata={"format": FORMAT, "config": json.dumps(dataclasses.asdict(config))})
+
+
+def is_write_error(error: Exception) -> bool:
+    """Whether a full disk or the like speaks: Python, safetensors, or torch, whose zip writer raises a plain RuntimeError."""
+    return isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
 
 
 def find_weights(path: Path) -> Path:

@@ -1,7 +1,7 @@
 """GPU operators of the engine. They know tensors, nothing of training, files or configs.
 
-One file an operator, read downward: plain-PyTorch reference, then the public function that picks a backend. The references are exact,
-differentiable and run anywhere; they serve as CPU path, as baseline, and as what every faster kernel is held against.
+One file an operator. So far each has its plain-PyTorch reference: exact, differentiable, running anywhere. It is the path on every device
+for now, and the baseline that every faster kernel will be held against; `backend="triton"` is refused until there is one.
 
 Legend of the shapes in all files:
     B clips   S samples   T frames   F mel bins   f, t  patch rows (frequency) and columns (time) of the grid   P = f * t patches

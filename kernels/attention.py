@@ -1,4 +1,4 @@
-"""Softmax attention without mask, through the best backend there is."""
+"""Softmax attention without mask: one door to whichever implementation serves."""
 
 import torch
 

@@ -7,6 +7,7 @@ All three algorithms share one vectorised idea with no loop that depends on the 
 patch the index of the first square that covers it, and keep the N patches covered earliest.
 """
 
+import functools
 import math
 
 import torch
@@ -108,9 +109,7 @@ def _first_square(grid: tuple[int, int], cluster: tuple[int, ...], algorithm: st
     rows, columns = grid
     place, size_word, parity, _ = words  # each [B, squares]
     device, squares = place.device, place.shape[1]
-    side = torch.tensor(cluster, device=device)[
-        below(size_word[:, :1], len(cluster))
-    ]  # [B, 1]: one side a clip, from its first counter
+    side = _sides(cluster, device)[below(size_word[:, :1], len(cluster))]  # [B, 1]: one side a clip, from its first counter
     start = below(place, rows * columns)  # [B, squares]
     cell = torch.arange(max(cluster) ** 2, device=device)  # of the largest square, row by row
     down, right = cell // max(cluster), cell % max(cluster)
@@ -133,6 +132,11 @@ def _first_square(grid: tuple[int, int], cluster: tuple[int, ...], algorithm: st
     if algorithm == "official":
         covered_by[:, 0] = squares + 1  # last of all, also where squares run out
     return covered_by
+
+
+@functools.lru_cache(maxsize=16)
+def _sides(cluster: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(cluster, device=device)  # kept: copying it each time would make the host wait
 
 
 def _keep_smallest(key: torch.Tensor, count: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from .decode import AudioDecoder
 from .manifest import Entry, read_manifest
 
 STATISTICS_CLIPS = 512
+CONVERTED_RATE = 16000  # of the copies that probe.py makes
+VALID_SPLITS, TEST_SPLITS = ("valid", "validation", "val", "dev"), ("test", "eval")
 
 
 @dataclass(frozen=True)
@@ -51,16 +54,27 @@ def open_dataset(config: Config, measured: tuple[float, float] | None = None) ->
     data = config.data
     if not data.train:
         raise UserError("data.train is not set: name a folder, a JSON, CSV or TSV manifest, or a list of paths: data.train=/path")
-    train, train_skipped = _checked(data.train, data)
+    clips, skipped = _checked(data.train, data)
+    train, marked = _by_split(clips)
     if data.valid:
         valid, valid_skipped = _checked(data.valid, data)
+        skipped += valid_skipped
+        train = _without(train, valid)
+    elif len(marked):
+        valid = marked
     else:
-        train, valid = _hold_out(train, data.valid_fraction)
-        valid_skipped = []
-    skipped = train_skipped + valid_skipped
+        train, valid = _hold_out(train, data)
+    if not len(train):
+        raise UserError(
+            f"{', '.join(data.train)}: all {len(clips)} clips are marked or named for validation or test, none for training"
+        )
     if data.strict and skipped:
         raise UserError(f"{skipped[0].path}: {skipped[0].reason} (the first of {len(skipped)} unusable clips; data.strict is set)")
-    valid = valid.subset(np.arange(min(len(valid), data.valid_clips)))
+    valid = valid.subset(np.sort(_lowest_hashes(valid, data.valid_clips)))
+    if data.sample_rate > CONVERTED_RATE and any(path != source for path, source in zip(train.paths, train.sources, strict=True)):
+        raise UserError(
+            f"data.sample_rate: {data.sample_rate}, but some files are in formats that are converted to {CONVERTED_RATE} Hz"
+        )
     mean, std = data.mean, data.std
     if isinstance(mean, str) or isinstance(std, str):
         bins = config.model.num_mel_bins
@@ -103,23 +117,43 @@ def _checked(sources: list[str], data: DataSection) -> tuple[Clips, list[Skipped
     return clips, skipped
 
 
-def _hold_out(clips: Clips, fraction: float) -> tuple[Clips, Clips]:
-    """Clips marked as validation in the manifest; where none is marked, those whose path hashes lowest, so that the choice survives
-    added files."""
-    marked = np.array([split in ("valid", "validation", "val", "dev") for split in clips.splits])
-    if not marked.any():
-        if len(clips) < 2:
-            raise UserError(
-                f"{clips.sources[0]}: one clip alone cannot be both trained and validated on; name data.valid or add clips"
-            )
-        hashes = [hashlib.blake2b(os.fsencode(path), digest_size=8).digest() for path in clips.sources]
-        wanted = max(1, round(fraction * len(clips)))
-        marked = np.zeros(len(clips), dtype=bool)
-        marked[sorted(range(len(clips)), key=hashes.__getitem__)[:wanted]] = True
-    is_test = np.array([split in ("test", "eval") for split in clips.splits])
-    train = np.flatnonzero(~marked & ~is_test)
-    if not len(train):
+def check_reachable(data: Dataset) -> None:
+    """Raise UserError on a machine that does not see the files that the first one checked."""
+    for clips in (data.train, data.valid):
+        for path in (
+            clips.paths[0],
+            clips.paths[-1],
+            *(path for path, own in zip(clips.paths, clips.sources, strict=True) if path != own),
+        ):
+            if not os.path.exists(path):
+                raise UserError(
+                    f"{path}: not on this machine ({platform.node()}); audio and data.cache_dir must be at the same place on every node",
+                    every_rank=True,
+                )
+
+
+def _by_split(clips: Clips) -> tuple[Clips, Clips]:
+    """(for training, marked as validation) by the manifest's split column; what it marks as test is in neither."""
+    splits = np.array([split.strip().lower() for split in clips.splits])
+    marked, test = np.isin(splits, VALID_SPLITS), np.isin(splits, TEST_SPLITS)
+    return clips.subset(np.flatnonzero(~marked & ~test)), clips.subset(np.flatnonzero(marked))
+
+
+def _without(clips: Clips, others: Clips) -> Clips:
+    taken = set(others.sources)
+    return clips.subset(np.array([row for row, source in enumerate(clips.sources) if source not in taken], dtype=np.int64))
+
+
+def _hold_out(clips: Clips, data: DataSection) -> tuple[Clips, Clips]:
+    """Training and validation: those clips whose path hashes lowest are held out, so that the choice survives added files."""
+    if len(clips) < 2:
         raise UserError(
-            f"{clips.sources[0]} and {len(clips) - 1} more: all clips are marked for validation or test, none for training"
+            f"{', '.join(data.train)}: one clip alone cannot be both trained and validated on; name data.valid or add clips"
         )
-    return clips.subset(train), clips.subset(np.flatnonzero(marked))
+    held = _lowest_hashes(clips, min(max(1, round(data.valid_fraction * len(clips))), data.valid_clips))
+    return clips.subset(np.setdiff1d(np.arange(len(clips)), held)), clips.subset(np.sort(held))
+
+
+def _lowest_hashes(clips: Clips, count: int) -> np.ndarray:
+    hashes = [hashlib.blake2b(os.fsencode(path), digest_size=8).digest() for path in clips.sources]
+    return np.array(sorted(range(len(clips)), key=hashes.__getitem__)[:count], dtype=np.int64)

@@ -14,7 +14,8 @@ from typing import Any, TextIO
 
 from ssast.engine.errors import UserError
 
-CACHE_FILE = "checked.sqlite"  # a folder that holds it is a cache of converted copies, not a part of the data set
+CACHE_FILE = "checked.sqlite"  # beside it, the folder of converted copies is no part of a data set
+CONVERTED = "converted"
 
 _KNOWN = """
 3gp aac ac3 aif aifc aiff amr ape asf au avi caf flac flv gsm m4a m4b m4v mka mkv mov mp2 mp3 mp4 mpc mpeg
@@ -97,7 +98,7 @@ def _walk(root: str, unreadable: list[str]) -> Iterator[tuple[str, bool]]:
             unreadable.append(folder)
             continue
         if any(item.name == CACHE_FILE for item in items):
-            continue
+            items = [item for item in items if item.name != CONVERTED]
         below = [item.path for item in items if item.is_dir(follow_symlinks=False)]
         links = [item.path for item in reversed(items) if item.is_symlink() and os.path.isdir(item.path)]
         real.extend(below)

@@ -67,7 +67,7 @@ def test_validation_masks_the_papers_share():
         ("model.size=huge", "model.size: Input should be 'tiny', 'small' or 'base', not 'huge'"),
         ("objective.name=both", "objective.name"),
         ("train.steps=many", "train.steps"),
-        ("train.warmup_steps=400", "train.warmup_steps: 400 of 400"),
+        ("train.warmup_steps=1600", "train.warmup_steps: 1600 of 1600"),
         ("data.mean=1.0", "'auto' goes for both or neither"),
         ("deepspeed.optimizer.type=SGD", "deepspeed.optimizer.type: must be Adam"),
         ("deepspeed.zero_optimization.stage=4", "must be 0, 1, 2 or 3"),
@@ -107,7 +107,7 @@ def test_numbers_may_be_written_without_a_dot(tmp_path):
     (tmp_path / "c.yaml").write_text("extends: demo\ndeepspeed: {optimizer: {params: {weight_decay: 5e-7}}}")
     params = load_config(tmp_path / "c.yaml", ["deepspeed.optimizer.params.lr=1e-4"]).deepspeed["optimizer"]["params"]
     assert params["lr"] == 1e-4 and params["weight_decay"] == 5e-7
-    with pytest.raises(UserError, match=r"params.lr: must be a number, not 'fast'"):
+    with pytest.raises(UserError, match=r"params.lr: must be a number of at least 0, not 'fast'"):
         load_config("demo", ["deepspeed.optimizer.params.lr=fast"])
 
 

@@ -17,7 +17,7 @@ from matplotlib.image import imread
 
 from ssast.engine import report
 from ssast.engine.errors import UserError
-from ssast.engine.report import expand_mask, png, read_rows, wall_seconds, write_report
+from ssast.engine.report import expand_mask, png, rows_by_kind, wall_seconds, write_report
 
 CURVE_FILES = ["loss", "infonce", "mse", "accuracy", "learning-rate", "gradient-norm", "throughput", "data-stall"]
 HIDDEN = 40
@@ -304,7 +304,7 @@ def test_later_rows_replace_earlier_ones(tmp_path):
     ]
     again = {"kind": "train", "step": 20, "loss": 9, "seconds": 4}
     path.write_text("\n".join(json.dumps(row) for row in [*train, event_row(10, "resume"), again]))
-    rows, valid, events, unreadable = read_rows(path)
+    rows, valid, events, unreadable = rows_by_kind(path)
     assert [(row["step"], row["loss"]) for row in rows] == [(10, 1), (20, 9)]  # step 30 is still to come
     assert (valid, len(events), unreadable) == ([], 1, 0)
     assert wall_seconds(rows) == 9

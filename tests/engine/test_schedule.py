@@ -44,3 +44,10 @@ def test_state_comes_back():
     two.load_state_dict(one.state_dict())
     for metric in (0.2, 0.1, 0.6, 0.1):
         assert one.after_validation(metric) == two.after_validation(metric) and one.lr(9) == two.lr(9)
+
+
+def test_a_diverged_model_is_never_the_best():
+    schedule = Schedule(TrainSection(steps=10, warmup_steps=0), 1.0)
+    nan = float("nan")
+    assert not schedule.after_validation(nan)
+    assert schedule.after_validation(-2.0) and not schedule.after_validation(nan) and schedule.best == -2.0

@@ -40,6 +40,11 @@ def test_splits_of_a_manifest_are_kept(audio):
     (audio / "audio" / "m.csv").write_text("\n".join(lines))
     data = open_dataset(config(audio, f"data.train={audio / 'audio' / 'm.csv'}"))
     assert len(data.train) == 10 and len(data.valid) == 6
+    (audio / "audio" / "m.csv").write_text(
+        "path,split\n" + "\n".join(f"{n:02}.flac,{'Test ' if n < 5 else 'train'}" for n in range(20))
+    )
+    data = open_dataset(config(audio, f"data.train={audio / 'audio' / 'm.csv'}"))
+    assert len(data.train) + len(data.valid) == 15, "test rows are left alone, also where none is marked for validation"
     (audio / "audio" / "m.csv").write_text("path,split\n00.flac,valid\n01.flac,test")
     with pytest.raises(UserError, match="none for training"):
         open_dataset(config(audio, f"data.train={audio / 'audio' / 'm.csv'}"))
@@ -52,6 +57,8 @@ def test_several_sources_and_a_validation_set_of_their_own(audio):
             stream.write(f"{number:02}.flac\n{number + 3:02}.flac\n")
     data = open_dataset(config(audio, f"data.train=[{sources[0]}, {sources[1]}]", f"data.valid={sources[2]}", "data.valid_clips=1"))
     assert len(data.train) == 4 and len(data.valid) == 1
+    data = open_dataset(config(audio, f"data.train=[{sources[0]}, {sources[1]}]", f"data.valid={sources[1]}"))
+    assert len(data.train) == 2 and len(data.valid) == 2, "a clip named for both is validated on alone"
 
 
 def test_statistics_are_those_of_the_sounding_frames(audio):

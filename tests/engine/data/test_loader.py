@@ -130,7 +130,7 @@ def read_all(decoder: AudioDecoder, world_size: int, micro_batch: int, first: in
 
 
 def test_any_ranks_see_the_same_samples_and_resume_anywhere(tmp_path):
-    """Three epochs of 8 clips and a half: 1, 2 and 3 ranks, and a start in the middle."""
+    """Three epochs of 8 clips: 1, 2 and 3 ranks, and a start in the middle."""
     decoder = open_decoder(write_clips(tmp_path), tmp_path / "cache")
     whole = read_all(decoder, 1, 4, 0, 24)
     assert len(set(whole)) > 8  # other crops in other epochs

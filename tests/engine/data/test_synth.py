@@ -241,4 +241,4 @@ def test_command_line(tmp_path, capsys):
     assert printed.out.strip() == str(tmp_path / "corpus" / "manifest.csv") and printed.err == ""
     assert json.loads((tmp_path / "corpus" / "corpus.json").read_text())["clips"] == 10
     assert main([str(tmp_path / "corpus"), "--clips", "9"]) == UserError.exit_code
-    assert capsys.readouterr().err.startswith("error: ")
+    assert capsys.readouterr().err.startswith("ssast: ")
