@@ -57,9 +57,15 @@ def device_names() -> list[str]:
     return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
+def settle_accelerator() -> str:
+    """ "cuda" or "cpu", for DeepSpeed and this engine alike; said outright, it spares DeepSpeed's guess and its warning."""
+    return os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
 def optional_parts() -> dict[str, str]:
     """For each optional part "yes" or why not. Judged by the feature, not by the name: `apex` and `flash_attn` on disk may be another
     project, or a part of one."""
+    settle_accelerator()
     return {
         "CUDA device": "yes" if torch.cuda.is_available() else "none found: training runs on the CPU",
         "DeepSpeed": _has("deepspeed", "initialize"),

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from .environment import settle_accelerator
 from .errors import UserError
 
 T = TypeVar("T")
@@ -47,8 +48,7 @@ class Ranks:
 
 def join_ranks() -> Ranks:
     """Join the processes that a launcher (deepspeed, torchrun) has started; without one, a world of this process alone."""
-    # DeepSpeed and this engine must agree on the device; said outright, it also spares DeepSpeed's guess and its warning
-    on_gpu = os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu") == "cuda"
+    on_gpu = settle_accelerator() == "cuda"
     import deepspeed
     import deepspeed.ops
 
