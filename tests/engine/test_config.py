@@ -67,7 +67,7 @@ def test_validation_masks_the_papers_share():
         ("model.size=huge", "model.size: Input should be 'tiny', 'small' or 'base', not 'huge'"),
         ("objective.name=both", "objective.name"),
         ("train.steps=many", "train.steps"),
-        ("train.warmup_steps=1600", "train.warmup_steps: 1600 of 1600"),
+        ("train.warmup_steps=1200", "train.warmup_steps: 1200 of 1200"),
         ("data.mean=1.0", "'auto' goes for both or neither"),
         ("deepspeed.optimizer.type=SGD", "deepspeed.optimizer.type: must be Adam"),
         ("deepspeed.zero_optimization.stage=4", "must be 0, 1, 2 or 3"),
