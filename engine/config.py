@@ -52,6 +52,9 @@ class RunSection(Section):
     """Of initial weights, order, crops and masks."""
     deterministic: bool = False
     """On a GPU: only deterministic kernels, so that a resumed run repeats to the bit there, too; slower."""
+    attention: Literal["auto", "torch", "math", "flash", "cudnn", "flash-attn-2", "flash-attn-3", "flash-attn-4", "triton"] = "auto"
+    """Backend of `ssast.kernels.attention`. auto: the fastest at the run's shape, measured when a run begins on a GPU and kept when it
+    resumes; PyTorch's own choice ("torch") on the CPU and in deterministic runs."""
     wandb: bool = False
     """Log to Weights & Biases too, where it is installed."""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ssast.kernels import MSPMLoss, attention, embed_patches, found_patches, mspm_loss
+from ssast.kernels import MSPMLoss, attention, embed_patches, found_patches, mspm_loss, patchify
 
 WIDTHS = {"tiny": 192, "small": 384, "base": 768}
 PATCH_VALUES = 256
@@ -68,12 +68,6 @@ class ModelConfig:
         return self.grid[0] * self.grid[1]
 
 
-def patchify(features: torch.Tensor, patch_shape: tuple[int, int], stride: tuple[int, int]) -> torch.Tensor:
-    """[B, T, F] -> [B, P, K]; value index within a patch = mel offset * patch frames + frame offset."""
-    windows = features.transpose(1, 2).unfold(1, patch_shape[0], stride[0]).unfold(2, patch_shape[1], stride[1])
-    return windows.reshape(windows.shape[0], windows.shape[1] * windows.shape[2], -1)
-
-
 def unpatchify(patches: torch.Tensor, grid: tuple[int, int], patch_shape: tuple[int, int]) -> torch.Tensor:
     """[B, P, K] -> [B, T, F] for patches that do not overlap: the inverse of `patchify`."""
     tiles = patches.reshape(patches.shape[0], *grid, *patch_shape)  # [B, f, t, mel, frame]
@@ -98,7 +92,6 @@ class PatchEmbedding(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(width)) if config.pretraining_heads else None
 
     def forward(self, patches: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        patches = patches.to(self.weight.dtype)
         return embed_patches(patches, self.weight, self.bias, self.position, self.prefix, self.mask_token, mask)
 
 
@@ -142,7 +135,7 @@ class Block(nn.Module):
 
 
 class SSAST(nn.Module):
-    """The whole model. `forward` is `pretrain`, which is what the trainer's engine wraps."""
+    """The whole model. `forward` is `pretrain_patches`, which is what the trainer's engine wraps."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -189,22 +182,40 @@ class SSAST(nn.Module):
         Raises:
             ValueError: a model without pretraining heads, an unknown objective, or overlapping patches.
         """
-        self._check_pretraining(objective)
         patches = self._patchify(features)
+        return self.pretrain_patches(
+            patches, mask, recon_mask, softmax_over=softmax_over, objective=objective, recon_weight=recon_weight
+        )
+
+    def pretrain_patches(
+        self,
+        patches: torch.Tensor,  # [B, P, K]
+        mask: torch.Tensor,
+        recon_mask: torch.Tensor | None = None,
+        *,
+        softmax_over: str = "predictions",
+        objective: str = "joint",
+        recon_weight: float = 10.0,
+    ) -> MSPMLoss:
+        """`pretrain` of features that are in patch order already, as `ssast.kernels.fbank(patch=...)` writes them."""
+        self._check_pretraining(objective)
+        if patches.ndim != 3 or patches.shape[1:] != (self.config.num_patches, self.config.patch_values):
+            raise ValueError(
+                f"patches must be [B, {self.config.num_patches}, {self.config.patch_values}] for this model, not {tuple(patches.shape)}"
+            )
         tokens = self._masked_tokens(patches, mask)  # [B, M, D]
-        target = gather_rows(patches, mask)  # [B, M, K]
         if recon_mask is None:
             class_pred = self.class_head(tokens) if objective != "generative" else None
             recon_pred = self.recon_head(tokens) if objective != "discriminative" else None
-            return mspm_loss(class_pred, recon_pred, target, softmax_over=softmax_over, recon_weight=recon_weight)
+            return mspm_loss(class_pred, recon_pred, patches, mask=mask, softmax_over=softmax_over, recon_weight=recon_weight)
         if objective != "joint":
             raise ValueError(f"recon_mask belongs to the joint objective, not to the {objective} one")
-        nce_half = mspm_loss(self.class_head(tokens), None, target, softmax_over=softmax_over)
+        nce_half = mspm_loss(self.class_head(tokens), None, patches, mask=mask, softmax_over=softmax_over)
         recon_tokens = self._masked_tokens(patches, recon_mask)
-        mse_half = mspm_loss(None, self.recon_head(recon_tokens), gather_rows(patches, recon_mask))
+        mse_half = mspm_loss(None, self.recon_head(recon_tokens), patches, mask=recon_mask)
         return MSPMLoss(nce_half.nce + recon_weight * mse_half.mse, nce_half.nce, mse_half.mse, nce_half.accuracy)
 
-    forward = pretrain
+    forward = pretrain_patches
 
     @torch.no_grad()
     def reconstruct(
@@ -221,7 +232,7 @@ class SSAST(nn.Module):
         tokens = self._masked_tokens(patches, mask)
         canvas = torch.full_like(patches, float("nan"))
         canvas.scatter_(1, mask[..., None].expand(-1, -1, patches.shape[2]), self.recon_head(tokens).to(patches.dtype))
-        found = found_patches(self.class_head(tokens).to(patches.dtype), gather_rows(patches, mask), softmax_over)
+        found = found_patches(self.class_head(tokens).to(patches.dtype), patches, mask=mask, softmax_over=softmax_over)
         return unpatchify(canvas, self.config.grid, self.config.patch_shape), found
 
     def classify(self, features: torch.Tensor, pool: str = "mean") -> torch.Tensor:

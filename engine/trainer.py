@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ssast.kernels import MSPMLoss, fbank, sample_patch_mask
+from ssast.kernels.attention import AttentionChoice, choose_attention, use_attention
 
 from .checkpoint import (
     checkpoint_steps,
@@ -77,6 +78,7 @@ class Trainer:
         self.schedule = Schedule(config.train, optimizer_section["params"]["lr"])
         self.step = 0
         self.samples = 0  # clips consumed: the whole state of the loader
+        self.attention = config.run.attention
         self._sent: tuple[int, torch.Tensor, Callable[[], object], dict[str, Any] | None] | None = None
         self._bad_clips: list[BadClip] = []
         self._valid_reader = ClipReader(self._decoder(data.valid), None, on_bad=self._on_bad)
@@ -87,6 +89,7 @@ class Trainer:
         resumed = self._resume()
         log = RunLog(config, self.run_dir, self.step) if self.ranks.is_first else None
         self._event(log, "resume" if resumed else "start", f"{self.clips_per_step} clips a step on {self.ranks.world_size} ranks")
+        self._event(log, "attention", self._choose_attention())
         loader = self._train_loader()
         clock = _Clock(self.clips_per_step, self.config.num_samples / self.config.data.sample_rate)
         stopping = False
@@ -123,11 +126,31 @@ class Trainer:
             if log is not None:
                 log.close()
 
+    def _choose_attention(self) -> str:
+        """Settle the backend of attention, the same on every rank; what to log of it."""
+        config, model = self.config, self.config.model_config_
+        name = self._resume_from.state.get("attention") if self._resume_from and self.attention == "auto" else self.attention
+        if name in (None, "auto"):
+            name = "torch" if config.run.deterministic else None
+        shape = (self.micro_batch, model.heads, 2 + model.num_patches, model.width // model.heads)
+
+        def choose() -> AttentionChoice:
+            try:
+                return choose_attention(shape, torch.bfloat16 if config.bf16 else torch.float32, self.ranks.device, name=name)
+            except (ValueError, RuntimeError) as error:
+                raise UserError(f"run.attention: {error}") from None
+
+        choice = self.ranks.once(choose)
+        self.attention = choice.name
+        use_attention(choice.name)
+        measured = ", ".join(f"{each} {ms:.3f} ms" for each, ms in choice.milliseconds.items())
+        return choice.name + (f" (forward and backward at {list(shape)}: {measured})" if measured else "")
+
     # --- one micro-batch ------------------------------------------------------------------------------------------------------------
 
     def _losses(self, batch: Batch, *, validation: bool = False) -> MSPMLoss:
         config, objective = self.config, self.config.objective
-        features = fbank(
+        patches = fbank(
             batch.waveform.to(self.ranks.device),
             sample_rate=config.data.sample_rate,
             num_mel_bins=config.model.num_mel_bins,
@@ -135,14 +158,16 @@ class Trainer:
             num_frames=config.model.input_frames,
             mean=self.data.mean,
             std=self.data.std,
-        )  # [B, T, F]
+            dtype=torch.bfloat16 if config.bf16 else torch.float32,  # of what is predicted, too: factors of the loss's products
+            patch=config.model_config_.patch_shape,
+        )  # [B, P, K]
         mask = self._mask(batch, _VALID_SEED if validation else _MASK_SEED, validation)
         recon_mask = None
         if objective.masks == "separate" and not validation:
             recon_mask = self._mask(batch, _RECON_MASK_SEED, validation)
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=config.uses_autocast):
             return self.engine(
-                features,
+                patches,
                 mask,
                 recon_mask,
                 softmax_over=objective.softmax_over,
@@ -305,6 +330,7 @@ class Trainer:
             "schedule": self.schedule.state_dict(),
             "world_size": self.ranks.world_size,
             "clips_per_step": self.clips_per_step,
+            "attention": self.attention,
             "data": data_fingerprint(self.data),
         }
         save_checkpoint(self.engine, self.run_dir, self.step, state, self.config.train.keep_last)

@@ -9,9 +9,9 @@ Legend of the shapes in all files:
 """
 
 from .attention import attention
-from .embed import embed_patches
+from .embed import embed_patches, patchify
 from .fbank import fbank
 from .mspm_loss import MSPMLoss, found_patches, mspm_loss
 from .patch_mask import sample_patch_mask
 
-__all__ = ["MSPMLoss", "attention", "embed_patches", "fbank", "found_patches", "mspm_loss", "sample_patch_mask"]
+__all__ = ["MSPMLoss", "attention", "embed_patches", "fbank", "found_patches", "mspm_loss", "patchify", "sample_patch_mask"]

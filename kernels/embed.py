@@ -1,8 +1,416 @@
-"""Patches to tokens: projection, mask token, position and prefix tokens."""
+"""Patches to tokens: projection, mask token, position and prefix tokens, written once."""
 
 import torch
+import triton
+import triton.language as tl
 
 from .backend import resolve_backend
+
+NUM_PREFIX = 2  # cls and dist
+
+
+def patchify(features: torch.Tensor, patch_shape: tuple[int, int], stride: tuple[int, int]) -> torch.Tensor:
+    """[B, T, F] -> [B, P, K]; value index within a patch = mel offset * patch frames + frame offset."""
+    windows = features.transpose(1, 2).unfold(1, patch_shape[0], stride[0]).unfold(2, patch_shape[1], stride[1])
+    return windows.reshape(windows.shape[0], windows.shape[1] * windows.shape[2], -1)
+
+
+def _reference(
+    patches: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    position: torch.Tensor,
+    prefix: torch.Tensor,
+    mask_token: torch.Tensor | None,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    tokens = torch.nn.functional.linear(patches.to(weight.dtype), weight, bias)  # [B, P, D]
+    if mask is not None and mask_token is not None:
+        is_masked = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device).scatter_(1, mask, True)
+        tokens = torch.where(is_masked[..., None], mask_token.to(tokens.dtype), tokens)
+    prefix = prefix.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
+    return torch.cat((prefix, tokens), dim=1) + position
+
+
+# --- the kernels --------------------------------------------------------------------------------------------------------------------
+#
+# Masked patches, 400 of 512, need no projection: forward and backward multiply the rows of visible patches only, gathered by their
+# numbers. Every token is written once, with everything added to it; gradients are sums over clips of what is read once.
+
+_ROWS = 64  # tokens a program: a tile of visible patches is the left factor of a product, of which Hopper takes no fewer rows
+_COLUMNS = 64  # of the width D at a time: two programs' weights fit a multiprocessor's shared memory
+_SUM_COLUMNS = 128  # of the width D a program, in the sums over clips
+_SUM_ROWS = 16  # tokens a program in the sums over clips
+_PROGRAMS = 128  # about one for each multiprocessor: into how many the sums over clips are split
+
+
+@triton.jit
+def _partition_kernel(
+    mask_ptr,  # [B, M] int64
+    visible_ptr,  # [B, P - M] int32
+    is_masked_ptr,  # [B, P] int8
+    P: tl.constexpr,
+    M: tl.constexpr,
+    P_2: tl.constexpr,
+):
+    """One program a clip: the numbers of its visible patches, ascending, and a flag for each patch."""
+    clip = tl.program_id(0).to(tl.int64)
+    number = tl.arange(0, P_2)
+    hits = tl.zeros((P_2,), tl.int32)
+    for m0 in range(0, M, 32):
+        m = m0 + tl.arange(0, 32)
+        masked = tl.load(mask_ptr + clip * M + m, mask=m < M, other=-1).to(tl.int32)
+        hits += tl.sum((number[:, None] == masked[None, :]).to(tl.int32), axis=1)
+    is_visible = (hits == 0) & (number < P)
+    tl.store(is_masked_ptr + clip * P + number, (hits != 0).to(tl.int8), mask=number < P)
+    slot = tl.cumsum(is_visible.to(tl.int32)) - 1
+    tl.store(visible_ptr + clip * (P - M) + slot, number, mask=is_visible & (slot < P - M))
+
+
+@triton.jit
+def _embed_kernel(
+    patches_ptr,  # [B, P, K]
+    weight_ptr,  # [D, K]
+    bias_ptr,  # [D]
+    position_ptr,  # [2 + P, D]
+    prefix_ptr,  # [2, D]
+    mask_token_ptr,  # [D]
+    mask_ptr,  # [B, M] int64, or None
+    visible_ptr,  # [B, P - M] int32, or None: all are visible
+    out_ptr,  # [B, 2 + P, D]
+    clip_stride,  # of patches
+    patch_stride,
+    P: tl.constexpr,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    K_2: tl.constexpr,
+    D: tl.constexpr,
+    COMPUTE: tl.constexpr,  # dtype of the product's factors
+    PRECISION: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """One program for BR tokens of one clip, all of their width: first tiles of visible patches, then of masked ones; the first program
+    of a clip writes its prefix tokens too."""
+    clip = tl.program_id(1).to(tl.int64)
+    tile = tl.program_id(0)
+    VISIBLE: tl.constexpr = P - M
+    VISIBLE_TILES: tl.constexpr = (VISIBLE + BR - 1) // BR
+    out_ptr += clip * (2 + P) * D
+    if tile < VISIBLE_TILES:
+        row = tile * BR + tl.arange(0, BR)
+        is_row = row < VISIBLE
+        number = row
+        if visible_ptr is not None:
+            number = tl.load(visible_ptr + clip * VISIBLE + row, mask=is_row, other=0)
+        k = tl.arange(0, K_2)
+        patch_ptrs = patches_ptr + clip * clip_stride + number.to(tl.int64)[:, None] * patch_stride + k[None, :]
+        patches = tl.load(patch_ptrs, mask=is_row[:, None] & (k < K)[None, :], other=0.0).to(COMPUTE)  # [BR, K_2]
+        for d0 in range(0, D, BD):
+            d = d0 + tl.arange(0, BD)
+            weight = tl.load(weight_ptr + d[None, :] * K + k[:, None], mask=(d < D)[None, :] & (k < K)[:, None], other=0.0).to(
+                COMPUTE
+            )
+            tokens = tl.dot(patches, weight, input_precision=PRECISION)  # [BR, BD]
+            tokens += tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+            place = (2 + number)[:, None] * D + d[None, :]
+            keep = is_row[:, None] & (d < D)[None, :]
+            tokens += tl.load(position_ptr + place, mask=keep, other=0.0).to(tl.float32)
+            tl.store(out_ptr + place, tokens.to(out_ptr.dtype.element_ty), mask=keep)
+    else:
+        row = (tile - VISIBLE_TILES) * BR + tl.arange(0, BR)
+        is_row = row < M
+        number = tl.load(mask_ptr + clip * M + row, mask=is_row, other=0).to(tl.int32)
+        for d0 in range(0, D, BD):
+            d = d0 + tl.arange(0, BD)
+            place = (2 + number)[:, None] * D + d[None, :]
+            keep = is_row[:, None] & (d < D)[None, :]
+            tokens = tl.load(position_ptr + place, mask=keep, other=0.0).to(tl.float32)
+            tokens += tl.load(mask_token_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+            tl.store(out_ptr + place, tokens.to(out_ptr.dtype.element_ty), mask=keep)
+    if tile == 0:
+        for d0 in range(0, D, BD):
+            d = d0 + tl.arange(0, BD)
+            place = tl.arange(0, 2)[:, None] * D + d[None, :]
+            keep = (d < D)[None, :]
+            tokens = tl.load(position_ptr + place, mask=keep, other=0.0).to(tl.float32)
+            tokens += tl.load(prefix_ptr + place, mask=keep, other=0.0).to(tl.float32)
+            tl.store(out_ptr + place, tokens.to(out_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _token_sums_kernel(
+    grad_ptr,  # [B, 2 + P, D]
+    is_masked_ptr,  # [B, P] int8, or None: none is
+    position_ptr,  # [SPLITS, 2 + P, D] float32: sums over a split's clips
+    visible_ptr,  # [SPLITS * token tiles, D] float32: sums over visible patches
+    masked_ptr,  # likewise over masked ones
+    batch,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
+    tile, split = tl.program_id(0), tl.program_id(2)
+    token = tile * BR + tl.arange(0, BR)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    is_patch = (token >= 2) & (token < 2 + P)
+    place = token[:, None] * D + d[None, :]
+    keep = (token < 2 + P)[:, None] & (d < D)[None, :]
+    every = tl.zeros((BR, BD), tl.float32)
+    masked = tl.zeros((BR, BD), tl.float32)
+    for clip in range(split, batch, SPLITS):
+        grad = tl.load(grad_ptr + tl.cast(clip, tl.int64) * (2 + P) * D + place, mask=keep, other=0.0).to(tl.float32)
+        every += grad
+        if is_masked_ptr is not None:
+            flag = tl.load(is_masked_ptr + tl.cast(clip, tl.int64) * P + token - 2, mask=is_patch, other=0)
+            masked += tl.where((flag != 0)[:, None], grad, 0.0)
+    tl.store(position_ptr + tl.cast(split, tl.int64) * (2 + P) * D + place, every, mask=keep)
+    part = (tl.cast(split, tl.int64) * tl.num_programs(0) + tile) * D + d
+    visible = tl.where(is_patch[:, None], every - masked, 0.0)
+    tl.store(visible_ptr + part, tl.sum(visible, axis=0), mask=d < D)
+    tl.store(masked_ptr + part, tl.sum(masked, axis=0), mask=d < D)
+
+
+@triton.jit
+def _weight_sums_kernel(
+    grad_ptr,  # [B, 2 + P, D]
+    patches_ptr,  # [B, P, K]
+    visible_ptr,  # [B, P - M] int32, or None
+    out_ptr,  # [SPLITS, D, K] float32: sums over a split's clips
+    batch,
+    clip_stride,  # of patches
+    patch_stride,
+    P: tl.constexpr,
+    VISIBLE: tl.constexpr,
+    K: tl.constexpr,
+    K_2: tl.constexpr,
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
+    split = tl.program_id(1)
+    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    k = tl.arange(0, K_2)
+    total = tl.zeros((BD, K_2), tl.float32)
+    for clip in range(split, batch, SPLITS):
+        clip_grad_ptr = grad_ptr + tl.cast(clip, tl.int64) * (2 + P) * D
+        clip_patches_ptr = patches_ptr + tl.cast(clip, tl.int64) * clip_stride
+        for r0 in range(0, VISIBLE, BR):
+            row = r0 + tl.arange(0, BR)
+            number = row
+            if visible_ptr is not None:
+                number = tl.load(visible_ptr + tl.cast(clip, tl.int64) * VISIBLE + row, mask=row < VISIBLE, other=0)
+            grad_ptrs = clip_grad_ptr + (2 + number)[:, None] * D + d[None, :]
+            grad = tl.load(grad_ptrs, mask=(row < VISIBLE)[:, None] & (d < D)[None, :], other=0.0).to(COMPUTE)  # [BR, BD]
+            patch_ptrs = clip_patches_ptr + number.to(tl.int64)[:, None] * patch_stride + k[None, :]
+            patches = tl.load(patch_ptrs, mask=(row < VISIBLE)[:, None] & (k < K)[None, :], other=0.0).to(COMPUTE)  # [BR, K_2]
+            total = tl.dot(tl.trans(grad), patches, total, input_precision=PRECISION)
+    keep = (d < D)[:, None] & (k < K)[None, :]
+    tl.store(out_ptr + tl.cast(split, tl.int64) * D * K + d[:, None] * K + k[None, :], total, mask=keep)
+
+
+@triton.jit
+def _sum_parts_kernel(parts_ptr, out_ptr, num_parts, size, BLOCK: tl.constexpr):
+    """parts [num_parts, size] float32 -> their sums [size] in the output's dtype, always in the same order."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(num_parts):
+        total += tl.load(parts_ptr + tl.cast(part, tl.int64) * size + place, mask=place < size, other=0.0)
+    tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=place < size)
+
+
+def _sum_parts(parts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """[N, ...] -> [...] with the shape and dtype of `like`."""
+    out = torch.empty_like(like, memory_format=torch.contiguous_format)
+    block = 1024
+    _sum_parts_kernel[(triton.cdiv(out.numel(), block),)](
+        parts, out, parts.numel() // out.numel(), out.numel(), BLOCK=block, num_warps=4
+    )
+    return out
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "ieee" if dtype == torch.float32 else "tf32"  # of float32 factors; the others are multiplied exactly in any case
+
+
+_TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@torch.library.custom_op("ssast::embed_patches", mutates_args=())
+def _embed_op(
+    patches: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    position: torch.Tensor,
+    prefix: torch.Tensor,
+    mask_token: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    compute: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, and for the backward pass: numbers of the visible patches, and which are masked (both empty without a mask)."""
+    tokens, visible, is_masked = _new_outputs(patches, weight, position, mask, compute)
+    batch, num_patches, values = patches.shape
+    num_masked = 0 if mask is None else mask.shape[1]
+    patches = patches if patches.stride(2) == 1 else patches.contiguous()
+    if batch == 0:
+        return tokens, visible, is_masked
+    with torch.cuda.device_of(patches):
+        if mask is not None:
+            mask = mask.contiguous()
+            num_patches_2 = triton.next_power_of_2(num_patches)
+            _partition_kernel[(batch,)](mask, visible, is_masked, P=num_patches, M=num_masked, P_2=num_patches_2, num_warps=4)
+        tiles = triton.cdiv(num_patches - num_masked, _ROWS) + triton.cdiv(num_masked, _ROWS)
+        _embed_kernel[(tiles, batch)](
+            patches,
+            weight.contiguous(),
+            bias.contiguous(),
+            position.contiguous(),
+            prefix.contiguous(),
+            None if mask is None or mask_token is None else mask_token.contiguous(),
+            mask,
+            None if mask is None else visible,
+            tokens,
+            patches.stride(0),
+            patches.stride(1),
+            P=num_patches,
+            M=num_masked,
+            K=values,
+            K_2=max(triton.next_power_of_2(values), 16),
+            D=weight.shape[0],
+            COMPUTE=_TRITON_DTYPE[compute],
+            PRECISION=_precision(compute),
+            BR=_ROWS,
+            BD=_COLUMNS,
+            num_warps=4,
+            num_stages=2,
+        )
+    return tokens, visible, is_masked
+
+
+@_embed_op.register_fake
+def _(patches, weight, bias, position, prefix, mask_token, mask, compute):
+    return _new_outputs(patches, weight, position, mask, compute)
+
+
+def _new_outputs(
+    patches: torch.Tensor, weight: torch.Tensor, position: torch.Tensor, mask: torch.Tensor | None, compute: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, num_patches = patches.shape[:2]
+    dtype = torch.promote_types(compute, position.dtype)
+    tokens = patches.new_empty(batch, position.shape[0], weight.shape[0], dtype=dtype)
+    visible = patches.new_empty(batch, 0 if mask is None else num_patches - mask.shape[1], dtype=torch.int32)
+    return tokens, visible, patches.new_empty(batch, 0 if mask is None else num_patches, dtype=torch.int8)
+
+
+@torch.library.custom_op("ssast::embed_patches_backward", mutates_args=())
+def _embed_backward_op(
+    grad: torch.Tensor,
+    patches: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    position: torch.Tensor,
+    prefix: torch.Tensor,
+    mask_token: torch.Tensor | None,
+    visible: torch.Tensor,
+    is_masked: torch.Tensor,
+    compute: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of weight, bias, position, prefix and mask token (empty without a mask)."""
+    has_mask = is_masked.shape[1] > 0
+    batch, num_patches, values = patches.shape
+    width, tokens = weight.shape[0], position.shape[0]
+    if batch == 0:
+        like = (weight, bias, position, prefix, mask_token if has_mask else bias.new_empty(0))
+        return tuple(torch.zeros_like(each) for each in like)
+    grad = grad.contiguous()
+    patches = patches if patches.stride(2) == 1 else patches.contiguous()
+    with torch.cuda.device_of(grad):
+        column_tiles, row_tiles = triton.cdiv(width, _SUM_COLUMNS), triton.cdiv(tokens, _SUM_ROWS)
+
+        splits = min(batch, max(1, 4 * _PROGRAMS // (row_tiles * column_tiles)))
+        position_parts = torch.empty(splits, tokens, width, dtype=torch.float32, device=grad.device)
+        visible_parts = torch.empty(splits * row_tiles, width, dtype=torch.float32, device=grad.device)
+        masked_parts = torch.empty_like(visible_parts)
+        _token_sums_kernel[(row_tiles, column_tiles, splits)](
+            grad,
+            is_masked if has_mask else None,
+            position_parts,
+            visible_parts,
+            masked_parts,
+            batch,
+            P=num_patches,
+            D=width,
+            SPLITS=splits,
+            BR=_SUM_ROWS,
+            BD=_SUM_COLUMNS,
+            num_warps=4,
+        )
+
+        splits = min(batch, max(1, _PROGRAMS // column_tiles))
+        weight_parts = torch.empty(splits, width, values, dtype=torch.float32, device=grad.device)
+        _weight_sums_kernel[(column_tiles, splits)](
+            grad,
+            patches,
+            visible if has_mask else None,
+            weight_parts,
+            batch,
+            patches.stride(0),
+            patches.stride(1),
+            P=num_patches,
+            VISIBLE=visible.shape[1] if has_mask else num_patches,
+            K=values,
+            K_2=max(triton.next_power_of_2(values), 16),
+            D=width,
+            SPLITS=splits,
+            COMPUTE=_TRITON_DTYPE[compute],
+            PRECISION=_precision(compute),
+            BR=_ROWS,
+            BD=_SUM_COLUMNS,
+            num_warps=8,
+            num_stages=2,
+        )
+        return (
+            _sum_parts(weight_parts, weight),
+            _sum_parts(visible_parts, bias),
+            _sum_parts(position_parts, position),
+            _sum_parts(position_parts[:, :NUM_PREFIX].contiguous(), prefix),
+            _sum_parts(masked_parts, mask_token) if has_mask else bias.new_empty(0),
+        )
+
+
+@_embed_backward_op.register_fake
+def _(grad, patches, weight, bias, position, prefix, mask_token, visible, is_masked, compute):
+    like = (weight, bias, position, prefix, mask_token if is_masked.shape[1] > 0 else bias.new_empty(0))
+    return tuple(torch.empty_like(each, memory_format=torch.contiguous_format) for each in like)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    patches, weight, bias, position, prefix, mask_token, _, ctx.compute = inputs
+    _, visible, is_masked = output
+    ctx.save_for_backward(patches, weight, bias, position, prefix, mask_token, visible, is_masked)
+    ctx.mark_non_differentiable(visible, is_masked)
+
+
+def _backward(ctx, grad, _grad_visible, _grad_is_masked):
+    patches, weight, bias, position, prefix, mask_token, visible, is_masked = ctx.saved_tensors
+    grads = _embed_backward_op(grad, patches, weight, bias, position, prefix, mask_token, visible, is_masked, ctx.compute)
+    grad_weight, grad_bias, grad_position, grad_prefix, grad_mask_token = grads
+    grad_patches = None
+    if ctx.needs_input_grad[0]:  # never in training: patches are data
+        grad_patches = torch.nn.functional.linear(grad[:, NUM_PREFIX:].to(weight.dtype), weight.T)
+        if is_masked.shape[1] > 0:
+            grad_patches = grad_patches.masked_fill(is_masked[..., None] != 0, 0.0)
+        grad_patches = grad_patches.to(patches.dtype)
+    has_mask = is_masked.shape[1] > 0
+    return grad_patches, grad_weight, grad_bias, grad_position, grad_prefix, grad_mask_token if has_mask else None, None, None
+
+
+_embed_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def embed_patches(
@@ -18,13 +426,16 @@ def embed_patches(
 ) -> torch.Tensor:  # [B, 2 + P, D]
     """Tokens [cls, dist, patch 0, patch 1, ...] of SSAST, section "Patch embedding": E_i + P_i, with E_mask in place of masked E_i.
 
+    The projection's factors are taken in the dtype of `weight`, under autocast in the autocast dtype. The kernel sums everything in
+    float32 and rounds once, to the wider of that dtype and the one of `position`.
+
     Args:
         patches: flattened patches, value index = frequency offset * patch width in frames + frame offset.
         weight, bias: the projection.
         position: trained position embedding, its first two rows belong to the prefix tokens.
         prefix: the cls and the dist token.
         mask_token: learned embedding that stands in for masked patches.
-        mask: int64 patch numbers without the offset of the prefix tokens; None masks nothing.
+        mask: int64 patch numbers without the offset of the prefix tokens, in any order, without repeats; None masks nothing.
         backend: None, "torch" or "triton".
 
     Raises:
@@ -32,15 +443,18 @@ def embed_patches(
     """
     if mask is not None and mask_token is None:
         raise ValueError("mask was given without mask_token")
-    if position.shape[0] != patches.shape[1] + prefix.shape[0]:
-        raise ValueError(
-            f"position has {position.shape[0]} rows for {prefix.shape[0]} prefix tokens and {patches.shape[1]} patches"
-        )
-    resolve_backend(backend, patches.device, has_triton=False)
+    if prefix.shape[0] != NUM_PREFIX:
+        raise ValueError(f"prefix has {prefix.shape[0]} rows: there are {NUM_PREFIX} prefix tokens, cls and dist")
+    if position.shape[0] != patches.shape[1] + NUM_PREFIX:
+        raise ValueError(f"position has {position.shape[0]} rows for {NUM_PREFIX} prefix tokens and {patches.shape[1]} patches")
+    if weight.shape[1] != patches.shape[2]:
+        raise ValueError(f"weight is {tuple(weight.shape)} for patches of {patches.shape[2]} values")
+    if mask is not None and (mask.shape[0] != patches.shape[0] or not 0 < mask.shape[1] < patches.shape[1]):
+        raise ValueError(f"mask is {tuple(mask.shape)} for {patches.shape[0]} clips of {patches.shape[1]} patches")
+    if resolve_backend(backend, patches, weight, position) == "torch":
+        return _reference(patches, weight, bias, position, prefix, mask_token, mask)
 
-    tokens = torch.nn.functional.linear(patches, weight, bias)  # [B, P, D]
-    if mask is not None and mask_token is not None:
-        is_masked = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device).scatter_(1, mask, True)
-        tokens = torch.where(is_masked[..., None], mask_token.to(tokens.dtype), tokens)
-    prefix = prefix.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
-    return torch.cat((prefix, tokens), dim=1) + position
+    device_type = patches.device.type
+    compute = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+    tokens, _, _ = _embed_op(patches, weight, bias, position, prefix, mask_token if mask is not None else None, mask, compute)
+    return tokens

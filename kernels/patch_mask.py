@@ -1,7 +1,7 @@
 """Which patches of each clip are masked.
 
 Every clip draws its squares from its own counters, so a mask depends on (seed, offset + index of the clip) alone, never on the batch
-size, the device or what was drawn before.
+size, the device or what was drawn before; reference and kernel draw the same bits and give the same masks.
 
 All three algorithms share one vectorised idea with no loop that depends on the data: draw surely enough squares at once, give every
 patch the index of the first square that covers it, and keep the N patches covered earliest.
@@ -11,54 +11,13 @@ import functools
 import math
 
 import torch
+import triton
+import triton.language as tl
 
 from .backend import resolve_backend
 from .random import below, philox
 
 _STREAM_SQUARES, _STREAM_TIES = 0, 1
-
-
-def sample_patch_mask(
-    batch: int,
-    *,
-    grid: tuple[int, int] = (8, 64),
-    num_masked: int = 400,
-    cluster: tuple[int, ...] | None = (3, 4, 5),
-    algorithm: str = "centered",
-    seed: int = 0,
-    offset: int = 0,
-    device: torch.device | str | None = None,
-    backend: str | None = None,
-) -> torch.Tensor:
-    """Draw the masked patches of `batch` clips.
-
-    Args:
-        batch: number of clips B.
-        grid: patches along (frequency, time); patch number p = frequency index * grid[1] + time index.
-        num_masked: patches to mask in every clip, 0 < num_masked < P.
-        cluster: side lengths in patches; each clip draws one of them, all its squares have that side. None masks uniformly at random.
-        algorithm: "centered" - the paper: squares centred on patches drawn uniformly, clipped at the edges of the grid, until
-            `num_masked` patches are covered; the surplus of the last square is dropped at random. An even side has no middle patch, so
-            which of the four middle ones is the centre is drawn too.
-            "official" - what the authors' code does: squares grow right and down from a uniform corner in *patch number*, so they run
-            over the right edge into the next row; patch 0 is never masked; drawing stops when more than `num_masked` patches are
-            covered, and the highest patch numbers are dropped. (Their set comes out ascending in CPython when it is large enough,
-            which holds for all published settings; for fewer than 77 masked of 512 patches theirs drops others.)
-            Without `cluster` both are uniform sampling without replacement.
-        seed, offset: clip b draws from the counter `offset + b` under the key `seed`.
-        device: of the result; default CPU.
-        backend: None, "torch" or "triton".
-
-    Returns:
-        [B, num_masked] int64 patch numbers, ascending, without repeats.
-
-    Raises:
-        ValueError: sizes that cannot be met, or an unknown algorithm.
-    """
-    device = torch.device(device or "cpu")
-    _check(batch, grid, num_masked, cluster, algorithm, offset)
-    resolve_backend(backend, device, has_triton=False)
-    return _reference(batch, grid, num_masked, cluster, algorithm, seed, offset, device)
 
 
 def _reference(
@@ -136,12 +95,208 @@ def _first_square(grid: tuple[int, int], cluster: tuple[int, ...], algorithm: st
 
 @functools.lru_cache(maxsize=16)
 def _sides(cluster: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(cluster, device=device)  # kept: copying it each time would make the host wait
+    return torch.tensor(cluster, dtype=torch.int64, device=device)  # kept: copying it each time would make the host wait
 
 
 def _keep_smallest(key: torch.Tensor, count: int) -> torch.Tensor:
     """[B, count] ascending positions of the `count` smallest keys of each row."""
     return key.sort(dim=1, stable=True).indices[:, :count].sort(dim=1).values
+
+
+@triton.jit(do_not_specialize=["seed", "offset"])
+def _mask_kernel(
+    out_ptr,  # [B, NUM_MASKED] int64
+    sides_ptr,  # [NUM_SIDES] int64
+    seed,
+    offset,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS_2: tl.constexpr,  # the next powers of two
+    COLUMNS_2: tl.constexpr,
+    NUM_MASKED: tl.constexpr,
+    NUM_SIDES: tl.constexpr,  # 0: uniform
+    SQUARES: tl.constexpr,
+    SQUARE_BITS: tl.constexpr,  # of SQUARES + 1
+    NUMBER_BITS: tl.constexpr,  # of 2 P
+    OFFICIAL: tl.constexpr,
+    WRAPS: tl.constexpr,  # how often a square can run over the right edge
+    STREAM_SQUARES: tl.constexpr,
+    STREAM_TIES: tl.constexpr,
+):
+    """One program a clip. Squares come 32 at a time: a word of 32 bits for each row and each column says which of them cover it, so a
+    patch's word is the `and` of its row's and its column's, and the lowest bit of it is the first square there."""
+    P: tl.constexpr = ROWS * COLUMNS
+    clip = offset.to(tl.int64) + tl.program_id(0)
+    clip_low, clip_high = (clip & 0xFFFFFFFF).to(tl.uint32), (clip >> 32).to(tl.uint32)
+    seed = seed.to(tl.int64)
+    row, column = tl.arange(0, ROWS_2), tl.arange(0, COLUMNS_2)
+    number = row[:, None] * COLUMNS + column[None, :]  # [ROWS_2, COLUMNS_2]
+    is_patch = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
+
+    first = tl.full((ROWS_2, COLUMNS_2), SQUARES, tl.int32)  # first square that covers the patch
+    if NUM_SIDES > 0:
+        pick = tl.philox(seed, tl.zeros((1,), tl.uint32), clip_low, clip_high, STREAM_SQUARES)[1]
+        side = tl.load(sides_ptr + tl.sum((pick.to(tl.int64) * NUM_SIDES) >> 32)).to(tl.int32)
+        for word in range(SQUARES // 32):
+            bit = tl.arange(0, 32)
+            drawn = tl.philox(seed, (word * 32 + bit).to(tl.uint32), clip_low, clip_high, STREAM_SQUARES)
+            start, parity = ((drawn[0].to(tl.int64) * P) >> 32).to(tl.int32), drawn[2].to(tl.int32)
+            top, left = start // COLUMNS, start % COLUMNS  # [32]
+            if not OFFICIAL:
+                even = (side + 1) % 2
+                top -= (side - 1) // 2 + even * (parity & 1)
+                left -= (side - 1) // 2 + even * (parity >> 1 & 1)
+            covers = tl.zeros((ROWS_2, COLUMNS_2), tl.int32)
+            for wrap in tl.static_range(WRAPS + 1):
+                covers |= (
+                    _covered_bits(row, top + wrap, side)[:, None] & _covered_bits(column, left - wrap * COLUMNS, side)[None, :]
+                )
+            lowest = (
+                (covers & -covers).to(tl.float32).to(tl.int32, bitcast=True)
+            )  # a power of two: its exponent is the bit's number
+            square = word * 32 + ((lowest >> 23) & 0xFF) - 127
+            first = tl.where(covers != 0, tl.minimum(first, square), first)
+
+    first = tl.reshape(first, (ROWS_2 * COLUMNS_2,)).to(tl.int64)
+    number = tl.reshape(number, (ROWS_2 * COLUMNS_2,))
+    is_patch = tl.reshape(is_patch, (ROWS_2 * COLUMNS_2,))
+    if OFFICIAL and NUM_SIDES > 0:
+        first = tl.where(number == 0, SQUARES + 1, first)  # patch 0 is never masked
+        first = tl.where(is_patch, first, (1 << SQUARE_BITS) - 1)
+        last_square = _nth_smallest(first, NUM_MASKED + 1, SQUARE_BITS)
+        key = tl.where(first <= last_square, number, number + P).to(tl.int64)
+        key = tl.where(is_patch, key, (1 << NUMBER_BITS) - 1)
+        masked = _is_among_smallest(key, NUM_MASKED, NUMBER_BITS)
+    else:
+        tie = tl.philox(seed, number.to(tl.uint32), clip_low, clip_high, STREAM_TIES)[0]
+        if NUM_SIDES > 0:
+            key = (first << 32) | tie.to(tl.int64)
+            key = tl.where(is_patch, key, ((1 << SQUARE_BITS) - 1) << 32)
+            masked = _is_among_smallest(key, NUM_MASKED, 32 + SQUARE_BITS)
+        else:
+            key = tie.to(tl.int64) * P + number
+            key = tl.where(is_patch, key, (1 << (32 + NUMBER_BITS)) - 1)
+            masked = _is_among_smallest(key, NUM_MASKED, 32 + NUMBER_BITS)
+
+    slot = tl.cumsum(masked.to(tl.int32)) - 1
+    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * NUM_MASKED + slot, number.to(tl.int64), mask=masked)
+
+
+@triton.jit
+def _covered_bits(line, start, side):
+    """line [L] rows or columns, start [32] of the squares -> [L] words whose bit i says that square i covers the line."""
+    distance = line[:, None] - start[None, :]
+    inside = (distance >= 0) & (distance < side)
+    return tl.sum(inside.to(tl.int32) << tl.arange(0, 32)[None, :], axis=1)
+
+
+@triton.jit
+def _is_among_smallest(key, count, BITS: tl.constexpr):
+    """Which of the keys [X] are the `count` smallest; among equal ones the first."""
+    threshold = _nth_smallest(key, count, BITS)
+    smaller, equal = (key < threshold).to(tl.int32), (key == threshold).to(tl.int32)
+    return (smaller != 0) | ((equal != 0) & (tl.cumsum(equal) <= count - tl.sum(smaller)))
+
+
+@triton.jit
+def _nth_smallest(key, n, BITS: tl.constexpr):
+    """The n-th smallest, from 1, of int64 keys in [0, 2**BITS): the largest value that fewer than n keys are below, bit by bit."""
+    value = tl.zeros((), tl.int64)
+    for step in range(BITS):
+        candidate = value | (tl.full((), 1, tl.int64) << (BITS - 1 - step))
+        value = tl.where(tl.sum((key < candidate).to(tl.int32)) < n, candidate, value)
+    return value
+
+
+@torch.library.custom_op("ssast::sample_patch_mask", mutates_args=())
+def _mask_op(
+    batch: int,
+    rows: int,
+    columns: int,
+    num_masked: int,
+    cluster: list[int],
+    algorithm: str,
+    seed: int,
+    offset: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """`cluster` empty: uniform."""
+    squares = num_squares((rows, columns), num_masked, min(cluster)) if cluster else 32
+    is_official = algorithm == "official"
+    out = torch.empty(batch, num_masked, dtype=torch.int64, device=device)
+    if batch == 0:
+        return out
+    with torch.cuda.device_of(out):
+        _mask_kernel[(batch,)](
+            out,
+            _sides(tuple(cluster), device),
+            seed,
+            offset,
+            ROWS=rows,
+            COLUMNS=columns,
+            ROWS_2=triton.next_power_of_2(rows),
+            COLUMNS_2=triton.next_power_of_2(columns),
+            NUM_MASKED=num_masked,
+            NUM_SIDES=len(cluster),
+            SQUARES=squares,
+            SQUARE_BITS=(squares + 2).bit_length(),
+            NUMBER_BITS=(2 * rows * columns).bit_length(),
+            OFFICIAL=is_official,
+            WRAPS=(columns + max(cluster) - 2) // columns if is_official and cluster else 0,
+            STREAM_SQUARES=_STREAM_SQUARES,
+            STREAM_TIES=_STREAM_TIES,
+            num_warps=1,
+        )
+    return out
+
+
+@_mask_op.register_fake
+def _(batch, rows, columns, num_masked, cluster, algorithm, seed, offset, device):
+    return torch.empty(batch, num_masked, dtype=torch.int64, device=device)
+
+
+def sample_patch_mask(
+    batch: int,
+    *,
+    grid: tuple[int, int] = (8, 64),
+    num_masked: int = 400,
+    cluster: tuple[int, ...] | None = (3, 4, 5),
+    algorithm: str = "centered",
+    seed: int = 0,
+    offset: int = 0,
+    device: torch.device | str | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Draw the masked patches of `batch` clips.
+
+    Args:
+        batch: number of clips B.
+        grid: patches along (frequency, time); patch number p = frequency index * grid[1] + time index.
+        num_masked: patches to mask in every clip, 0 < num_masked < P.
+        cluster: side lengths in patches; each clip draws one of them, all its squares have that side. None masks uniformly at random.
+        algorithm: "centered" - the paper: squares centred on patches drawn uniformly, clipped at the edges of the grid, until
+            `num_masked` patches are covered; the surplus of the last square is dropped at random. An even side has no middle patch, so
+            which of the four middle ones is the centre is drawn too.
+            "official" - what the authors' code does: squares grow right and down from a uniform corner in *patch number*, so they run
+            over the right edge into the next row; patch 0 is never masked; drawing stops when more than `num_masked` patches are
+            covered, and the highest patch numbers are dropped. (Their set comes out ascending in CPython when it is large enough,
+            which holds for all published settings; for fewer than 77 masked of 512 patches theirs drops others.)
+            Without `cluster` both are uniform sampling without replacement.
+        seed, offset: clip b draws from the counter `offset + b` under the key `seed`.
+        device: of the result; default CPU.
+        backend: None, "torch" or "triton".
+
+    Returns:
+        [B, num_masked] int64 patch numbers, ascending, without repeats.
+
+    Raises:
+        ValueError: sizes that cannot be met, or an unknown algorithm.
+    """
+    device = torch.device(device or "cpu")
+    _check(batch, grid, num_masked, cluster, algorithm, offset)
+    if resolve_backend(backend, device) == "torch":
+        return _reference(batch, grid, num_masked, cluster, algorithm, seed, offset, device)
+    return _mask_op(batch, *grid, num_masked, list(cluster or ()), algorithm, seed, offset, device)
 
 
 def _check(

@@ -1,15 +1,28 @@
 """Fixtures of all tests. `shared/` beside the checkout holds golden values of the official code and real audio; tests that need it are
-skipped, with a notice, where it is absent."""
+skipped, with a notice, where it is absent.
+
+Triton kernels are tested on CPU tensors in Triton's interpreter, which must be chosen before triton is imported: here.
+SSAST_TEST_DEVICE=cuda tests them compiled, on a GPU. All other tests are the same on every machine: CPU and PyTorch operators; training
+in the interpreter would take hours.
+"""
 
 import os
 from pathlib import Path
 
-os.environ["DS_ACCELERATOR"] = "cpu"  # the tests are the same on every machine
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+ON_GPU = os.environ.get("SSAST_TEST_DEVICE") == "cuda"
+if not ON_GPU:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import ssast.kernels.backend  # noqa: E402
+
+os.environ.pop("TRITON_INTERPRET", None)  # processes that a test starts do not inherit it,
+ssast.kernels.backend.INTERPRETED = False  # and tests/kernels switches it on for itself
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -43,3 +56,4 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+

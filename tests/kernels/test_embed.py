@@ -1,10 +1,12 @@
 import pytest
 import torch
+from law import assert_lawful
 
 from ssast.kernels import embed_patches
 
 
 def inputs(clips: int = 2, patches: int = 6, values: int = 8, width: int = 4) -> dict[str, torch.Tensor]:
+    """float64, so that they run the reference."""
     generator = torch.Generator().manual_seed(0)
     shapes = {
         "patches": (clips, patches, values),
@@ -55,3 +57,108 @@ def test_bad_arguments():
         embed_patches(**{**given, "mask_token": None}, mask=torch.zeros(2, 1, dtype=torch.int64))
     with pytest.raises(ValueError, match="position has 7 rows"):
         embed_patches(**{**given, "position": given["position"][1:]})
+    with pytest.raises(ValueError, match="prefix has 1 rows"):
+        embed_patches(**{**given, "prefix": given["prefix"][:1]})
+    with pytest.raises(ValueError, match="patches of 8 values"):
+        embed_patches(**{**given, "weight": given["weight"][:, 1:]})
+    with pytest.raises(ValueError, match=r"mask is \(1, 2\)"):
+        embed_patches(**given, mask=torch.zeros(1, 2, dtype=torch.int64))
+
+
+def run(
+    given: dict[str, torch.Tensor], mask: torch.Tensor | None, backend: str | None, upstream: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Tokens and the gradient of everything, by name."""
+    leaves = {name: value.detach().requires_grad_() for name, value in given.items()}
+    tokens = embed_patches(**leaves, mask=mask, backend=backend)
+    used = [name for name in leaves if mask is not None or name != "mask_token"]
+    grads = torch.autograd.grad(tokens, [leaves[name] for name in used], upstream.to(tokens.dtype))
+    return {"tokens": tokens.detach(), **dict(zip(used, grads, strict=True))}
+
+
+def draw_mask(clips: int, patches: int, masked: int) -> torch.Tensor:
+    """In no order: the kernel must not count on one."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.stack([torch.randperm(patches, generator=generator)[:masked] for _ in range(clips)])
+
+
+# Why each: the paper's patches; a grid and a mask that no tile divides, and a width below a tile; one clip, one masked, one visible;
+# frame patches of another size with values that are no power of two; more clips than the sums are split into.
+SHAPES = [(2, 512, 256, 192, 400), (3, 63, 256, 130, 17), (1, 2, 16, 16, 1), (2, 70, 96, 64, 69), (33, 5, 16, 300, 2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_mask", [True, False])
+@pytest.mark.parametrize(("clips", "patches", "values", "width", "masked"), SHAPES)
+@pytest.mark.parametrize("backend", ["triton"])
+def test_law(backend, clips, patches, values, width, masked, with_mask, dtype, device):
+    given = {name: value.to(device, dtype) for name, value in inputs(clips, patches, values, width).items()}
+    mask = draw_mask(clips, patches, masked).to(device) if with_mask else None
+    upstream = torch.randn(clips, 2 + patches, width, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(
+        device, dtype
+    )
+    ours = run(given, mask, backend, upstream)
+    same = run(given, mask, "torch", upstream)
+    exact = run({name: value.double() for name, value in given.items()}, mask, "torch", upstream.double())
+    assert ours.keys() == exact.keys()
+    for name in exact:
+        assert_lawful(name, ours[name], same[name], exact[name])
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_patches_of_any_stride(backend, device):
+    given = {name: value.float().to(device) for name, value in inputs(2, 9, 16, 16).items()}
+    mask = draw_mask(2, 9, 5).to(device)
+    plain = embed_patches(**given, mask=mask, backend=backend)
+    wide = torch.stack((given["patches"], given["patches"] + 1), dim=2)
+    for view in (
+        wide[:, :, 0],
+        wide.permute(0, 1, 3, 2).contiguous()[..., 0],
+        given["patches"].transpose(0, 1).contiguous().transpose(0, 1),
+    ):
+        assert torch.equal(view, given["patches"])
+        assert torch.equal(embed_patches(**{**given, "patches": view}, mask=mask, backend=backend), plain)
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_runs_are_bit_equal(backend, device):
+    given = {name: value.float().to(device) for name, value in inputs(5, 20, 16, 40).items()}
+    mask, upstream = draw_mask(5, 20, 8).to(device), torch.randn(5, 22, 40).to(device)
+    first, second = run(given, mask, backend, upstream), run(given, mask, backend, upstream)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_autocast_rounds_the_projection_only(backend, device):
+    """fp32 parameters under bf16 autocast: a bf16 product, added to float32 positions, float32 gradients."""
+    given = {name: value.float().to(device) for name, value in inputs(2, 9, 16, 16).items()}
+    mask, upstream = draw_mask(2, 9, 4).to(device), torch.randn(2, 11, 16).to(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        ours, same = run(given, mask, backend, upstream), run(given, mask, "torch", upstream)
+    exact = run({name: value.double() for name, value in given.items()}, mask, "torch", upstream.double())
+    for name in exact:
+        assert ours[name].dtype == torch.float32
+        assert_lawful(name, ours[name], same[name], exact[name])
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_compiles_into_one_graph(backend, device):
+    given = {name: value.float().to(device).requires_grad_(name != "patches") for name, value in inputs(2, 9, 16, 16).items()}
+    mask = draw_mask(2, 9, 4).to(device)
+
+    def loss(given: dict[str, torch.Tensor]) -> torch.Tensor:
+        return embed_patches(**given, mask=mask, backend=backend).square().sum() + embed_patches(**given, backend=backend).sum()
+
+    learned = [given[name] for name in given if name != "patches"]
+    eager = torch.autograd.grad(loss(given), learned)
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(given), learned)
+    for name, one, other in zip([name for name in given if name != "patches"], eager, compiled, strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+
+
+def test_an_empty_batch(device):
+    given = {name: value.float().to(device).requires_grad_() for name, value in inputs(0, 9, 16, 16).items()}
+    tokens = embed_patches(**given, mask=torch.zeros(0, 4, dtype=torch.int64, device=device), backend="triton")
+    assert tokens.shape == (0, 11, 16)
+    tokens.sum().backward()
+    assert (given["weight"].grad == 0).all() and (given["mask_token"].grad == 0).all()

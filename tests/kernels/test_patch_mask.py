@@ -1,3 +1,5 @@
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from ssast.kernels import sample_patch_mask
 from ssast.kernels.patch_mask import _STREAM_SQUARES, _first_square, _words, num_squares
 
+draw = functools.partial(sample_patch_mask, backend="torch")  # the reference
 PAPER = [((8, 64), 400), ((8, 64), 250), ((8, 64), 100), ((8, 16), 40)]
 
 
@@ -31,9 +34,7 @@ def test_any_mask_is_ascending_and_of_exact_size(rows, columns, share, cluster, 
     if patches < 4:
         return
     num_masked = 1 + int(share * (patches - 3))
-    mask = sample_patch_mask(
-        3, grid=(rows, columns), num_masked=num_masked, cluster=cluster, algorithm=algorithm, seed=seed, offset=offset
-    )
+    mask = draw(3, grid=(rows, columns), num_masked=num_masked, cluster=cluster, algorithm=algorithm, seed=seed, offset=offset)
     assert mask.shape == (3, num_masked) and mask.dtype == torch.int64
     assert mask.min() >= 0 and mask.max() < patches
     assert (mask.diff(dim=1) > 0).all()
@@ -43,11 +44,11 @@ def test_any_mask_is_ascending_and_of_exact_size(rows, columns, share, cluster, 
 @pytest.mark.parametrize("cluster", [None, (3, 4, 5)])
 def test_a_clip_draws_the_same_whatever_the_batch(algorithm, cluster):
     options = {"num_masked": 300, "algorithm": algorithm, "cluster": cluster, "seed": 5}
-    whole = sample_patch_mask(7, offset=2**33 - 3, **options)
-    apart = torch.cat([sample_patch_mask(1, offset=2**33 - 3 + clip, **options) for clip in range(7)])
+    whole = draw(7, offset=2**33 - 3, **options)
+    apart = torch.cat([draw(1, offset=2**33 - 3 + clip, **options) for clip in range(7)])
     assert torch.equal(whole, apart)
-    assert not torch.equal(whole, sample_patch_mask(7, offset=2**33 - 2, **options))
-    assert not torch.equal(whole, sample_patch_mask(7, offset=2**33 - 3, **{**options, "seed": 6}))
+    assert not torch.equal(whole, draw(7, offset=2**33 - 2, **options))
+    assert not torch.equal(whole, draw(7, offset=2**33 - 3, **{**options, "seed": 6}))
 
 
 @pytest.mark.parametrize(("grid", "num_masked"), PAPER)
@@ -62,7 +63,7 @@ def test_drawn_squares_suffice(grid, num_masked):
 def test_centered_reaches_every_patch_and_is_symmetric():
     """No position is left out, and turning the grid over in either axis leaves the odds alone (edges are masked less than the middle,
     being inside fewer squares)."""
-    share = as_grid(torch.cat([sample_patch_mask(500, seed=2, offset=500 * i) for i in range(8)]), (8, 64)).double().mean(dim=0)
+    share = as_grid(torch.cat([draw(500, seed=2, offset=500 * i) for i in range(8)]), (8, 64)).double().mean(dim=0)
     assert share.min() > 0.35
     sigma = (share * (1 - share) / 4000).sqrt()
     for mirrored in (share.flip(0), share.flip(1)):
@@ -72,7 +73,7 @@ def test_centered_reaches_every_patch_and_is_symmetric():
 
 def test_centered_squares_never_wrap():
     """With one square's worth of patches masked, all of them lie within one 3x3 box."""
-    for clip in as_grid(sample_patch_mask(200, num_masked=4, cluster=(3,), seed=9), (8, 64)):
+    for clip in as_grid(draw(200, num_masked=4, cluster=(3,), seed=9), (8, 64)):
         rows, columns = clip.nonzero(as_tuple=True)
         assert rows.max() - rows.min() < 3 and columns.max() - columns.min() < 3
 
@@ -98,7 +99,7 @@ def test_official_has_the_official_marginals(reference, name):
     draws = 10_000
     masks = torch.cat(
         [
-            sample_patch_mask(500, grid=grid, num_masked=num_masked, algorithm="official", seed=11, offset=offset)
+            draw(500, grid=grid, num_masked=num_masked, algorithm="official", seed=11, offset=offset)
             for offset in range(0, draws, 500)
         ]
     )
@@ -121,7 +122,7 @@ def test_official_has_the_official_marginals(reference, name):
 def test_uniform_masks_every_patch_alike(reference):
     """The frame model: independent of position; the official frame sampler has the same odds."""
     golden = np.load(reference / "masks" / "frame512_n400.npz")
-    mask = sample_patch_mask(4000, grid=(1, 512), num_masked=400, cluster=None, seed=4)
+    mask = draw(4000, grid=(1, 512), num_masked=400, cluster=None, seed=4)
     share = as_grid(mask, (1, 512)).double().mean(dim=0).numpy().ravel()
     expected = golden["position_mask_count"] / 20_000
     assert np.abs(share - expected).max() < 4.8 * np.sqrt(0.78 * 0.22 * (1 / 4000 + 1 / 20_000))
@@ -135,7 +136,39 @@ def test_bad_arguments():
         ({"algorithm": "random"}, "algorithm"),
         ({"cluster": ()}, "cluster"),
         ({"offset": -1}, "negative"),
-        ({"backend": "triton"}, "PyTorch implementation only"),
+        ({"backend": "cuda"}, "backend must be"),
     ]:
         with pytest.raises(ValueError, match=message):
             sample_patch_mask(1, **options)
+
+
+# Why each: the paper's three counts and its small grid; clusters that leave the grid on every side (3x7); frame patches, one row;
+# columns that are no power of two; official squares that wrap over the right edge more than once (8x2); the fewest and the most patches.
+TRITON_GRID = [
+    ((8, 64), 400, (3, 4, 5)),
+    ((8, 64), 400, None),
+    ((8, 64), 100, (3, 4, 5)),
+    ((8, 16), 40, (3, 4, 5)),
+    ((3, 7), 9, (2,)),
+    ((1, 512), 400, (3,)),
+    ((5, 50), 200, (3, 4, 5)),
+    ((8, 2), 6, (5,)),
+    ((1, 3), 1, (1,)),
+    ((4, 4), 14, (2, 3)),
+]
+
+
+@pytest.mark.parametrize(
+    ("seed", "offset"), [(0, 0), (1, 1), (2**63 - 1, 2**40 + 7)]
+)  # 1 is a constant to Triton unless told otherwise
+@pytest.mark.parametrize("algorithm", ["centered", "official"])
+@pytest.mark.parametrize(("grid", "num_masked", "cluster"), TRITON_GRID)
+@pytest.mark.parametrize("backend", ["triton"])
+def test_kernel_draws_the_masks_of_the_reference(backend, grid, num_masked, cluster, algorithm, seed, offset, device):
+    options = {"grid": grid, "num_masked": num_masked, "cluster": cluster, "algorithm": algorithm, "seed": seed, "offset": offset}
+    mask = sample_patch_mask(3, **options, device=device, backend=backend)
+    assert torch.equal(mask.cpu(), sample_patch_mask(3, **options, backend="torch"))
+
+
+def test_kernel_takes_an_empty_batch(device):
+    assert sample_patch_mask(0, device=device, backend="triton").shape == (0, 400)
