@@ -15,8 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ssast.kernels import MSPMLoss, fbank, sample_patch_mask
-from ssast.kernels.attention import AttentionChoice, choose_attention, use_attention
+from ssast.kernels import AttentionChoice, MSPMLoss, choose_attention, fbank, sample_patch_mask, use_attention
 
 from .checkpoint import (
     checkpoint_steps,

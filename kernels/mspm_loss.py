@@ -109,12 +109,6 @@ def _scores_kernel(
     if mask_ptr is not None:
         mask_ptr += clip * M
 
-    if recon_ptr is not None:
-        recon = _load(_pointers(recon_ptr + clip * recon_clip, None, row, recon_row, M), is_row, K, K_2)
-        target = _load(_pointers(target_ptr, mask_ptr, row, target_row, M), is_row, K, K_2)
-        difference = recon.to(tl.float32) - target.to(tl.float32)  # [ROWS, K_2]
-        tl.store(partial_ptr + 2 * tl.num_programs(0) + program, tl.sum(difference * difference))
-
     if class_ptr is not None:
         class_ptr += clip * class_clip
         highest_ptr += clip * M
@@ -158,6 +152,12 @@ def _scores_kernel(
         if not TARGET_ROWS:  # the first of equals is the best: the true one must beat those before it and match those after it
             is_found = (tl.max(before, axis=1) < true) & (tl.max(after, axis=1) <= true)  # beyond M `true` is -inf and beats none
             tl.store(partial_ptr + tl.num_programs(0) + program, tl.sum(is_found.to(tl.float32)))
+
+    if recon_ptr is not None:
+        recon = _load(_pointers(recon_ptr + clip * recon_clip, None, row, recon_row, M), is_row, K, K_2)
+        target = _load(_pointers(target_ptr, mask_ptr, row, target_row, M), is_row, K, K_2)
+        difference = recon.to(tl.float32) - target.to(tl.float32)  # [ROWS, K_2]
+        tl.store(partial_ptr + 2 * tl.num_programs(0) + program, tl.sum(difference * difference))
 
 
 @triton.jit
@@ -267,13 +267,6 @@ def _gradients_kernel(
     if mask_ptr is not None:
         mask_ptr += clip * M
 
-    if recon_ptr is not None:
-        recon = _load(_pointers(recon_ptr + clip * recon_clip, None, row, recon_row, M), is_row, K, K_2)
-        target = _load(_pointers(target_ptr, mask_ptr, row, target_row, M), is_row, K, K_2)
-        difference = recon.to(tl.float32) - target.to(tl.float32)
-        scale = _upstream(d_loss_ptr, recon_weight, d_mse_ptr) * mse_scale
-        _store(d_recon_ptr + clip * M * K, row, scale * difference, M, K, K_2)
-
     if class_ptr is not None:
         highest_ptr += clip * M
         log_sum_ptr += clip * M
@@ -295,8 +288,15 @@ def _gradients_kernel(
             # Less one before it is rounded to PRODUCT: next to one, bf16 would leave nothing of a small difference.
             share = tl.where(column[None, :] == row[:, None], share - 1.0, share)
             total = tl.dot(share.to(PRODUCT), others, total, input_precision="ieee")
-        scale = _upstream(d_loss_ptr, 1.0, d_nce_ptr) * nce_scale  # loaded here: registers are full in the loop
+        scale = _upstream(d_loss_ptr, 1.0, d_nce_ptr) * nce_scale
         _store(d_class_ptr + clip * M * K, row, scale * total, M, K, K_2)
+
+    if recon_ptr is not None:
+        recon = _load(_pointers(recon_ptr + clip * recon_clip, None, row, recon_row, M), is_row, K, K_2)
+        target = _load(_pointers(target_ptr, mask_ptr, row, target_row, M), is_row, K, K_2)
+        difference = recon.to(tl.float32) - target.to(tl.float32)
+        scale = _upstream(d_loss_ptr, recon_weight, d_mse_ptr) * mse_scale
+        _store(d_recon_ptr + clip * M * K, row, scale * difference, M, K, K_2)
 
 
 @triton.jit

@@ -11,21 +11,9 @@ import torch
 from law import assert_lawful
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ssast.kernels import attention
-from ssast.kernels.attention import (
-    _BACKENDS,
-    AttentionChoice,
-    _backward_op,
-    _disagreement,
-    _example,
-    _flash_attn_obstacle,
-    _forward_op,
-    _launches,
-    _tail,
-    available_attention,
-    choose_attention,
-    use_attention,
-)
+from ssast.kernels import AttentionChoice, attention, available_attention, choose_attention, use_attention
+from ssast.kernels.attention import BACKENDS, _backward_op, _flash_attn_obstacle, _forward_op, _launches, _tail
+from ssast.kernels.choose_attention import _disagreement, _example
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 kernel = functools.partial(attention, backend="triton")
@@ -230,7 +218,7 @@ def test_wrong_or_failing_backends_are_found(monkeypatch):
         (lambda q, k, v: definition(q, k, v) * float("nan"), "output is off by nan"),
         (fails, "^raised RuntimeError: out of memory$"),
     ]:
-        monkeypatch.setitem(_BACKENDS, "math", wrong)
+        monkeypatch.setitem(BACKENDS, "math", wrong)
         assert re.search(reason, _disagreement("math", *example))
 
 
@@ -251,7 +239,7 @@ def test_flash_attn_is_known_by_its_function(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
     assert _flash_attn_obstacle("flash-attn-3", (9, 0), BF16) is None
     q, k, v = torch.randn(3, 2, 3, 5, 8)
-    torch.testing.assert_close(_BACKENDS["flash-attn-3"](q, k, v), definition(q, k, v))
+    torch.testing.assert_close(BACKENDS["flash-attn-3"](q, k, v), definition(q, k, v))
 
 
 def test_choice_on_the_cpu():
@@ -303,5 +291,5 @@ def test_every_backend_on_the_gpu_agrees(dtype):
 @on_gpu
 def test_the_fastest_is_chosen_on_the_gpu():
     choice = choose_attention((4, 12, 514, 64), BF16, "cuda", compiled=True)
-    assert choice.milliseconds.keys() | choice.left_out.keys() == _BACKENDS.keys()
+    assert choice.milliseconds.keys() | choice.left_out.keys() == BACKENDS.keys()
     assert choice.name == min(choice.milliseconds, key=choice.milliseconds.get) and min(choice.milliseconds.values()) > 0
