@@ -3,9 +3,10 @@
 S[j, i] = x_j . c_i of one clip, with targets x and predictions c, is an M x M matrix that the kernels make block by block and never
 store. Per clip of M = 400 patches of K = 256 values it takes 2 M^2 K = 82 MFLOP a time:
 
-    forward   softmax over predictions: one launch over rows of targets (normaliser and loss), one over rows of predictions (accuracy
-              needs every normaliser first); softmax over targets: one launch over rows of predictions gives all. One program sums up.
-    backward  one launch over rows of predictions: S again, then its product with the targets.
+    forward   softmax over predictions: one launch over rows of targets (normaliser and loss), then one over rows of predictions
+              (accuracy needs every normaliser first). Softmax over targets: one launch over rows of predictions gives all.
+              At last one program sums up.
+    backward  one launch over rows of predictions: S again, then the product of its softmax with the targets.
 
 The squared error of the second head rides along in the first launch, its gradient in the backward one.
 """
@@ -19,12 +20,11 @@ import triton.language as tl
 from .backend import resolve_backend
 
 _PRODUCT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-_MAX_VALUES = 512  # above it one row of 32 patches no longer fits into shared memory beside 32 columns in fp32
+_MAX_VALUES = 512  # of a patch: with more, 32 rows and 32 columns in fp32 no longer fit into shared memory together
 
 
 class MSPMLoss(NamedTuple):
-    """Scalars. `loss` has a gradient, and so have `nce` and `mse`; `accuracy` is the share of masked patches that were found, by the
-    official rule.
+    """Scalars. `loss`, `nce` and `mse` have gradients; `accuracy` is the share of masked patches found, by the official rule.
 
     A half of the objective that was not asked for is NaN.
     """
@@ -99,7 +99,10 @@ def _scores_kernel(
     TARGET_ROWS: tl.constexpr,  # rows are targets, columns predictions; else the other way round, and predictions are looked for
     IS_NORMALISED: tl.constexpr,  # `highest` and `log_sum` are those of the columns and known; else those of the rows, to be found
 ):
-    """One program for ROWS rows of S (or of its transpose) against all columns."""
+    """One program for ROWS rows of S (or of its transpose) against all columns.
+
+    The squares come last: before the loop their pointers would hold registers that the loop needs.
+    """
     BLOCKS: tl.constexpr = (M + ROWS - 1) // ROWS
     program = tl.program_id(0)
     clip = (program // BLOCKS).to(tl.int64)  # blocks of one clip side by side: they share its columns in the cache
@@ -119,7 +122,7 @@ def _scores_kernel(
             own = _load(_pointers(class_ptr, None, row, class_row, M), is_row, K, K_2).to(PRODUCT)
         highest = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
-        # Reduced along the columns at the end only: in the loop that would cost shuffles between threads for every block.
+        # Reduced along the columns after the loop: inside, every block would cost shuffles between threads.
         true = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)  # the diagonal of S
         before = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)  # the best to the left of it
         after = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)  # the best to the right of it
@@ -311,12 +314,12 @@ def _upstream(d_loss_ptr, weight, d_part_ptr):
 
 
 def _blocks(product: torch.dtype, values_2: int, *, is_backward: bool) -> dict[str, int]:
-    """The launch. Fixed, so that every rank computes the same bits; chosen by what compiles without spilling registers on compute
-    capability 8.0, 9.0 and 10.0 and leaves room for two programs on a multiprocessor of 9.0 at K = 256 in bf16.
+    """The launch. Fixed, so that every rank computes the same bits. At K = 256 in bf16 it spills no registers on compute capability
+    8.0, 9.0 and 10.0 and leaves room for two programs on a multiprocessor of 9.0, so that one multiplies while the other reduces.
 
-    Wide rows, since every program reads all columns of its clip: 205 KB at M = 400 in bf16. Narrow columns, which waste least of M
-    and keep a stage of the pipeline small (16 KB). The backward pass also holds [ROWS, K] sums in registers: half the rows.
-    fp32 products run on the ordinary units, which take their factors from registers: small blocks, and nothing to overlap.
+    Many rows, since every program reads all columns of its clip: 205 KB at M = 400 in bf16. Few columns, which waste least of M and
+    keep a stage of the pipeline small (16 KB). The backward pass also holds sums [ROWS, K] in registers: half the rows. Products in
+    fp32 run on the ordinary units, which take all their factors from registers: small blocks.
     """
     if product == torch.float32:
         rows, columns, warps, stages = 32, 32, 8, 1
@@ -367,11 +370,11 @@ def _forward_op(
     programs = batch * triton.cdiv(masked, blocks["ROWS"])
     partial = target.new_empty((3, programs), dtype=torch.float32)
 
-    def launch(recon_pred: torch.Tensor | None, *, target_rows: bool, is_normalised: bool) -> None:
+    def launch(squares_of: torch.Tensor | None, *, target_rows: bool, is_normalised: bool) -> None:
         if programs:
             _scores_kernel[(programs,)](
-                *(class_pred, recon_pred, target, mask, highest, log_sum, partial),
-                *_strides(class_pred, recon_pred, target),
+                *(class_pred, squares_of, target, mask, highest, log_sum, partial),
+                *_strides(class_pred, squares_of, target),
                 M=masked,
                 K=values,
                 K_2=values_2,
@@ -381,15 +384,16 @@ def _forward_op(
                 **blocks,
             )
 
-    launch(recon_pred, target_rows=over_predictions, is_normalised=False)
-    if over_predictions and class_pred is not None:
-        launch(None, target_rows=False, is_normalised=True)
-    _finish_kernel[(1,)](
-        *(loss, nce, mse, accuracy, partial, programs, batch * masked, recon_weight),
-        K=values,
-        HAS_CLASS=class_pred is not None,
-        HAS_RECON=recon_pred is not None,
-    )
+    with torch.cuda.device_of(target):
+        launch(recon_pred, target_rows=over_predictions, is_normalised=False)
+        if over_predictions and class_pred is not None:
+            launch(None, target_rows=False, is_normalised=True)
+        _finish_kernel[(1,)](
+            *(loss, nce, mse, accuracy, partial, programs, batch * masked, recon_weight),
+            K=values,
+            HAS_CLASS=class_pred is not None,
+            HAS_RECON=recon_pred is not None,
+        )
     return loss, nce, mse, accuracy, normaliser
 
 
@@ -421,7 +425,9 @@ def _backward_op(
     highest, log_sum = (None, None) if class_pred is None else normaliser
     product, values_2 = _product_type(class_pred, target), max(16, triton.next_power_of_2(values))
     blocks = _blocks(product, values_2, is_backward=True)
-    if batch * masked:
+    if batch * masked == 0:
+        return d_class, d_recon
+    with torch.cuda.device_of(target):
         _gradients_kernel[(batch * triton.cdiv(masked, blocks["ROWS"]),)](
             *(class_pred, recon_pred, target, mask, highest, log_sum, d_loss, d_nce, d_mse, d_class, d_recon),
             *_strides(class_pred, recon_pred, target),
@@ -492,14 +498,15 @@ def mspm_loss(
 
         predictions  L_d = -mean_i log( exp S[i, i] / sum_k exp S[i, k] ): for each target, a softmax over the predictions; what the
                      official code computes and the published weights were trained with
-        targets      L_d = -mean_i log( exp S[i, i] / sum_j exp S[j, i] ): for each prediction, a softmax over the targets; equation 1
+        targets      L_d = -mean_i log( exp S[i, i] / sum_j exp S[j, i] ): for each prediction, a softmax over the targets;
+                     equation 1
 
     L_g is the mean square error over all elements. Accuracy is the share of predictions i whose largest entry over the targets j of
     the softmax (in the direction chosen) is j = i; ties go to the first.
 
     The result is float32 (float64 for float64 targets), each gradient of the type of its prediction. The reference computes in that
     precision throughout. The kernels take bf16, fp16 and fp32 in any mixture and sum in fp32: S from products in the wider type of
-    class_pred and target (so a target in fp32 costs the matrix units), its softmax rounded to that type for the gradient. They are
+    class_pred and target (fp32 does without the matrix units), its softmax rounded to that type for the gradient. They are
     differentiable once.
 
     Args:
@@ -534,8 +541,10 @@ def found_patches(
     *,
     mask: torch.Tensor | None = None,  # [B, M]
 ) -> torch.Tensor:  # [B, M]
-    """Which masked patches were found, as bool, by the rule of `mspm_loss`'s accuracy; arguments and errors as there. PyTorch on every
-    device: pictures and reports ask for it, not training."""
+    """Which masked patches were found, as bool, by the rule of `mspm_loss`'s accuracy; arguments and errors as there.
+
+    PyTorch on every device: pictures and reports ask for it, not training.
+    """
     _check(class_pred, None, target, mask, softmax_over)
     precision = torch.promote_types(target.dtype, torch.float32)
     return _is_found(_log_share(class_pred.to(precision), _masked_rows(target, mask).to(precision), softmax_over))
