@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ssast.kernels import MSPMLoss, attention, embed_patches, found_patches, mspm_loss, patchify
+from ssast.kernels import NUM_PREFIX, MSPMLoss, attention, embed_patches, found_patches, mspm_loss, patchify
 
 WIDTHS = {"tiny": 192, "small": 384, "base": 768}
 PATCH_VALUES = 256
 HEAD_DIM = 64
-NUM_PREFIX = 2  # cls and dist
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ Legend of the shapes in all files:
 
 from .attention import attention, available_attention, use_attention
 from .choose_attention import AttentionChoice, choose_attention
-from .embed import embed_patches, patchify
+from .embed import NUM_PREFIX, embed_patches, patchify
 from .fbank import fbank
 from .mspm_loss import MSPMLoss, found_patches, mspm_loss
 from .patch_mask import sample_patch_mask
 
 __all__ = [
+    "NUM_PREFIX",
     "AttentionChoice",
     "MSPMLoss",
     "attention",

@@ -38,10 +38,17 @@ def _reference(
 # numbers. Every token is written once, with everything added to it; gradients are sums over clips of what is read once.
 
 _ROWS = 64  # tokens a program: a tile of visible patches is the left factor of a product, of which Hopper takes no fewer rows
-_COLUMNS = 64  # of the width D at a time: two programs' weights fit a multiprocessor's shared memory
-_SUM_COLUMNS = 128  # of the width D a program, in the sums over clips
 _SUM_ROWS = 16  # tokens a program in the sums over clips
+_SUM_COLUMNS = 128  # of the width D
 _PROGRAMS = 128  # about one for each multiprocessor: into how many the sums over clips are split
+
+
+def _tiles(compute: torch.dtype) -> dict[str, dict[str, int]]:
+    """Rows and columns of the products' results, and how much of the dimension that is summed over at a time. float32 is multiplied
+    outside the matrix units, which takes all factors from registers: small tiles."""
+    if compute == torch.float32:
+        return {"tokens": {"BR": 32, "BD": 32, "BK": 32}, "weight": {"BD": 32, "BK": 32, "BR": 32}}
+    return {"tokens": {"BR": _ROWS, "BD": 128, "BK": 64}, "weight": {"BD": 128, "BK": 256, "BR": 64}}
 
 
 @triton.jit
@@ -83,12 +90,12 @@ def _embed_kernel(
     P: tl.constexpr,
     M: tl.constexpr,
     K: tl.constexpr,
-    K_2: tl.constexpr,
     D: tl.constexpr,
     COMPUTE: tl.constexpr,  # dtype of the product's factors
     PRECISION: tl.constexpr,
     BR: tl.constexpr,
     BD: tl.constexpr,
+    BK: tl.constexpr,
 ):
     """One program for BR tokens of one clip, all of their width: first tiles of visible patches, then of masked ones; the first program
     of a clip writes its prefix tokens too."""
@@ -103,24 +110,24 @@ def _embed_kernel(
         number = row
         if visible_ptr is not None:
             number = tl.load(visible_ptr + clip * VISIBLE + row, mask=is_row, other=0)
-        k = tl.arange(0, K_2)
-        patch_ptrs = patches_ptr + clip * clip_stride + number.to(tl.int64)[:, None] * patch_stride + k[None, :]
-        patches = tl.load(patch_ptrs, mask=is_row[:, None] & (k < K)[None, :], other=0.0).to(COMPUTE)  # [BR, K_2]
+        patch_ptr = patches_ptr + clip * clip_stride + number.to(tl.int64) * patch_stride  # [BR]
         for d0 in range(0, D, BD):
             d = d0 + tl.arange(0, BD)
-            weight = tl.load(weight_ptr + d[None, :] * K + k[:, None], mask=(d < D)[None, :] & (k < K)[:, None], other=0.0).to(
-                COMPUTE
-            )
-            tokens = tl.dot(patches, weight, input_precision=PRECISION)  # [BR, BD]
+            tokens = tl.zeros((BR, BD), tl.float32)
+            for k0 in range(0, K, BK):
+                k = k0 + tl.arange(0, BK)
+                patches = tl.load(patch_ptr[:, None] + k[None, :], mask=is_row[:, None] & (k < K)[None, :], other=0.0)  # [BR, BK]
+                weight = tl.load(weight_ptr + d[None, :] * K + k[:, None], mask=(d < D)[None, :] & (k < K)[:, None], other=0.0)
+                tokens = tl.dot(patches.to(COMPUTE), weight.to(COMPUTE), tokens, input_precision=PRECISION)
             tokens += tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
             place = (2 + number)[:, None] * D + d[None, :]
             keep = is_row[:, None] & (d < D)[None, :]
             tokens += tl.load(position_ptr + place, mask=keep, other=0.0).to(tl.float32)
             tl.store(out_ptr + place, tokens.to(out_ptr.dtype.element_ty), mask=keep)
-    else:
+    elif M > 0:
         row = (tile - VISIBLE_TILES) * BR + tl.arange(0, BR)
-        is_row = row < M
-        number = tl.load(mask_ptr + clip * M + row, mask=is_row, other=0).to(tl.int32)
+        number = tl.load(mask_ptr + clip * M + row, mask=row < M, other=-1).to(tl.int32)
+        is_row = (number >= 0) & (number < P)  # nothing is written beyond the clip, whatever the mask says
         for d0 in range(0, D, BD):
             d = d0 + tl.arange(0, BD)
             place = (2 + number)[:, None] * D + d[None, :]
@@ -185,18 +192,18 @@ def _weight_sums_kernel(
     P: tl.constexpr,
     VISIBLE: tl.constexpr,
     K: tl.constexpr,
-    K_2: tl.constexpr,
     D: tl.constexpr,
     SPLITS: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
     BR: tl.constexpr,
     BD: tl.constexpr,
+    BK: tl.constexpr,
 ):
-    split = tl.program_id(1)
+    split = tl.program_id(2)
     d = tl.program_id(0) * BD + tl.arange(0, BD)
-    k = tl.arange(0, K_2)
-    total = tl.zeros((BD, K_2), tl.float32)
+    k = tl.program_id(1) * BK + tl.arange(0, BK)
+    total = tl.zeros((BD, BK), tl.float32)
     for clip in range(split, batch, SPLITS):
         clip_grad_ptr = grad_ptr + tl.cast(clip, tl.int64) * (2 + P) * D
         clip_patches_ptr = patches_ptr + tl.cast(clip, tl.int64) * clip_stride
@@ -208,29 +215,30 @@ def _weight_sums_kernel(
             grad_ptrs = clip_grad_ptr + (2 + number)[:, None] * D + d[None, :]
             grad = tl.load(grad_ptrs, mask=(row < VISIBLE)[:, None] & (d < D)[None, :], other=0.0).to(COMPUTE)  # [BR, BD]
             patch_ptrs = clip_patches_ptr + number.to(tl.int64)[:, None] * patch_stride + k[None, :]
-            patches = tl.load(patch_ptrs, mask=(row < VISIBLE)[:, None] & (k < K)[None, :], other=0.0).to(COMPUTE)  # [BR, K_2]
+            patches = tl.load(patch_ptrs, mask=(row < VISIBLE)[:, None] & (k < K)[None, :], other=0.0).to(COMPUTE)  # [BR, BK]
             total = tl.dot(tl.trans(grad), patches, total, input_precision=PRECISION)
     keep = (d < D)[:, None] & (k < K)[None, :]
     tl.store(out_ptr + tl.cast(split, tl.int64) * D * K + d[:, None] * K + k[None, :], total, mask=keep)
 
 
 @triton.jit
-def _sum_parts_kernel(parts_ptr, out_ptr, num_parts, size, BLOCK: tl.constexpr):
+def _sum_parts_kernel(parts_ptr, out_ptr, num_parts, size, BN: tl.constexpr, BLOCK: tl.constexpr):
     """parts [num_parts, size] float32 -> their sums [size] in the output's dtype, always in the same order."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(num_parts):
-        total += tl.load(parts_ptr + tl.cast(part, tl.int64) * size + place, mask=place < size, other=0.0)
-    tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=place < size)
+    total = tl.zeros((BN, BLOCK), tl.float32)
+    for part0 in range(0, num_parts, BN):
+        part = part0 + tl.arange(0, BN)
+        keep = (part < num_parts)[:, None] & (place < size)[None, :]
+        total += tl.load(parts_ptr + part.to(tl.int64)[:, None] * size + place[None, :], mask=keep, other=0.0)
+    tl.store(out_ptr + place, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=place < size)
 
 
 def _sum_parts(parts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """[N, ...] -> [...] with the shape and dtype of `like`."""
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
-    block = 1024
-    _sum_parts_kernel[(triton.cdiv(out.numel(), block),)](
-        parts, out, parts.numel() // out.numel(), out.numel(), BLOCK=block, num_warps=4
-    )
+    block = 128
+    grid = (triton.cdiv(out.numel(), block),)
+    _sum_parts_kernel[grid](parts, out, parts.numel() // out.numel(), out.numel(), BN=16, BLOCK=block, num_warps=4)
     return out
 
 
@@ -263,8 +271,11 @@ def _embed_op(
         if mask is not None:
             mask = mask.contiguous()
             num_patches_2 = triton.next_power_of_2(num_patches)
-            _partition_kernel[(batch,)](mask, visible, is_masked, P=num_patches, M=num_masked, P_2=num_patches_2, num_warps=4)
-        tiles = triton.cdiv(num_patches - num_masked, _ROWS) + triton.cdiv(num_masked, _ROWS)
+            _partition_kernel[(batch,)](
+                mask, visible, is_masked, P=num_patches, M=num_masked, P_2=num_patches_2, num_warps=max(4, num_patches_2 // 256)
+            )
+        blocks = _tiles(compute)["tokens"]
+        tiles = triton.cdiv(num_patches - num_masked, blocks["BR"]) + triton.cdiv(num_masked, blocks["BR"])
         _embed_kernel[(tiles, batch)](
             patches,
             weight.contiguous(),
@@ -280,14 +291,12 @@ def _embed_op(
             P=num_patches,
             M=num_masked,
             K=values,
-            K_2=max(triton.next_power_of_2(values), 16),
             D=weight.shape[0],
             COMPUTE=_TRITON_DTYPE[compute],
             PRECISION=_precision(compute),
-            BR=_ROWS,
-            BD=_COLUMNS,
-            num_warps=4,
-            num_stages=2,
+            **blocks,
+            num_warps=8,
+            num_stages=3,
         )
     return tokens, visible, is_masked
 
@@ -326,7 +335,7 @@ def _embed_backward_op(
     width, tokens = weight.shape[0], position.shape[0]
     if batch == 0:
         like = (weight, bias, position, prefix, mask_token if has_mask else bias.new_empty(0))
-        return tuple(torch.zeros_like(each) for each in like)
+        return tuple(torch.zeros_like(each, memory_format=torch.contiguous_format) for each in like)
     grad = grad.contiguous()
     patches = patches if patches.stride(2) == 1 else patches.contiguous()
     with torch.cuda.device_of(grad):
@@ -351,9 +360,11 @@ def _embed_backward_op(
             num_warps=4,
         )
 
-        splits = min(batch, max(1, _PROGRAMS // column_tiles))
+        blocks = _tiles(compute)["weight"]
+        grid = (triton.cdiv(width, blocks["BD"]), triton.cdiv(values, blocks["BK"]))
+        splits = min(batch, max(1, _PROGRAMS // (grid[0] * grid[1])))
         weight_parts = torch.empty(splits, width, values, dtype=torch.float32, device=grad.device)
-        _weight_sums_kernel[(column_tiles, splits)](
+        _weight_sums_kernel[(*grid, splits)](
             grad,
             patches,
             visible if has_mask else None,
@@ -364,13 +375,11 @@ def _embed_backward_op(
             P=num_patches,
             VISIBLE=visible.shape[1] if has_mask else num_patches,
             K=values,
-            K_2=max(triton.next_power_of_2(values), 16),
             D=width,
             SPLITS=splits,
             COMPUTE=_TRITON_DTYPE[compute],
             PRECISION=_precision(compute),
-            BR=_ROWS,
-            BD=_SUM_COLUMNS,
+            **blocks,
             num_warps=8,
             num_stages=2,
         )
@@ -435,7 +444,8 @@ def embed_patches(
         position: trained position embedding, its first two rows belong to the prefix tokens.
         prefix: the cls and the dist token.
         mask_token: learned embedding that stands in for masked patches.
-        mask: int64 patch numbers without the offset of the prefix tokens, in any order, without repeats; None masks nothing.
+        mask: int64 patch numbers without the offset of the prefix tokens, in any order. Numbers outside [0, P) and repeats are not
+            looked for, and what comes of them is undefined. None masks nothing.
         backend: None, "torch" or "triton".
 
     Raises:
@@ -443,12 +453,17 @@ def embed_patches(
     """
     if mask is not None and mask_token is None:
         raise ValueError("mask was given without mask_token")
-    if prefix.shape[0] != NUM_PREFIX:
-        raise ValueError(f"prefix has {prefix.shape[0]} rows: there are {NUM_PREFIX} prefix tokens, cls and dist")
-    if position.shape[0] != patches.shape[1] + NUM_PREFIX:
-        raise ValueError(f"position has {position.shape[0]} rows for {NUM_PREFIX} prefix tokens and {patches.shape[1]} patches")
-    if weight.shape[1] != patches.shape[2]:
-        raise ValueError(f"weight is {tuple(weight.shape)} for patches of {patches.shape[2]} values")
+    width, num_tokens = weight.shape[0], NUM_PREFIX + patches.shape[1]
+    wanted = {"weight": (width, patches.shape[2]), "bias": (width,), "position": (num_tokens, width), "prefix": (NUM_PREFIX, width)}
+    given = {"weight": weight, "bias": bias, "position": position, "prefix": prefix}
+    if mask_token is not None:
+        wanted["mask_token"], given["mask_token"] = (width,), mask_token
+    for name, shape in wanted.items():
+        if given[name].shape != shape:
+            raise ValueError(
+                f"{name} is {tuple(given[name].shape)} and must be {shape}: {patches.shape[1]} patches of {patches.shape[2]} values, "
+                f"{NUM_PREFIX} prefix tokens, width {width}"
+            )
     if mask is not None and (mask.shape[0] != patches.shape[0] or not 0 < mask.shape[1] < patches.shape[1]):
         raise ValueError(f"mask is {tuple(mask.shape)} for {patches.shape[0]} clips of {patches.shape[1]} patches")
     if resolve_backend(backend, patches, weight, position) == "torch":

@@ -19,6 +19,7 @@ from .embed import patchify
 FRAME_SECONDS, SHIFT_SECONDS = 0.025, 0.010
 PRE_EMPHASIS = 0.97
 LOW_HZ = 20.0
+LOWEST_RATE = 1000  # below, a window is no more than a few samples
 LOG_FLOOR = torch.finfo(torch.float32).eps  # ln = -15.9424
 
 
@@ -74,6 +75,7 @@ def _reference(
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # they are kept, and may be needed for a gradient later
 def _constants(sample_rate: int, num_mel_bins: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     window, _, fft_length = frame_geometry(sample_rate)
     hann = torch.hann_window(window, periodic=False, dtype=torch.float64)
@@ -118,17 +120,16 @@ def _fit_frames(
 # so that it fills float16's range, whatever its level.
 
 _BIN_TILE = 128  # even (and as many odd) bins at a time: all of a 512-point transform
+_SUM_TILE = 16  # of the folded frame, the dimension that is summed over; 32 spills registers where S is no multiple of 16
 _WARPS, _STAGES = 8, 2
 
 
-def _tiles(device: torch.device) -> tuple[int, int]:
-    """Frames a program, and how much of the folded frame, the dimension summed over, at a time.
-
-    64 frames fill the registers with four accumulators of [128, 64]; on Blackwell accumulators live in tensor memory, where each
-    product of a chain gets one of its own, and 32 fill its 512 columns. Sums in steps of 32 spill registers before Hopper.
-    """
-    generation = capability(device)[0]
-    return (64, 16) if generation < 9 else (64, 32) if generation == 9 else (32, 32)
+def _frame_tile(waveform: torch.Tensor, fft_length: int) -> int:
+    """Frames a program. 64 fill the registers with four accumulators of [128, 64], beside 16-bit samples and one block of bins; float32
+    samples and longer transforms leave room for 32. On Blackwell accumulators live in tensor memory, where each product of a chain gets
+    one of its own, and 32 fill its 512 columns."""
+    has_room = waveform.dtype == torch.int16 and fft_length <= 4 * _BIN_TILE and capability(waveform.device) < (10, 0)
+    return 64 if has_room else 32
 
 
 @triton.jit
@@ -310,7 +311,7 @@ def _fbank_op(
     out = _new_output(waveform, num_mel_bins, num_frames, dtype, patch)
     window, shift, fft_length = frame_geometry(sample_rate)
     size = max(fft_length // 4, 16)
-    frame_tile, sum_tile = _tiles(waveform.device)
+    frame_tile = _frame_tile(waveform, fft_length)
     if waveform.stride(1) != 1:
         waveform = waveform.contiguous()
     if out.numel() == 0:
@@ -337,10 +338,10 @@ def _fbank_op(
             PATCH_T=patch[1] if patch else 0,
             PRE=PRE_EMPHASIS,
             FLOOR=LOG_FLOOR,
-            MEL_PRECISION="ieee" if dtype == torch.float32 else "tf32",  # tf32's 11 bits are as many as float16 keeps of the result
+            MEL_PRECISION="tf32" if dtype.itemsize == 2 else "ieee",  # tf32's 11 bits are as many as float16 keeps of the result
             BT=frame_tile,
             BJ=min(_BIN_TILE, size),
-            BM=min(sum_tile, size),
+            BM=_SUM_TILE,
             num_warps=_WARPS,
             num_stages=_STAGES,
         )
@@ -400,12 +401,18 @@ def fbank(
         raise ValueError(f"waveform must be int16 or float32, not {waveform.dtype}")
     if (mean is None) != (std is None):
         raise ValueError("mean and std go together: give both or neither")
+    if lengths is not None and lengths.shape != waveform.shape[:1]:
+        raise ValueError(f"lengths is {tuple(lengths.shape)} for {waveform.shape[0]} clips")
+    if sample_rate < LOWEST_RATE:
+        raise ValueError(f"sample_rate must be at least {LOWEST_RATE} Hz, not {sample_rate}")
+    if std is not None and std <= 0:
+        raise ValueError(f"std must be positive, not {std}")
     if num_frames is None:
         num_frames = count_frames(waveform.shape[1], sample_rate)
     if num_frames < 0:
         raise ValueError(f"num_frames must not be negative: {num_frames}")
-    if patch is not None and not (1 <= patch[0] <= num_mel_bins and patch[1] >= 1):
-        raise ValueError(f"patch must be (mel bins, frames) of at least 1 and at most {num_mel_bins} mel bins, not {patch}")
+    if patch is not None and not (1 <= patch[0] <= num_mel_bins and 1 <= patch[1] <= num_frames):
+        raise ValueError(f"patch must be (mel bins, frames) from (1, 1) to ({num_mel_bins}, {num_frames}), not {patch}")
     needs_gradient = waveform.requires_grad and torch.is_grad_enabled()
     if backend == "triton" and needs_gradient:
         raise ValueError("backend='triton' has no gradient for the waveform; use backend='torch'")

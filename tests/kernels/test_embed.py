@@ -55,12 +55,10 @@ def test_bad_arguments():
     given = inputs()
     with pytest.raises(ValueError, match="mask_token"):
         embed_patches(**{**given, "mask_token": None}, mask=torch.zeros(2, 1, dtype=torch.int64))
-    with pytest.raises(ValueError, match="position has 7 rows"):
-        embed_patches(**{**given, "position": given["position"][1:]})
-    with pytest.raises(ValueError, match="prefix has 1 rows"):
-        embed_patches(**{**given, "prefix": given["prefix"][:1]})
-    with pytest.raises(ValueError, match="patches of 8 values"):
-        embed_patches(**{**given, "weight": given["weight"][:, 1:]})
+    wrong = {"position": given["position"][1:], "prefix": given["prefix"][:1], "weight": given["weight"][:, 1:]}
+    for name, value in {**wrong, "bias": given["bias"][1:], "mask_token": given["mask_token"][1:]}.items():
+        with pytest.raises(ValueError, match=f"{name} is .* and must be"):
+            embed_patches(**{**given, name: value})
     with pytest.raises(ValueError, match=r"mask is \(1, 2\)"):
         embed_patches(**given, mask=torch.zeros(1, 2, dtype=torch.int64))
 
@@ -83,8 +81,16 @@ def draw_mask(clips: int, patches: int, masked: int) -> torch.Tensor:
 
 
 # Why each: the paper's patches; a grid and a mask that no tile divides, and a width below a tile; one clip, one masked, one visible;
-# frame patches of another size with values that are no power of two; more clips than the sums are split into.
-SHAPES = [(2, 512, 256, 192, 400), (3, 63, 256, 130, 17), (1, 2, 16, 16, 1), (2, 70, 96, 64, 69), (33, 5, 16, 300, 2)]
+# frame patches of another size with values that are no power of two, or more than one block of them; more clips than the sums are split
+# into.
+SHAPES = [
+    (2, 512, 256, 192, 400),
+    (1, 20, 600, 48, 9),
+    (3, 63, 256, 130, 17),
+    (1, 2, 16, 16, 1),
+    (2, 70, 96, 64, 69),
+    (33, 5, 16, 300, 2),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -137,9 +137,11 @@ def test_bad_arguments():
         ({"cluster": ()}, "cluster"),
         ({"offset": -1}, "negative"),
         ({"backend": "cuda"}, "backend must be"),
+        ({"offset": 2**63 - 1, "batch": 2}, "2\\*\\*63"),
+        ({"seed": 2**63}, "64 bits"),
     ]:
         with pytest.raises(ValueError, match=message):
-            sample_patch_mask(1, **options)
+            sample_patch_mask(**{"batch": 1, **options})
 
 
 # Why each: the paper's three counts and its small grid; clusters that leave the grid on every side (3x7); frame patches, one row;
@@ -155,6 +157,7 @@ TRITON_GRID = [
     ((8, 2), 6, (5,)),
     ((1, 3), 1, (1,)),
     ((4, 4), 14, (2, 3)),
+    ((20, 40), 500, (3, 4, 5)),  # more than one warp holds
 ]
 
 
