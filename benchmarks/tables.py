@@ -13,14 +13,15 @@ from pathlib import Path
 
 from .rows import RESULTS, read_rows
 
-DOCUMENTS = ("README.md",)
+DOCUMENTS = ("README.md", "docs/kernels.md")
+UNMEASURED = "not measured yet"
 
 
 def demo_table() -> str:
     """The last three rows of results/demo.csv, which differ in their seed."""
     file = RESULTS / "demo.csv"
     if not file.exists():
-        return "not measured yet"
+        return UNMEASURED
     rows = read_rows(file)[-3:]
     lines = ["| seed | pretext accuracy | x chance | InfoNCE | MSE | steps | clips/s | wall |", "|---|---|---|---|---|---|---|---|"]
     for row in rows:
@@ -41,7 +42,123 @@ def demo_table() -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo_table}
+def kernels_table() -> str:
+    """What results/kernels.csv has from GPUs: of each GPU every case's last run. The Triton kernel leads, where it was measured; the others
+    stand beside it with how many times as long they took."""
+    file = RESULTS / "kernels.csv"
+    rows = [row for row in read_rows(file) if row["kind"] == "cuda"] if file.exists() else []
+    if not rows:
+        return UNMEASURED
+    tables = []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        cases: dict[tuple[str, ...], list[Row]] = {}
+        for row in (row for row in rows if row["device"] == device):
+            cases.setdefault(tuple(row[name] for name in _CASE), []).append(row)
+        last = {case: [row for row in found if _run(row) == _run(found[-1])] for case, found in cases.items()}
+        lines = [
+            "| operator | shape | mode | Triton kernel | of the copy | of the product | others |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        lines += [_case_line(*case, found) for case, found in last.items() if case[0] != "ceiling"]
+        tables.append("\n".join(lines) + "\n\n" + _measured_on(device, [row for found in last.values() for row in found]))
+    return "\n\n".join(tables)
+
+
+_CASE = ("operator", "shape", "dtype", "mode")
+Row = dict[str, str]
+
+
+def _run(row: Row) -> tuple[str, ...]:
+    """Rows that agree in this were measured under the same circumstances and may be compared."""
+    return tuple(row[name] for name in ("date", "commit", "torch", "triton", "driver", "power_limit_w"))
+
+
+def _case_line(operator: str, shape: str, dtype: str, mode: str, rows: list[Row]) -> str:
+    times = {row["provider"]: float(row["p50_ms"]) for row in rows}
+    ours, cells = next((row for row in reversed(rows) if row["provider"] == "triton"), None), ["", "", ""]
+    if ours:
+        cells = [f"**{_duration(ours['p50_ms'])}** [{_duration(ours['p20_ms'])}, {_duration(ours['p80_ms'])}]"]
+        cells += [f"{float(ours[share]):.0%}" if ours[share] else "" for share in ("copy_share", "matmul_share")]
+    others = [
+        f"{name} {_duration(time)}" + (f" ({_times(time / times['triton'])})" if ours else "")
+        for name, time in sorted(times.items(), key=lambda item: item[1])
+        if name != "triton"
+    ]
+    return f"| {operator} | {shape}, {dtype} | {mode} | {' | '.join(cells)} | {', '.join(others)} |"
+
+
+def _measured_on(device: str, rows: list[Row]) -> str:
+    """The line under a table: what the shares are of, and the environments of its rows, each named once."""
+    ceilings = {row["shape"].split()[0]: row for row in rows if row["operator"] == "ceiling"}
+    parts = ["Median [20th, 80th percentile]"]
+    if {"copy", "matmul"} <= set(ceilings):
+        copy, product = float(ceilings["copy"]["gb_per_s"]) / 1e3, ceilings["matmul"]
+        parts[0] += (
+            f"; needed bytes and operations against a large copy and a {product['dtype']} matrix product of the same run (last "
+            f"{copy:.2f} TB/s and {float(product['tflop_per_s']):.0f} TFLOP/s)"
+        )
+    for name, text in (("power_limit_w", "{} W"), ("driver", "driver {}"), ("torch", "torch {}"), ("triton", "triton {}")):
+        parts.append(text.format(" and ".join(sorted({row[name] for row in rows}))))
+    parts.append("commit " + " and ".join(dict.fromkeys(row["commit"] for row in rows)))
+    return f"{device}. " + ", ".join([*parts, " and ".join(sorted({row["date"] for row in rows}))]) + "."
+
+
+def _duration(milliseconds: str | float) -> str:
+    value = float(milliseconds)
+    return f"{value * 1e3:.3g} µs" if value < 1 else f"{value:.3g} ms"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2g} x" if ratio < 10 else f"{ratio:.0f} x"
+
+
+def compile_table() -> str:
+    """results/compile.csv, a line for each kernel as compiled for each case that needs it anew, a column for each target."""
+    file = RESULTS / "compile.csv"
+    rows = read_rows(file) if file.exists() else []
+    if not rows:
+        return UNMEASURED
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    lines = [f"| operator | kernel | first launched at | {' | '.join(targets)} |", "|---|---|---|" + "---|" * len(targets)]
+    groups: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in ("operator", "kernel", "variant", "case")), {})[row["target"]] = row
+    for (operator, kernel, variant, case), found in groups.items():
+        cells = [_compiled(found[target]) if target in found else "" for target in targets]
+        lines.append(f"| {operator} | {kernel} {variant} | {case} | {' | '.join(cells)} |")
+    spilling = sum(int(row["spills"]) > 0 for row in rows)
+    lines += [
+        "",
+        f"Registers a thread, shared memory of a block, matrix instructions. {len(rows)} kernels, "
+        f"{spilling if spilling else 'none'} of them spilling registers; triton {' and '.join(sorted({row['triton'] for row in rows}))}.",
+    ]
+    return "\n".join(lines)
+
+
+def _compiled(row: Row) -> str:
+    matrix = [f"{row[name]} {name.upper()}" for name in ("hmma", "hgmma", "utchmma") if int(row[name])]
+    spills = [f"{row['spills']} spills"] if int(row["spills"]) else []
+    return ", ".join([f"{row['registers']} regs", f"{int(row['shared_bytes']) / 1024:.0f} KiB", *matrix, *spills])
+
+
+def precision_table() -> str:
+    """results/precision.csv, as it is."""
+    file = RESULTS / "precision.csv"
+    rows = read_rows(file) if file.exists() else []
+    if not rows:
+        return UNMEASURED
+    lines = ["| arithmetic | largest error | 99.9th percentile | mean |", "|---|---|---|---|"]
+    lines += [f"| {row['arithmetic']} | {row['max']} | {row['p999']} | {row['mean']} |" for row in rows]
+    last = rows[-1]
+    return "\n".join([*lines, "", f"{last['clips']} clips; torch {last['torch']}, commit {last['commit']}, {last['date']}."])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo_table,
+    "kernels": kernels_table,
+    "compile": compile_table,
+    "precision": precision_table,
+}
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 
 

@@ -28,3 +28,83 @@ def test_rows_keep_their_columns(tmp_path):
 def test_environment_is_said():
     columns = rows.environment_columns()
     assert columns["torch"] and columns["device"] and columns["cores"] >= 1 and len(columns["date"]) == 10
+
+
+def kernel_row(operator, provider, micros, **more):
+    row = {"operator": operator, "provider": provider, "mode": "forward", "shape": "B=2", "dtype": "bfloat16"}
+    row |= {"p20_ms": micros * 0.9e-3, "p50_ms": micros * 1e-3, "p80_ms": micros * 1.1e-3, "gb_per_s": "", "tflop_per_s": ""}
+    row |= {"copy_share": 0.25, "matmul_share": "", "kind": "cuda", "power_limit_w": "700", "driver": "580.1", "device": "GPU X"}
+    return row | {"torch": "2.11", "triton": "3.6", "commit": "abc", "date": "2026-01-02"} | more
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+
+    def write(name, *lines):
+        for line in lines:
+            rows.append_row(tmp_path / name, line)
+
+    return write
+
+
+def test_kernels_table_is_of_gpus_only(results):
+    assert tables.render("<!-- table: kernels -->\n?\n<!-- end -->") == "<!-- table: kernels -->\nnot measured yet\n<!-- end -->"
+    results("kernels.csv", kernel_row("mask", "torch", 100.0, kind="cpu"))
+    assert tables.kernels_table() == "not measured yet"
+
+
+def test_kernels_table(results):
+    results(
+        "kernels.csv",
+        kernel_row("ceiling", "torch", 1.0, shape="copy 4096 MiB", gb_per_s=4300, copy_share=""),
+        kernel_row("ceiling", "torch", 1.0, shape="matmul 8192^3", tflop_per_s=780, copy_share=""),
+        kernel_row("mask", "triton", 30.0, commit="older"),
+        kernel_row("mask", "official loop", 9.0, commit="older"),  # of another run: not held against this one's kernel
+        kernel_row("mask", "triton", 10.0),
+        kernel_row("mask", "torch", 125.0),
+        kernel_row("mask", "compiled", 2500.0),
+        kernel_row("loss", "torch", 50.0, kind="cpu", device="CPU Y"),
+    )
+    lines = tables.kernels_table().splitlines()
+    cells = "**10 µs** [9 µs, 11 µs] | 25% |  | torch 125 µs (12 x), compiled 2.5 ms (250 x)"
+    assert lines[2:4] == [f"| mask | B=2, bfloat16 | forward | {cells} |", ""]
+    assert lines[4].startswith("GPU X. Median") and "(last 4.30 TB/s and 780 TFLOP/s)" in lines[4]
+    assert lines[4].endswith("700 W, driver 580.1, torch 2.11, triton 3.6, commit abc, 2026-01-02.") and len(lines) == 5
+
+
+def test_compile_table(results):
+    assert tables.compile_table() == "not measured yet"
+    common = {"kernel": "_k", "operator": "loss", "case": "B=16", "arguments": "x", "spills": 0, "triton": "3.7"}
+    results(
+        "compile.csv",
+        {
+            "variant": "A=1",
+            **common,
+            "target": "sm_80",
+            "registers": 128,
+            "shared_bytes": 2048,
+            "hmma": 8,
+            "hgmma": 0,
+            "utchmma": 0,
+        },
+        {"variant": "A=1", **common, "target": "sm_90", "registers": 96, "shared_bytes": 2048, "hmma": 0, "hgmma": 2, "utchmma": 0},
+        {"variant": "A=2", **common, "target": "sm_90", "registers": 90, "shared_bytes": 0, "hmma": 0, "hgmma": 0, "utchmma": 0},
+    )
+    assert tables.compile_table().splitlines() == [
+        "| operator | kernel | first launched at | sm_80 | sm_90 |",
+        "|---|---|---|---|---|",
+        "| loss | _k A=1 | B=16 | 128 regs, 2 KiB, 8 HMMA | 96 regs, 2 KiB, 2 HGMMA |",
+        "| loss | _k A=2 | B=16 |  | 90 regs, 0 KiB |",
+        "",
+        "Registers a thread, shared memory of a block, matrix instructions. 3 kernels, none of them spilling registers; triton 3.7.",
+    ]
+
+
+def test_precision_table(results):
+    assert tables.precision_table() == "not measured yet"
+    row = {"arithmetic": "one tf32 product", "clips": 8, "max": "4.7e-01", "p999": "1.2e-01", "mean": "1.0e-03"}
+    results("precision.csv", {**row, "torch": "2.13", "commit": "abc", "date": "2026-01-02"})
+    lines = tables.precision_table().splitlines()
+    assert lines[2] == "| one tf32 product | 4.7e-01 | 1.2e-01 | 1.0e-03 |"
+    assert lines[-1] == "8 clips; torch 2.13, commit abc, 2026-01-02."
