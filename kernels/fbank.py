@@ -228,9 +228,7 @@ def _level(clip_ptr, start, is_frame, WINDOW: tl.constexpr):
     Folded, such samples stay below float16's 65504: four of them, each up to 2 x 1.97 after DC removal and pre-emphasis, under window
     values that sum to at most 2."""
     CHUNK: tl.constexpr = 128
-    first = tl.load(clip_ptr + start, mask=is_frame, other=0).to(
-        tl.float32
-    )  # summing what differs from it keeps a large DC's last bits
+    first = tl.load(clip_ptr + start, mask=is_frame, other=0).to(tl.float32)  # what differs from it is summed: exact for a large DC
     total = tl.zeros((CHUNK, start.shape[0]), tl.float32)
     largest = tl.zeros((CHUNK, start.shape[0]), tl.float32)
     for n0 in range(0, WINDOW, CHUNK):
@@ -251,9 +249,8 @@ def _windowed(clip_ptr, start, is_frame, dc, gain, hann_ptr, n, WINDOW: tl.const
     inside = (n >= 0) & (n < WINDOW)
     mask = inside[:, None] & is_frame[None, :]
     x = tl.load(clip_ptr + (n[:, None] + start[None, :]), mask=mask, other=0).to(tl.float32)
-    before = tl.load(clip_ptr + (tl.maximum(n - 1, 0)[:, None] + start[None, :]), mask=mask, other=0).to(
-        tl.float32
-    )  # first repeated
+    n_before = tl.maximum(n - 1, 0)  # Kaldi repeats the first sample of each frame
+    before = tl.load(clip_ptr + (n_before[:, None] + start[None, :]), mask=mask, other=0).to(tl.float32)
     hann = tl.load(hann_ptr + n, mask=inside, other=0.0)
     return ((x - dc[None, :]) - PRE * (before - dc[None, :])) * (hann[:, None] * gain[None, :])
 

@@ -152,9 +152,8 @@ def _mask_kernel(
                 covers |= (
                     _covered_bits(row, top + wrap, side)[:, None] & _covered_bits(column, left - wrap * COLUMNS, side)[None, :]
                 )
-            lowest = (
-                (covers & -covers).to(tl.float32).to(tl.int32, bitcast=True)
-            )  # a power of two: its exponent is the bit's number
+            # the lowest bit alone is a power of two, and its exponent as a float32 the bit's number
+            lowest = (covers & -covers).to(tl.float32).to(tl.int32, bitcast=True)
             square = word * 32 + ((lowest >> 23) & 0xFF) - 127
             first = tl.where(covers != 0, tl.minimum(first, square), first)
 
