@@ -79,14 +79,17 @@ def _bars(operator: str, rows: Sequence[Row]) -> Figure:
         _panel(axes, panel, colours)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    figure.suptitle(
+    return _captioned(
+        figure,
         f"{operator}, {rows[0]['dtype']}: median time of a call on a logarithmic scale; thin line: 20th to 80th percentile",
-        x=0.01,
-        ha="left",
-        fontsize=9.5,
-        color=INK,
+        rows[0],
     )
-    figure.supxlabel(_machine(rows[0]), x=0.01, ha="left", fontsize=7, color=SOFT)
+
+
+def _captioned(figure: Figure, title: str, row: Row) -> Figure:
+    """With a title above and the machine that it was measured on below."""
+    figure.suptitle(title, x=0.01, ha="left", fontsize=9.5, color=INK)
+    figure.supxlabel(_machine(row), x=0.01, ha="left", fontsize=7, color=SOFT)
     return figure
 
 
@@ -167,15 +170,7 @@ def _roofline(rows: Sequence[Row], ceilings: dict[str, Row]) -> Figure:
     axes.set_xlabel("needed FLOP a needed byte", fontsize=8.5, color=INK)
     axes.set_ylabel("needed TFLOP/s", fontsize=8.5, color=INK)
     _clean(axes, "both")
-    figure.suptitle(
-        f"Under the measured ceilings, {', '.join(dict.fromkeys(row['dtype'] for row in rows))}",
-        x=0.01,
-        ha="left",
-        fontsize=9.5,
-        color=INK,
-    )
-    figure.supxlabel(_machine(rows[0]), x=0.01, ha="left", fontsize=7, color=SOFT)
-    return figure
+    return _captioned(figure, f"Under the measured ceilings, {', '.join(dict.fromkeys(row['dtype'] for row in rows))}", rows[0])
 
 
 def _labels(points: Sequence[tuple[float, float, Row]]) -> list[tuple[str, float, float]]:
