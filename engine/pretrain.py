@@ -25,6 +25,7 @@ from .weights import load_model
 
 if TYPE_CHECKING:
     from .data.dataset import Dataset
+    from .interrupt import StopRequest
 
 
 LAUNCHER_NOTICES_S = 3.0
@@ -51,15 +52,32 @@ def main(argv: list[str] | None = None) -> int:
         if error.every_rank or speaks_for_its_node():
             print(f"ssast: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except KeyboardInterrupt:  # before there is a step to finish and save
+        if speaks_for_its_node():
+            print("ssast: stopped before the first step", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
 
 
 def run(config: Config) -> int:
     """Pretrain on the ranks that there are. 0 when finished, or when asked to stop and saved."""
-    from .data.dataset import check_reachable, open_dataset
     from .interrupt import StopRequest
-    from .trainer import Trainer, check_deepspeed_section
 
     stop_request = StopRequest()
+    try:
+        return _train(config, stop_request)
+    except RuntimeError as error:
+        # when another rank fails or leaves, collectives break here, and the launcher then ends this rank: its error is not the story
+        if stop_request.wait(LAUNCHER_NOTICES_S):
+            rank = os.environ.get("RANK", "0")
+            print(f"rank {rank} leaves without saving: {first_line(error)}", file=sys.stderr)
+            return 128 + signal.SIGTERM
+        raise
+
+
+def _train(config: Config, stop_request: StopRequest) -> int:
+    from .data.dataset import check_reachable, open_dataset
+    from .trainer import Trainer, check_deepspeed_section
+
     warnings.filterwarnings("ignore", category=FutureWarning)
     ranks = join_ranks()
     config.batch_sizes(ranks.world_size)
@@ -79,14 +97,7 @@ def run(config: Config) -> int:
         ranks.once(lambda: prepare_run_dir(config, data, ranks.world_size))
         trainer = Trainer(config, data, model, ranks)
         with stop_request:
-            try:
-                done = trainer.train(stop_request)
-            except RuntimeError as error:
-                # when another rank fails, collectives break here, and the launcher then ends this rank: its error is not the story
-                if stop_request.wait(LAUNCHER_NOTICES_S):
-                    print(f"rank {ranks.rank} leaves at step {trainer.step} without saving: {first_line(error)}", file=sys.stderr)
-                    return 128 + signal.SIGTERM
-                raise
+            done = trainer.train(stop_request)
         if ranks.is_first:
             _finish(config, data, trainer.step, done)
     return 0

@@ -192,6 +192,22 @@ def test_ctrl_c_before_the_first_step_leaves_nothing_running(small, tmp_path):
     _wait_until(lambda: not [p for p in ranks if p.is_running() and p.status() != psutil.STATUS_ZOMBIE], seconds=20)
 
 
+def test_ctrl_c_in_one_process_before_the_first_step_is_one_line(small, tmp_path):
+    """No launcher stands between the keyboard and the process then."""
+    (tmp_path / "many").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        soundfile.write(tmp_path / "many" / f"{number}.wav", 0.1 * rng.standard_normal(16000 * 60), 44100)
+    line = command(small, f"data.train={tmp_path / 'many'}", "--ranks", "1")
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    cache = small.parent / "cache"
+    _wait_until(lambda: cache.exists() or process.poll() is not None)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in errors and errors.count("ssast:") == 1
+
+
 def test_a_full_disk_is_one_line_and_keeps_what_was_whole(small, corpus):
     """Files may not grow past 2 MB: the first checkpoint cannot be written."""
     line = " ".join(f"'{part}'" for part in command(small, f"data.train={corpus}"))
