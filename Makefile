@@ -1,11 +1,12 @@
 # make demo [AUDIO=/any/folder]    set up, pretrain a tiny model, write the report
 # make test                        set up, run all the tests
+# make gpu [OUT=gpu-results]       on a machine with a GPU: tests, benchmarks and a profile within ten minutes
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test gpu lint setup clean
 
 setup: $(READY)
 
@@ -26,11 +27,18 @@ demo: $(READY)
 		$(BIN)/ssast synth data/demo || exit; name=demo; data=data/demo/manifest.csv; \
 	fi; \
 	ranks="$${RANKS:-$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')}"; \
-	$(BIN)/ssast pretrain demo --ranks "$$ranks" "run.name=$$name" "data.train=$$data"
+	$(BIN)/ssast pretrain demo --ranks "$$ranks" "run.name=$$name" "data.train=$$data" && \
+	$(BIN)/ssast profile demo --ranks "$$ranks" --steps 20 "run.name=$$name" "data.train=$$data" && \
+	$(BIN)/ssast report "runs/$$name"
 
 test: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
 	@$(BIN)/python -m pytest -q
+
+# with the Python of the machine, which has torch for its GPU
+OUT ?= gpu-results
+gpu:
+	@PYTHON="$(PYTHON)" bash benchmarks/gpu.sh "$(OUT)"
 
 lint: $(READY)
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -17,7 +17,11 @@ setup(
     python_requires=">=3.11",
     packages=packages,
     package_dir=package_dir,
-    package_data={"ssast.configs": ["*.yaml", "*/*.yaml"], "ssast.engine": ["*.html.j2"], "ssast.benchmarks": ["results/*.csv"]},
+    package_data={
+        "ssast.configs": ["*.yaml", "*/*.yaml"],
+        "ssast.engine": ["*.html.j2"],
+        "ssast.benchmarks": ["results/*.csv", "*/*.j2"],
+    },
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
@@ -43,5 +47,9 @@ setup(
         "wandb": ["wandb>=0.19"],
         "test": ["pytest>=8.3", "hypothesis>=6.120", "ruff>=0.14"],
     },
-    entry_points={"console_scripts": ["ssast = ssast.engine.cli:main"]},
+    entry_points={
+        "console_scripts": ["ssast = ssast.engine.cli:main"],
+        # what rooms above the engine add to its command line
+        "ssast.verbs": ["profile = ssast.benchmarks.throughput.profile:main", "report = ssast.benchmarks.report:main"],
+    },
 )

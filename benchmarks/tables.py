@@ -1,10 +1,12 @@
-"""Draw the documentation's tables from the rows: `python -m ssast.benchmarks.tables [--check]`.
+"""Draw the documentation's tables from the rows: `python -m ssast.benchmarks.tables [--check] [--step FILE]`.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `--check` only says whether each is what its rows give.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `--check` only says whether each is what its rows give. `--step` prints
+the table of other rows of ssast.benchmarks.step than the committed ones.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import statistics
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 
 from .rows import RESULTS, read_rows
 
-DOCUMENTS = ("README.md", "docs/kernels.md")
+DOCUMENTS = ("README.md", "docs/kernels.md", "docs/performance.md")
 UNMEASURED = "not measured yet"
 
 
@@ -112,6 +114,56 @@ def _times(ratio: float) -> str:
     return f"{ratio:.2g} x" if ratio < 10 else f"{ratio:.0f} x"
 
 
+def step_table(file: Path = RESULTS / "step.csv") -> str:
+    """The training step on GPUs: of each GPU the last run, every case with its throughput as a multiple of the official way's."""
+    rows = [row for row in read_rows(file) if row["kind"] == "cuda"] if file.exists() else []
+    return _step_lines(rows) or UNMEASURED
+
+
+def headline_table(file: Path = RESULTS / "step.csv") -> str:
+    """Of the step's last run on each GPU the fastest case of this engine, and the baselines."""
+    rows = [row for row in read_rows(file) if row["kind"] == "cuda" and row["clips_per_s"]] if file.exists() else []
+    best: list[Row] = []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        last = [row for row in rows if row["device"] == device and _run(row) == _run(rows[-1])]
+        for provider in dict.fromkeys(row["provider"] for row in last):
+            best.append(max((row for row in last if row["provider"] == provider), key=lambda row: float(row["clips_per_s"])))
+    return _step_lines(best) or UNMEASURED
+
+
+def _step_lines(rows: list[Row]) -> str:
+    tables = []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        found = [row for row in rows if row["device"] == device]
+        found = [row for row in found if _run(row) == _run(found[-1])]
+        official = [float(row["clips_per_s"]) for row in found if row["provider"] == "official way" and row["clips_per_s"]]
+        lines = [
+            "| step | micro-batch | clips/s | x official way | TFLOP/s | MFU | p50 | peak memory |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for row in found:
+            name = f"{row['provider']} {row['settings']}".strip()
+            if not row["clips_per_s"]:
+                lines.append(f"| {name} | {row['micro_batch']} | {row['note'] or 'no result'} | | | | | |")
+                continue
+            rate = float(row["clips_per_s"])
+            ratio = _times(rate / official[-1]) if official else ""
+            mfu = f"{float(row['mfu']):.1%}" if row["mfu"] else ""
+            peak = f"{float(row['peak_gib']):.1f} GiB" if row["peak_gib"] else ""
+            lines.append(
+                f"| {name} | {row['micro_batch']} | {rate:,.0f} | {ratio} | {float(row['tflop_per_s']):.0f} | {mfu} "
+                f"| {float(row['p50_ms']):.1f} ms | {peak} |"
+            )
+        last = found[-1]
+        tables.append(
+            "\n".join(lines)
+            + f"\n\n{device}, {last['preset']}, {last['tflop_per_clip']} TFLOP a clip forward and backward, MFU of "
+            + f"{last['peak_tflops']} TFLOP/s (dense bf16); steps fed from memory. {last['power_limit_w']} W, driver {last['driver']}, "
+            + f"torch {last['torch']}, triton {last['triton']}, commit {last['commit']}, {last['date']}."
+        )
+    return "\n\n".join(tables)
+
+
 def compile_table() -> str:
     """results/compile.csv, a line for each kernel as compiled for each case that needs it anew, a column for each target."""
     file = RESULTS / "compile.csv"
@@ -158,6 +210,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": kernels_table,
     "compile": compile_table,
     "precision": precision_table,
+    "step": step_table,
+    "headline": headline_table,
 }
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 
@@ -168,7 +222,14 @@ def render(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    check = "--check" in (sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="python -m ssast.benchmarks.tables", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--step", type=Path, metavar="FILE")
+    arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if arguments.step:
+        print(step_table(arguments.step))
+        return 0
+    check = arguments.check
     root, stale = Path(__file__).parent.parent, []
     for name in DOCUMENTS:
         path = root / name

@@ -1,6 +1,6 @@
 """Checkpoints of a run: `checkpoints/step-N/`, whole or not there at all, and `checkpoints/best/`.
 
-A step folder holds DeepSpeed's own files (weights, optimizer state, this engine's small state) and `model.safetensors`, the fp32
+A step folder holds the engine's own files (weights, optimizer state, this engine's small state) and `model.safetensors`, the fp32
 weights free of ranks and ZeRO stages, which `load_model` reads. It is written under another name and renamed when every rank is done,
 so a process killed at any moment leaves only whole checkpoints behind.
 """
@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,13 @@ import torch.distributed as dist
 from .errors import UserError, first_line
 from .files import sync_folder, write_whole
 from .model import SSAST
+from .plain import PlainEngine
 from .weights import WEIGHTS_FILE, is_write_error, save_weights
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+    Engine = DeepSpeedEngine | PlainEngine
 
 _STEP = re.compile(r"step-(\d+)")
 _ASIDE = "incomplete-"
@@ -39,7 +43,7 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
     return sorted(int(match[1]) for name in names if (match := _STEP.fullmatch(name)))
 
 
-def save_checkpoint(engine: DeepSpeedEngine, run_dir: Path, step: int, state: dict[str, Any], keep_last: int) -> None:
+def save_checkpoint(engine: Engine, run_dir: Path, step: int, state: dict[str, Any], keep_last: int) -> None:
     """Write `checkpoints/step-N`; every rank calls it.
 
     Raises:
@@ -51,6 +55,10 @@ def save_checkpoint(engine: DeepSpeedEngine, run_dir: Path, step: int, state: di
     if dist.get_rank() == 0:
         _check_space(engine, folder)
     weights = full_weights(engine)
+    if broken := next((name for name, value in (weights or {}).items() if not value.isfinite().all()), None):
+        raise UserError(
+            f"{folder / name}: not written: {broken} is not finite after step {step}; earlier ones are whole", every_rank=True
+        )
     try:
         if dist.get_rank() == 0:
             shutil.rmtree(folder / aside, ignore_errors=True)
@@ -78,11 +86,13 @@ def save_checkpoint(engine: DeepSpeedEngine, run_dir: Path, step: int, state: di
     dist.barrier()
 
 
-def load_checkpoint(engine: DeepSpeedEngine, run_dir: Path, name: str) -> None:
+def load_checkpoint(engine: Engine, run_dir: Path, name: str) -> None:
     """Put the engine where `save_checkpoint` left it; every rank calls it."""
     path, _ = engine.load_checkpoint(str(run_dir / "checkpoints"), tag=name)
     if path is None:
-        raise UserError(f"{run_dir / 'checkpoints' / name}: could not be loaded by DeepSpeed")
+        raise UserError(
+            f"{run_dir / 'checkpoints' / name}: could not be loaded; it was written by another step.engine, or is damaged"
+        )
 
 
 def read_state(run_dir: Path, step: int) -> dict[str, Any]:
@@ -107,7 +117,7 @@ def convert_for_other_ranks(run_dir: Path, step: int) -> str:
     return name
 
 
-def save_best(engine: DeepSpeedEngine, run_dir: Path, step: int, metric: str, value: float) -> None:
+def save_best(engine: Engine, run_dir: Path, step: int, metric: str, value: float) -> None:
     """Keep the weights of the best validation; every rank calls it."""
     weights = full_weights(engine)
     if weights is not None:
@@ -130,25 +140,27 @@ def remove_incomplete(run_dir: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
+def full_weights(engine: Engine) -> dict[str, torch.Tensor] | None:
     """Every parameter whole and in fp32, on rank 0 (None elsewhere); every rank calls it. Taken from the optimizer's master weights
     where there are any."""
-    from deepspeed.utils import safe_get_full_fp32_param
+    whole_of: Callable[[torch.Tensor], torch.Tensor | None] = lambda parameter: parameter  # noqa: E731
+    if not isinstance(engine, PlainEngine):
+        from deepspeed.utils import safe_get_full_fp32_param as whole_of
 
     weights = {}
     for name, parameter in _model(engine).named_parameters():
-        whole = safe_get_full_fp32_param(parameter)
+        whole = whole_of(parameter)
         whole = parameter if whole is None else whole  # plain fp32 training has no copy
         if dist.get_rank() == 0:
             weights[name] = whole.detach().float().cpu().view(getattr(parameter, "ds_shape", parameter.shape)).clone()
     return weights if dist.get_rank() == 0 else None
 
 
-def _model(engine: DeepSpeedEngine) -> SSAST:
+def _model(engine: Engine) -> SSAST:
     return engine.module
 
 
-def _check_space(engine: DeepSpeedEngine, folder: Path) -> None:
+def _check_space(engine: Engine, folder: Path) -> None:
     """Before anything is written: weights, master weights and two moments in fp32, and the fp32 copy for `load_model`."""
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in _model(engine).parameters())
     needed, free = 20 * parameters, shutil.disk_usage(folder).free

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from importlib.metadata import entry_points
 
 from .errors import UserError
 
@@ -13,17 +13,6 @@ def _pretrain(argv: list[str]) -> int:
     from .pretrain import main
 
     return main(argv)
-
-
-def _report(argv: list[str]) -> int:
-    from .report import write_report
-
-    if not argv or any(argument.startswith("-") for argument in argv):
-        print("usage: ssast report RUN_FOLDER ...\n\nWrite report.html and its pictures anew.")
-        return 0 if argv in (["-h"], ["--help"]) else 2
-    for run in argv:
-        print(write_report(Path(run)))
-    return 0
 
 
 def _synth(argv: list[str]) -> int:
@@ -47,12 +36,23 @@ def _doctor(argv: list[str]) -> int:
     return 0
 
 
-VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+Verb = Callable[[list[str]], int]
+
+VERBS: dict[str, tuple[Verb, str]] = {
     "pretrain": (_pretrain, "pretrain on a folder or manifest of audio"),
-    "report": (_report, "write the report of a run anew"),
     "synth": (_synth, "write the synthetic corpus of the demo"),
     "doctor": (_doctor, "show versions, devices and which optional parts are there"),
 }
+
+
+def verbs() -> dict[str, tuple[Verb, str]]:
+    """The engine's own, and what other packages register as entry points of the group "ssast.verbs": functions like `main`, whose first
+    line of documentation says what they are for."""
+    found = dict(VERBS)
+    for entry in entry_points(group="ssast.verbs"):
+        verb = entry.load()
+        found[entry.name] = verb, (verb.__doc__ or "").strip().partition("\n")[0]
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,14 +60,15 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: ssast VERB ...\n")
-        print("\n".join(f"  {verb:10} {purpose}" for verb, (_, purpose) in VERBS.items()))
+        print("\n".join(f"  {verb:10} {purpose}" for verb, (_, purpose) in verbs().items()))
         print("\n`ssast VERB --help` tells more.")
         return 0 if argv else 2
-    if argv[0] not in VERBS:
-        print(f"ssast: unknown verb {argv[0]!r}; there are {', '.join(VERBS)}", file=sys.stderr)
+    known = VERBS if argv[0] in VERBS else verbs()
+    if argv[0] not in known:
+        print(f"ssast: unknown verb {argv[0]!r}; there are {', '.join(known)}", file=sys.stderr)
         return 2
     try:
-        return VERBS[argv[0]][0](argv[1:])
+        return known[argv[0]][0](argv[1:])
     except UserError as error:
         print(f"ssast: {error}", file=sys.stderr)
         return error.exit_code

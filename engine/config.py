@@ -36,6 +36,10 @@ _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_a
 
 OPTIMIZER_PARAMS = ("lr", "betas", "eps", "weight_decay")
 
+Compile = Annotated[
+    Literal["auto", "off", "blocks", "encoder"],
+    BeforeValidator(lambda value: "off" if value is False else value),  # YAML 1.1 reads off as false
+]
 Paths = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
 
@@ -52,11 +56,35 @@ class RunSection(Section):
     """Of initial weights, order, crops and masks."""
     deterministic: bool = False
     """On a GPU: only deterministic kernels, so that a resumed run repeats to the bit there, too; slower."""
+    wandb: bool = False
+    """Log to Weights & Biases too, where it is installed."""
+
+
+class StepSection(Section):
+    """How a step is computed. None of it changes what is learned, beyond rounding."""
+
+    engine: Literal["deepspeed", "ddp"] = "deepspeed"
+    """ddp: plain PyTorch, DistributedDataParallel where there are several ranks; of the deepspeed section only the batch sizes, the
+    optimizer, bf16 and gradient_clipping are read. Needs no DeepSpeed installed."""
+    compile: Compile = "auto"
+    """torch.compile: of the encoder as one graph, or of one block, used for all, so that gradients of late blocks are exchanged while
+    those of early ones are computed; heads and loss are a graph of their own. auto: encoder on one GPU, blocks on several, off on the
+    CPU and under ZeRO 3, whose hooks break graphs."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    """torch.compile's. reduce-overhead and max-autotune replay CUDA graphs."""
     attention: Literal["auto", "torch", "math", "flash", "cudnn", "flash-attn-2", "flash-attn-3", "flash-attn-4", "triton"] = "auto"
     """Backend of `ssast.kernels.attention`. auto: the fastest at the run's shape, measured when a run begins on a GPU and kept when it
     resumes; PyTorch's own choice ("torch") on the CPU and in deterministic runs."""
-    wandb: bool = False
-    """Log to Weights & Biases too, where it is installed."""
+    optimizer: Literal["auto", "torch", "torch-fused", "deepspeed-fused", "apex"] = "auto"
+    """Implementation of Adam and AdamW. auto: on a GPU NVIDIA's apex where it is installed, else torch-fused; on the CPU torch."""
+    norm: Literal["auto", "torch", "apex"] = "auto"
+    """Layer norms. auto: torch, which torch.compile fuses with what stands around it; without torch.compile apex on a GPU that has it."""
+    activation_checkpointing: Literal["none", "selective", "block"] = "none"
+    """Memory for time: recompute in the backward pass all but the products and attention of each block (selective), or all (block)."""
+    auto_batch: bool = False
+    """Find the largest micro-batch that fits, and cut the batch into as few as possible; the batch itself stays. `--auto-batch`."""
+    fp8_mlp: bool = False
+    """The products of the MLPs in FP8 with one scale a tensor; Hopper or newer, emulated on a CPU. An experiment: docs/performance.md."""
 
 
 class ModelSection(Section):
@@ -146,6 +174,7 @@ class TrainSection(Section):
 
 class Config(Section):
     run: RunSection
+    step: StepSection = StepSection()
     model: ModelSection
     mask: MaskSection = MaskSection()
     objective: ObjectiveSection = ObjectiveSection()
@@ -193,7 +222,8 @@ class Config(Section):
 
     @property
     def zero_stage(self) -> int:
-        return self.deepspeed.get("zero_optimization", {}).get("stage", 0)
+        """0 without DeepSpeed, whatever its section says."""
+        return self.deepspeed.get("zero_optimization", {}).get("stage", 0) if self.step.engine == "deepspeed" else 0
 
     @property
     def bf16(self) -> bool:

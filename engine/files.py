@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+PROFILE_FOLDER = "profile"
+"""In a run folder: what `ssast profile` wrote, which may come before the run."""
+
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file aside and rename it: whatever interrupts this leaves the old file or the new one.

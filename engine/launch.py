@@ -20,14 +20,21 @@ from .interrupt import LEADER_VARIABLE
 _PR_SET_PDEATHSIG = 1
 
 
-def launch(ranks: int, config: str, overrides: list[str]) -> int | None:
-    """Run `ranks` processes on this machine and return their exit status; None if they were asked to stop, and have gone.
+def launch(ranks: int, module: str, arguments: list[str], *, engine: str = "deepspeed") -> int | None:
+    """Run a module in `ranks` processes on this machine and return their exit status; None if they were asked to stop, and have gone.
+
+    `engine` is `step.engine`: without DeepSpeed, torchrun launches.
 
     DeepSpeed's launcher passes no signal on to them. Asked to stop, this process ends the launcher, whose end is what the ranks take
     as the request (`ssast.engine.interrupt`), and waits for them; if it is itself killed outright, the kernel ends the launcher.
     """
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", *_devices(ranks)]
-    command += ["--master_port", str(_free_port()), "--module", "ssast.engine.pretrain", config, *overrides]
+    devices = _devices(ranks)
+    if engine == "deepspeed":
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", *devices]
+        command += ["--master_port", str(_free_port()), "--module", module, *arguments]
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+        command += ["--master-port", str(_free_port()), "-m", module, *arguments]
     environment = {"DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu", **os.environ}
     environment[LEADER_VARIABLE] = "1"
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))

@@ -6,13 +6,18 @@ H heads, N = 2 + P tokens, C classes. Patch p = frequency index * t + time index
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ssast.kernels import NUM_PREFIX, MSPMLoss, attention, embed_patches, found_patches, mspm_loss, patchify
+from ssast.kernels import NUM_PREFIX, MSPMLoss, attention, embed_patches, found_patches, fp8_linear, mspm_loss, patchify
+
+from .spans import span
 
 WIDTHS = {"tiny": 192, "small": 384, "base": 768}
 PATCH_VALUES = 256
@@ -78,6 +83,15 @@ def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
+def _is_kept(context: Any, operator: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Of selective checkpointing: what is dear to compute again."""
+    is_dear = any(word in operator.name() for word in ("mm", "linear", "attention", "attn"))
+    return CheckpointPolicy.MUST_SAVE if is_dear else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_keep_products = functools.partial(create_selective_checkpoint_contexts, _is_kept)
+
+
 class PatchEmbedding(nn.Module):
     """Holds what `embed_patches` needs."""
 
@@ -108,11 +122,20 @@ class Attention(nn.Module):
         return self.proj(attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width))
 
 
+class WideLinear(nn.Linear):
+    """The layers with most of the work, which may compute it in FP8."""
+
+    fp8 = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return fp8_linear(x, self.weight, self.bias) if self.fp8 else super().forward(x)
+
+
 class MLP(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = WideLinear(width, hidden)
+        self.fc2 = WideLinear(hidden, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(nn.functional.gelu(self.fc1(x)))  # the exact, erf form
@@ -139,6 +162,8 @@ class SSAST(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.activation_checkpointing = "none"
+        """none, or what the backward pass computes again: "selective", all of a block but its products and attention; "block", all."""
         self.unused: dict[str, torch.Tensor] = {}  # tensors of an official file that no computation uses, kept for writing it back
         self.embedding = PatchEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -202,16 +227,12 @@ class SSAST(nn.Module):
             raise ValueError(
                 f"patches must be [B, {self.config.num_patches}, {self.config.patch_values}] for this model, not {tuple(patches.shape)}"
             )
-        tokens = self._masked_tokens(patches, mask)  # [B, M, D]
         if recon_mask is None:
-            class_pred = self.class_head(tokens) if objective != "generative" else None
-            recon_pred = self.recon_head(tokens) if objective != "discriminative" else None
-            return mspm_loss(class_pred, recon_pred, patches, mask=mask, softmax_over=softmax_over, recon_weight=recon_weight)
+            return self._masked_loss(patches, mask, softmax_over, objective, recon_weight)
         if objective != "joint":
             raise ValueError(f"recon_mask belongs to the joint objective, not to the {objective} one")
-        nce_half = mspm_loss(self.class_head(tokens), None, patches, mask=mask, softmax_over=softmax_over)
-        recon_tokens = self._masked_tokens(patches, recon_mask)
-        mse_half = mspm_loss(None, self.recon_head(recon_tokens), patches, mask=recon_mask)
+        nce_half = self._masked_loss(patches, mask, softmax_over, "discriminative", recon_weight)
+        mse_half = self._masked_loss(patches, recon_mask, softmax_over, "generative", recon_weight)
         return MSPMLoss(nce_half.nce + recon_weight * mse_half.mse, nce_half.nce, mse_half.mse, nce_half.accuracy)
 
     forward = pretrain_patches
@@ -257,14 +278,62 @@ class SSAST(nn.Module):
             )
         return patchify(features, self.config.patch_shape, self.config.stride)
 
+    def _masked_loss(
+        self, patches: torch.Tensor, mask: torch.Tensor, softmax_over: str, objective: str, recon_weight: float
+    ) -> MSPMLoss:
+        tokens = self._encode_patches(patches, mask)
+        with span("heads + loss"):
+            return self._heads_and_loss(tokens, patches, mask, softmax_over, objective, recon_weight)
+
     def _encode_patches(self, patches: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        x = self.embedding(patches, mask)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        with span("mask + embed"):
+            x = self.embedding(patches, mask)
+        with span("encoder forward"):
+            return self._encoder(x)
 
     def _masked_tokens(self, patches: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return gather_rows(self._encode_patches(patches, mask), mask + NUM_PREFIX)
+        return gather_rows(self._encode_patches(patches, mask), mask + NUM_PREFIX)  # [B, M, D]
+
+    # --- the two parts that torch.compile is given ------------------------------------------------------------------------------------
+
+    def _encoder(self, x: torch.Tensor) -> torch.Tensor:  # [B, N, D] -> [B, N, D]
+        options = {"context_fn": _keep_products} if self.activation_checkpointing == "selective" else {}
+        for block in self.blocks:
+            if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
+                x = block(x)
+            else:
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, **options)
+        return self.norm(x)
+
+    def _heads_and_loss(
+        self,
+        tokens: torch.Tensor,  # [B, N, D]
+        patches: torch.Tensor,
+        mask: torch.Tensor,
+        softmax_over: str,
+        objective: str,
+        recon_weight: float,
+    ) -> MSPMLoss:
+        masked = gather_rows(tokens, mask + NUM_PREFIX)  # [B, M, D]
+        class_pred = self.class_head(masked) if objective != "generative" else None
+        recon_pred = self.recon_head(masked) if objective != "discriminative" else None
+        return mspm_loss(class_pred, recon_pred, patches, mask=mask, softmax_over=softmax_over, recon_weight=recon_weight)
+
+    def use_fp8(self) -> None:
+        """Compute the products of the MLPs in FP8 (`ssast.kernels.fp8_linear`)."""
+        for module in self.modules():
+            if isinstance(module, WideLinear):
+                module.fp8 = True
+
+    def compile_regions(self, regions: str, **options: Any) -> None:
+        """Have torch.compile make the encoder one graph ("encoder"), or each block ("blocks": equal, they share the code of one), and
+        heads and loss another. `options` are torch.compile's."""
+        if regions == "encoder":
+            self._encoder = torch.compile(self._encoder, **options)
+        else:
+            for block in self.blocks:
+                block.compile(**options)
+        self._heads_and_loss = torch.compile(self._heads_and_loss, **options)
 
     def _check_pretraining(self, objective: str) -> None:
         if objective not in ("joint", "discriminative", "generative"):

@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         if "RANK" not in os.environ:
             check_run_dir(config)
             if ranks > 1:
-                status = launch(ranks, arguments.config, arguments.overrides)
+                given = [arguments.config, *arguments.overrides]
+                status = launch(ranks, "ssast.engine.pretrain", given, engine=config.step.engine)
                 return status if status is not None else _status_after_stop(config)
         return run(config)
     except UserError as error:
@@ -65,6 +66,12 @@ def run(config: Config) -> int:
     stop_request = StopRequest()
     try:
         return _train(config, stop_request)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of GPU memory ({first_line(error)}); --auto-batch cuts the batch into what fits, "
+            "step.activation_checkpointing=block makes it less",
+            every_rank=True,
+        ) from None
     except RuntimeError as error:
         # when another rank fails or leaves, collectives break here, and the launcher then ends this rank: its error is not the story
         if stop_request.wait(LAUNCHER_NOTICES_S):
@@ -75,11 +82,12 @@ def run(config: Config) -> int:
 
 
 def _train(config: Config, stop_request: StopRequest) -> int:
+    from .auto_batch import find_auto_batch, with_micro_batch
     from .data.dataset import check_reachable, open_dataset
     from .trainer import Trainer, check_deepspeed_section
 
     warnings.filterwarnings("ignore", category=FutureWarning)
-    ranks = join_ranks()
+    ranks = join_ranks(config.step.engine)
     config.batch_sizes(ranks.world_size)
     check_deepspeed_section(config)
     if config.run.deterministic:
@@ -95,7 +103,13 @@ def _train(config: Config, stop_request: StopRequest) -> int:
     with contextlib.ExitStack() as held:
         ranks.once(lambda: held.enter_context(locked(config.run_dir)))
         ranks.once(lambda: prepare_run_dir(config, data, ranks.world_size))
-        trainer = Trainer(config, data, model, ranks)
+        if config.step.auto_batch:
+            found = find_auto_batch(config, ranks)
+            if ranks.is_first:
+                print(found)
+            trainer = Trainer(with_micro_batch(config, found, ranks.world_size), data, model, ranks)
+        else:
+            trainer = Trainer(config, data, model, ranks)
         with stop_request:
             done = trainer.train(stop_request)
         if ranks.is_first:
@@ -181,9 +195,17 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "overrides", nargs="*", metavar="key.sub=value", help="changes to the config, e.g. data.train=/audio train.steps=1000"
     )
     parser.add_argument("--ranks", type=int, help="processes on this machine; default one for each visible GPU, or one")
+    parser.add_argument(
+        "--auto-batch",
+        action="store_true",
+        help="cut the batch into as few micro-batches as fit into memory (step.auto_batch=true)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config, parameters, FLOPs and memory, and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the deepspeed launcher
-    return parser.parse_intermixed_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.auto_batch:
+        arguments.overrides.append("step.auto_batch=true")
+    return arguments
 
 
 if __name__ == "__main__":

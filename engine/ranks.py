@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from .environment import settle_accelerator
-from .errors import UserError
+from .errors import UserError, first_line
 
 T = TypeVar("T")
 
@@ -46,13 +46,13 @@ class Ranks:
         return outcome[0]  # type: ignore[return-value]
 
 
-def join_ranks() -> Ranks:
-    """Join the processes that a launcher (deepspeed, torchrun) has started; without one, a world of this process alone."""
-    on_gpu = settle_accelerator() == "cuda"
-    import deepspeed
-    import deepspeed.ops
+def join_ranks(engine: str = "deepspeed") -> Ranks:
+    """Join the processes that a launcher (deepspeed, torchrun) has started; without one, a world of this process alone.
 
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    Raises:
+        UserError: `engine` is "deepspeed" and DeepSpeed is not installed.
+    """
+    on_gpu = settle_accelerator() == "cuda"
     for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         os.environ.setdefault(key, value)
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -61,11 +61,27 @@ def join_ranks() -> Ranks:
         device = torch.device("cuda", local_rank)
     else:
         device = torch.device("cpu")
-        # DeepSpeed would compile a shared-memory all-reduce with g++ for a minute; gloo gives the same sums at once
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    backend = "nccl" if on_gpu else "gloo"
+    if engine == "deepspeed":
+        _init_deepspeed(backend)
+    elif not dist.is_initialized():
+        dist.init_process_group(backend)
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     return Ranks(dist.get_rank(), dist.get_world_size(), device, patient)
+
+
+def _init_deepspeed(backend: str) -> None:
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        raise UserError(
+            f"DeepSpeed cannot be imported ({first_line(error)}): pip install deepspeed, or set step.engine=ddp"
+        ) from None
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed would compile a shared-memory all-reduce with g++ for a minute; gloo gives the same sums at once
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
 def speaks_for_its_node() -> bool:

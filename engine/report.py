@@ -30,6 +30,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from PIL import Image
 
 from ssast.engine.errors import UserError
+from ssast.engine.files import PROFILE_FOLDER
 
 FRAME_SECONDS = 0.01
 MOST_CLIPS = 3
@@ -358,6 +359,15 @@ def _write_aside(path: Path, content: bytes) -> None:
     os.replace(aside, path)
 
 
+def _throughput(folder: Path) -> dict[str, Any]:
+    """The main figures of the throughput report and its picture of the step, where `ssast profile` measured this config."""
+    found = _read(folder / "report.json", lambda path: dict(json.loads(path.read_text("utf-8"))))
+    picture = folder / "pictures" / "report-step.png"
+    if found and picture.is_file():
+        found["picture"] = base64.b64encode(picture.read_bytes()).decode()
+    return found
+
+
 def _facts(run: Run) -> dict[str, Any]:
     """What the page tells besides the pictures. Its words are in the template."""
     last = (run.valid or run.train or [{}])[-1]
@@ -383,6 +393,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "checkpoints": sorted((path.name for path in run.folder.glob("checkpoints/step-*")), key=lambda name: (len(name), name)),
         "best": best[0] or best[1],
         "environment": environment,
+        "throughput": _throughput(run.folder / PROFILE_FOLDER),
         "command": shlex.join(["ssast", "pretrain", str(run.folder / "config.yaml")]),
         "config_text": (run.folder / "config.yaml").read_text("utf-8"),
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

@@ -8,15 +8,16 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
+from pydantic import ValidationError
 
 from .checkpoint import checkpoint_steps, remove_incomplete
 from .config import Config, differences, dump_config
 from .environment import describe_environment, source_diff
 from .errors import UserError
-from .files import write_whole
+from .files import PROFILE_FOLDER, write_whole
 
 if TYPE_CHECKING:
     from .data.dataset import Dataset
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 # What may differ between the config of a run folder and that of the command that goes on with it.
 _MAY_CHANGE = """
 run.name run.folder run.wandb train.steps train.log_every train.keep_last data.num_threads data.prefetch data.cache_dir
-data.max_bad_fraction deepspeed.steps_per_print deepspeed.wall_clock_breakdown
+data.max_bad_fraction step.compile step.compile_mode step.activation_checkpointing deepspeed.steps_per_print deepspeed.wall_clock_breakdown
 """
 LOCK_FILE = ".lock"
 LOCK_PATIENCE_S = 60.0
@@ -36,7 +37,7 @@ def check_run_dir(config: Config) -> None:
     run_dir = config.run_dir
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"{run_dir}: is a file; choose another run.name or run.folder")
-    if not run_dir.is_dir() or not any(path.name != LOCK_FILE for path in run_dir.iterdir()):
+    if not run_dir.is_dir() or not any(path.name not in (LOCK_FILE, PROFILE_FOLDER) for path in run_dir.iterdir()):
         return
     saved = run_dir / "config.yaml"
     if saved.is_file() and (run_dir / "environment.json").is_file() and not (run_dir / "metrics.jsonl").is_file():
@@ -45,7 +46,7 @@ def check_run_dir(config: Config) -> None:
         raise UserError(
             f"{run_dir}: holds files but no run (no config.yaml and environment.json); choose another run.name or run.folder"
         )
-    old, new = yaml.safe_load(saved.read_text(encoding="utf-8")) or {}, config.model_dump(mode="json")
+    old, new = _saved_config(saved), config.model_dump(mode="json")
     may_change = set(MAY_CHANGE)
     if old.get("deepspeed", {}).get("train_batch_size") is not None:  # the batch itself stays
         may_change |= {"deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps"}
@@ -56,6 +57,15 @@ def check_run_dir(config: Config) -> None:
             f"{run_dir}: holds a run with another config ({'; '.join(changed[:4])}{more}); "
             "choose another run.name, or move that folder away"
         )
+
+
+def _saved_config(path: Path) -> dict[str, Any]:
+    """As it was resolved, with today's defaults for keys that are younger than the run."""
+    tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        return Config.model_validate(tree).model_dump(mode="json")
+    except ValidationError:
+        return tree
 
 
 def is_finished(config: Config) -> bool:

@@ -1,22 +1,24 @@
-"""The training loop: one DeepSpeed engine for any number of ranks, any ZeRO stage, bf16 or fp32."""
+"""The training loop: one engine, DeepSpeed's or plain PyTorch's, for any number of ranks, any ZeRO stage, bf16 or fp32."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import csv
+import math
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from ssast.kernels import AttentionChoice, MSPMLoss, choose_attention, fbank, sample_patch_mask, use_attention
+from ssast.kernels import AttentionChoice, MSPMLoss, choose_attention, fbank, fp8_obstacle, sample_patch_mask, use_attention
 
+from .backends import build_optimizer, use_norms
 from .checkpoint import (
     checkpoint_steps,
     convert_for_other_ranks,
@@ -26,6 +28,7 @@ from .checkpoint import (
     save_best,
     save_checkpoint,
 )
+from .compilation import Compilation, choose_compile
 from .config import Config
 from .data.check import Clips
 from .data.dataset import Dataset
@@ -35,9 +38,14 @@ from .data.order import SampleOrder
 from .errors import UserError
 from .interrupt import StopRequest
 from .model import SSAST
+from .plain import PlainEngine
 from .ranks import Ranks
 from .runlog import RunLog
 from .schedule import Schedule
+from .spans import span
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 # Streams of the run's seed: masks in training, their second mask where there are two, and masks in validation.
 _MASK_SEED, _RECON_MASK_SEED, _VALID_SEED = 1, 2, 3
@@ -57,30 +65,48 @@ class StepMetrics:
 class Trainer:
     """One run: the engine, its place in the data, and what is logged and kept.
 
-    Building it joins the model to DeepSpeed; `train` goes on from the last checkpoint of the run folder, if there is one.
+    Building it joins the model to the engine; `train` goes on from the last checkpoint of the run folder, if there is one.
     """
 
     def __init__(self, config: Config, data: Dataset, model: SSAST, ranks: Ranks) -> None:
-        import deepspeed
-
         self.config, self.data, self.ranks, self.run_dir = config, data, ranks, config.run_dir
-        optimizer_section = config.deepspeed["optimizer"]
-        self._resume_from = ranks.once(self._choose_checkpoint)
-        self.engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=build_optimizer(model, optimizer_section),
-            config=deepspeed_config(config, universal=self._resume_from is not None and self._resume_from.is_universal),
-            dist_init_required=False,
-        )
         self.micro_batch, self.accumulation = config.batch_sizes(ranks.world_size)
         self.clips_per_step = self.micro_batch * self.accumulation * ranks.world_size
-        self.schedule = Schedule(config.train, optimizer_section["params"]["lr"])
+        self._resume_from = ranks.once(self._choose_checkpoint)
+        model.to(ranks.device)
+        regions, reason = choose_compile(
+            config.step.compile, device=ranks.device, zero_stage=config.zero_stage, world_size=ranks.world_size
+        )
+        self.attention = config.step.attention
+        self.norm = use_norms(model, config.step.norm, device=ranks.device, compiled=regions != "off")
+        model.activation_checkpointing = config.step.activation_checkpointing
+        if config.step.fp8_mlp:
+            if ranks.device.type == "cuda" and (obstacle := fp8_obstacle(ranks.device)):
+                raise UserError(f"step.fp8_mlp: FP8 {obstacle}")
+            model.use_fp8()
+        self.optimizer_section = config.deepspeed["optimizer"]
+        optimizer, self.optimizer = build_optimizer(model, self.optimizer_section, config.step.optimizer, ranks.device)
+        self.compilation = Compilation(model, regions, config.step.compile_mode)
+        self.compiled = f"{regions} ({reason})" if regions == "off" else f"{regions}, {config.step.compile_mode} ({reason})"
+        self.engine = self._build_engine(model, optimizer)
+        self.schedule = Schedule(config.train, self.optimizer_section["params"]["lr"])
         self.step = 0
         self.samples = 0  # clips consumed: the whole state of the loader
-        self.attention = config.run.attention
         self._sent: tuple[int, torch.Tensor, Callable[[], object], dict[str, Any] | None] | None = None
         self._bad_clips: list[BadClip] = []
         self._valid_reader = ClipReader(self._decoder(data.valid), None, on_bad=self._on_bad)
+
+    def _build_engine(self, model: SSAST, optimizer: torch.optim.Optimizer) -> DeepSpeedEngine | PlainEngine:
+        config = self.config
+        if config.step.engine == "ddp":
+            clipping = config.deepspeed.get("gradient_clipping", 0.0)
+            all_used = config.objective.name == "joint" and config.objective.masks == "shared"
+            return PlainEngine(model, optimizer, accumulation=self.accumulation, clipping=clipping, all_used=all_used)
+        import deepspeed
+
+        universal = self._resume_from is not None and self._resume_from.is_universal
+        settings = deepspeed_config(config, universal=universal)
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)[0]
 
     def train(self, stop_request: StopRequest) -> bool:
         """Train to the last step; return False if asked to stop before it. In either case a checkpoint is left at the last step."""
@@ -88,27 +114,14 @@ class Trainer:
         resumed = self._resume()
         log = RunLog(config, self.run_dir, self.step) if self.ranks.is_first else None
         self._event(log, "resume" if resumed else "start", f"{self.clips_per_step} clips a step on {self.ranks.world_size} ranks")
-        self._event(log, "attention", self._choose_attention())
-        loader = self._train_loader()
-        clock = _Clock(self.clips_per_step, self.config.num_samples / self.config.data.sample_rate)
+        self._event(log, "attention", self.choose_attention())
+        self._event(log, "step", ", ".join(f"{key}: {value}" for key, value in self.describe_step().items()))
+        loader = self.train_loader()
+        clock = Clock(self.clips_per_step, self.config.num_samples / self.config.data.sample_rate)
         stopping = False
         try:
             while self.step < config.train.steps and not stopping:
-                learning_rate = self._set_learning_rate()
-                total = torch.zeros(len(_METRICS), device=self.ranks.device)
-                for _ in range(self.accumulation):
-                    with clock.waiting():
-                        batch = next(loader)
-                    losses = self._losses(batch)
-                    self.engine.backward(losses.loss)
-                    grad_norm = self._gradient_norm()
-                    self.engine.step()
-                    total += torch.stack([value.detach().float() for value in losses])
-                self.step += 1
-                self.samples += self.clips_per_step
-                clock.tick()
-                row = self._row(learning_rate, grad_norm, clock)
-                previous = self._exchange_metrics(total / self.accumulation, stop_request.asked, row)
+                previous = self.run_step(loader, clock, stop_request.asked)
                 stopping = self._report(log, previous)
 
                 is_last = self.step == config.train.steps
@@ -125,8 +138,46 @@ class Trainer:
             if log is not None:
                 log.close()
 
-    def _choose_attention(self) -> str:
-        """Settle the backend of attention, the same on every rank; what to log of it."""
+    def run_step(self, batches: Iterator[Batch], clock: Clock, stop: bool = False) -> StepMetrics | None:
+        """One optimizer step; returns the metrics of the one before. `stop`: this rank was asked to."""
+        with span("step"):
+            learning_rate = self._set_learning_rate()
+            total = torch.zeros(len(_METRICS), device=self.ranks.device)
+            for _ in range(self.accumulation):
+                with span("data wait"), clock.waiting():
+                    batch = next(batches)
+                with self.compilation.micro_batch():
+                    losses = self._losses(batch)
+                with span("backward"):
+                    self.engine.backward(losses.loss)
+                with span("optimizer"):
+                    grad_norm = self._gradient_norm()
+                    self.engine.step()
+                total += torch.stack([value.detach().float() for value in losses])
+            self.step += 1
+            self.samples += self.clips_per_step
+            clock.tick()
+            self.compilation.step_done()
+            row = self._row(learning_rate, grad_norm, clock)
+            with span("communication"):
+                return self._exchange_metrics(total / self.accumulation, stop, row)
+
+    def describe_step(self) -> dict[str, str]:
+        """How the step is computed here: engine, precision, and what stands for each "auto"."""
+        config = self.config
+        return {
+            "engine": "plain PyTorch, DDP" if config.step.engine == "ddp" else f"DeepSpeed, ZeRO {config.zero_stage}",
+            "precision": "bf16" if config.bf16 else "fp32",
+            "compile": self.compiled,
+            "attention": self.attention,
+            "optimizer": self.optimizer,
+            "norm": self.norm,
+            "activation_checkpointing": config.step.activation_checkpointing,
+            "mlp": ("fp8" if self.ranks.device.type == "cuda" else "fp8, emulated") if config.step.fp8_mlp else "as precision",
+        }
+
+    def choose_attention(self) -> str:
+        """Settle the backend of attention, the same on every rank, before the first step; what to log of it."""
         config, model = self.config, self.config.model_config_
         name = self._resume_from.state.get("attention") if self._resume_from and self.attention == "auto" else self.attention
         if name in (None, "auto"):
@@ -135,9 +186,11 @@ class Trainer:
 
         def choose() -> AttentionChoice:
             try:
-                return choose_attention(shape, torch.bfloat16 if config.bf16 else torch.float32, self.ranks.device, name=name)
+                dtype = torch.bfloat16 if config.bf16 else torch.float32
+                compiled = self.compilation.regions != "off"
+                return choose_attention(shape, dtype, self.ranks.device, name=name, compiled=compiled)
             except (ValueError, RuntimeError) as error:
-                raise UserError(f"run.attention: {error}") from None
+                raise UserError(f"step.attention: {error}") from None
 
         choice = self.ranks.once(choose)
         self.attention = choice.name
@@ -149,21 +202,25 @@ class Trainer:
 
     def _losses(self, batch: Batch, *, validation: bool = False) -> MSPMLoss:
         config, objective = self.config, self.config.objective
-        patches = fbank(
-            batch.waveform.to(self.ranks.device),
-            sample_rate=config.data.sample_rate,
-            num_mel_bins=config.model.num_mel_bins,
-            lengths=batch.lengths.to(self.ranks.device),
-            num_frames=config.model.input_frames,
-            mean=self.data.mean,
-            std=self.data.std,
-            dtype=torch.bfloat16 if config.bf16 else torch.float32,  # of what is predicted, too: factors of the loss's products
-            patch=config.model_config_.patch_shape,
-        )  # [B, P, K]
-        mask = self._mask(batch, _VALID_SEED if validation else _MASK_SEED, validation)
-        recon_mask = None
-        if objective.masks == "separate" and not validation:
-            recon_mask = self._mask(batch, _RECON_MASK_SEED, validation)
+        with span("copy"):  # on a GPU the loader has sent them ahead
+            waveform, lengths = batch.waveform.to(self.ranks.device), batch.lengths.to(self.ranks.device)
+        with span("fbank"):
+            patches = fbank(
+                waveform,
+                sample_rate=config.data.sample_rate,
+                num_mel_bins=config.model.num_mel_bins,
+                lengths=lengths,
+                num_frames=config.model.input_frames,
+                mean=self.data.mean,
+                std=self.data.std,
+                dtype=torch.bfloat16 if config.bf16 else torch.float32,  # of what is predicted, too: factors of the loss's products
+                patch=config.model_config_.patch_shape,
+            )  # [B, P, K]
+        with span("mask + embed"):
+            mask = self._mask(batch, _VALID_SEED if validation else _MASK_SEED, validation)
+            recon_mask = None
+            if objective.masks == "separate" and not validation:
+                recon_mask = self._mask(batch, _RECON_MASK_SEED, validation)
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=config.uses_autocast):
             return self.engine(
                 patches,
@@ -195,7 +252,9 @@ class Trainer:
 
     def _gradient_norm(self) -> torch.Tensor | None:
         """Before clipping. DeepSpeed keeps the norm itself except in plain fp32 training."""
-        if not self.engine.is_gradient_accumulation_boundary() or self.engine.zero_optimization() or self.engine.bfloat16_enabled():
+        engine = self.engine
+        keeps_norm = isinstance(engine, PlainEngine) or engine.zero_optimization() or engine.bfloat16_enabled()
+        if keeps_norm or not engine.is_gradient_accumulation_boundary():
             return None
         return torch.nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])
 
@@ -225,7 +284,7 @@ class Trainer:
         *means, stops = (value / self.ranks.world_size for value in summed.tolist())
         return StepMetrics(step, dict(zip(_METRICS, means, strict=True)), stops > 0, row)
 
-    def _row(self, learning_rate: float, grad_norm: torch.Tensor | None, clock: _Clock) -> dict[str, Any] | None:
+    def _row(self, learning_rate: float, grad_norm: torch.Tensor | None, clock: Clock) -> dict[str, Any] | None:
         """What this step's row will say beside its metrics; None if it has none."""
         if not self.ranks.is_first or not (self.step % self.config.train.log_every == 0 or self.step == self.config.train.steps):
             return None
@@ -234,9 +293,18 @@ class Trainer:
         return {"samples": self.samples, "epoch": epoch, "lr": learning_rate, "grad_norm": norm, **clock.rates()}
 
     def _report(self, log: RunLog | None, metrics: StepMetrics | None) -> bool:
-        """Log a step if it has a row; return whether a rank was asked to stop during it."""
+        """Log a step if it has a row; return whether a rank was asked to stop during it.
+
+        Raises:
+            UserError: on every rank, a loss that is not finite.
+        """
         if metrics is None:
             return False
+        if not math.isfinite(metrics.losses["loss"]):
+            raise UserError(
+                f"the loss of step {metrics.step} is {metrics.losses['loss']}; checkpoints before it are whole. Try a lower learning "
+                "rate, a longer train.warmup_steps, or deepspeed.gradient_clipping=1.0"
+            )
         if log is not None and metrics.row is not None:
             norm = metrics.row["grad_norm"]
             row = {**metrics.losses, **metrics.row, "grad_norm": None if norm is None else float(norm)}
@@ -267,7 +335,8 @@ class Trainer:
             clips = max(0, min(self.micro_batch, count - first))
             # a rank with no clip left still runs, unweighted: under ZeRO-3 every rank takes part in every forward pass
             batch = reader.read(min(first, count - 1), max(clips, 1))
-            losses = self._losses(batch, validation=True)
+            with self.compilation.left_out():
+                losses = self._losses(batch, validation=True)
             if clips:
                 sums[:-1] += torch.stack([value.double() for value in losses]) * clips
                 sums[-1] += clips
@@ -292,7 +361,7 @@ class Trainer:
 
     # --- data -----------------------------------------------------------------------------------------------------------------------
 
-    def _train_loader(self) -> Prefetcher:
+    def train_loader(self) -> Prefetcher:
         data = self.config.data
         reader = ClipReader(
             self._decoder(self.data.train),
@@ -374,7 +443,7 @@ class _ResumePoint:
     is_universal: bool
 
 
-class _Clock:
+class Clock:
     """Rates since the row before: clips a second, seconds of audio a second, and the share of time spent waiting for data."""
 
     def __init__(self, clips_per_step: int, seconds_per_clip: float) -> None:
@@ -405,13 +474,6 @@ class _Clock:
         return rates
 
 
-def build_optimizer(model: SSAST, section: dict[str, Any]) -> torch.optim.Optimizer:
-    """The paper's Adam (weight decay added to the gradient) or AdamW, from DeepSpeed's `optimizer` section."""
-    params = {key: tuple(value) if key == "betas" else value for key, value in section["params"].items()}
-    kind = torch.optim.Adam if section["type"] == "Adam" else torch.optim.AdamW
-    return kind(model.parameters(), **params)
-
-
 def deepspeed_config(config: Config, *, universal: bool = False) -> dict[str, Any]:
     """The run's DeepSpeed section, less the optimizer that we build, with gradients accumulated in fp32 unless told otherwise;
     `universal`: to load a checkpoint that was converted for another number of ranks."""
@@ -422,6 +484,10 @@ def deepspeed_config(config: Config, *, universal: bool = False) -> dict[str, An
     section.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     if config.uses_autocast:
         section["bf16"] = {"enabled": False}
+    elif config.bf16:
+        # its own default has the host wait for the device in every step, to skip a step whose gradients are not finite; the metrics
+        # and the weights to be saved tell of those anyway
+        section["bf16"].setdefault("check_grad_overflow", False)
     section.setdefault("gradient_clipping", 0.0)  # DeepSpeed's own default clips at 1
     if config.zero_stage == 3:
         # its own linear layer adds up bias gradients in another order, so that stage 3 would drift from the others
@@ -438,6 +504,8 @@ def check_deepspeed_section(config: Config) -> None:
     Raises:
         UserError: what DeepSpeed says is wrong.
     """
+    if config.step.engine != "deepspeed":
+        return
     from deepspeed.runtime.config import DeepSpeedConfig
 
     try:

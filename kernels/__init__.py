@@ -12,6 +12,7 @@ from .attention import attention, available_attention, use_attention
 from .choose_attention import AttentionChoice, choose_attention
 from .embed import NUM_PREFIX, embed_patches, patchify
 from .fbank import fbank
+from .fp8 import fp8_linear, fp8_obstacle
 from .mspm_loss import MSPMLoss, found_patches, mspm_loss
 from .patch_mask import sample_patch_mask
 
@@ -25,6 +26,8 @@ __all__ = [
     "embed_patches",
     "fbank",
     "found_patches",
+    "fp8_linear",
+    "fp8_obstacle",
     "mspm_loss",
     "patchify",
     "sample_patch_mask",

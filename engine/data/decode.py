@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 from .check import Clips
+
+if TYPE_CHECKING:
+    from nvidia.dali import Pipeline
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ class AudioDecoder:
 
 
 def _build_pipeline(num_samples: int, sample_rate: int, batch_size: int, num_threads: int) -> Pipeline:
+    from nvidia.dali import fn, pipeline_def, types  # steps that are fed from memory do without
+
     @pipeline_def(batch_size=batch_size, num_threads=num_threads, device_id=None, exec_pipelined=False, exec_async=False)
     def windows() -> tuple:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)

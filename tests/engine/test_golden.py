@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ssast.engine import SSAST, ModelConfig, load_model, save_model
-from ssast.engine.trainer import build_optimizer
+from ssast.engine.backends import build_optimizer
 from ssast.engine.weights import _from_official, _to_official
 
 CASES = ["frame128x2_t256_random", "patch16_t1024_trained", "patch16_t256_random", "quirk_patch16_f64_t256"]
@@ -200,12 +200,14 @@ def test_adam_steps(reference):
 def _check_adam_steps(golden: Golden, arrays: np.lib.npyio.NpzFile) -> None:
     facts = golden.facts["adam_trajectory"]
     model = golden.model().train()
-    optimizer = build_optimizer(
+    optimizer, _ = build_optimizer(
         model,
         {
             "type": "Adam",
             "params": {"lr": facts["lr"], "betas": facts["betas"], "eps": facts["eps"], "weight_decay": facts["weight_decay_l2"]},
         },
+        "torch",
+        torch.device("cpu"),
     )
     for masks, expected in zip(torch.from_numpy(arrays["masks"]), arrays["losses_f64"], strict=True):
         loss = model.pretrain(golden.features.double(), masks[0], masks[1])

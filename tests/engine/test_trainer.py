@@ -94,7 +94,11 @@ class Runs:
         return [(row["step"], row["loss"], row["nce"], row["mse"], row["accuracy"]) for row in self.rows(name, kind)]
 
 
-STAGES = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
+ENGINES = {
+    **{f"zero{stage}": f"deepspeed.zero_optimization.stage={stage}" for stage in range(4)},
+    "ddp": "step.engine=ddp",
+}
+KINDS = [(engine, precision) for engine in ENGINES for precision in ("fp32", "bf16")]
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +106,9 @@ def runs(tmp_path_factory, corpus) -> Runs:
     """All jobs of this file: on two ranks every ZeRO stage in both precisions, whole and interrupted; on one rank with accumulation."""
     runs = Runs(tmp_path_factory.mktemp("runs"), corpus)
     two, one = [], []
-    for stage, precision in STAGES:
-        name = f"zero{stage}-{precision}"
-        overrides = [f"deepspeed.zero_optimization.stage={stage}", f"deepspeed.bf16.enabled={precision == 'bf16'}"]
+    for engine, precision in KINDS:
+        name = f"{engine}-{precision}"
+        overrides = [ENGINES[engine], f"deepspeed.bf16.enabled={precision == 'bf16'}"]
         two += [runs.job(name, *overrides), runs.interrupted(f"{name}-again", name, 4)]
         two += [runs.job(f"{name}-again", *overrides, f"run.name={name}-again")]
     two += [
@@ -114,6 +118,13 @@ def runs(tmp_path_factory, corpus) -> Runs:
     two += [runs.job("objective-discriminative", "objective.name=discriminative", "objective.softmax_over=targets")]
     for stage in (0, 1, 2, 3):
         two += [runs.job(f"clipped-{stage}", f"deepspeed.zero_optimization.stage={stage}", "deepspeed.gradient_clipping=1.0")]
+    two += [runs.job("ddp-accumulate", "step.engine=ddp", "deepspeed.train_micro_batch_size_per_gpu=2")]
+    two += [runs.job("ddp-separate", "step.engine=ddp", "objective.masks=separate")]
+    two += [runs.job("ddp-generative", "step.engine=ddp", "objective.name=generative")]
+    two += [runs.job("ddp-clipped", "step.engine=ddp", "deepspeed.gradient_clipping=1.0")]
+    two += [runs.interrupted("fewer-ddp", "ddp-fp32", 4)]
+    one += [runs.job("fewer-ddp", "step.engine=ddp", "deepspeed.bf16.enabled=False")]
+    one += [runs.job("compiled", "step.compile=encoder", "deepspeed.zero_optimization.stage=1")]
     two += [runs.job("plateau", "train.plateau_patience=0")]
     two += [runs.job("two-accumulate", "deepspeed.train_micro_batch_size_per_gpu=2")]
     for precision in ("fp32", "bf16"):
@@ -140,6 +151,33 @@ def test_zero_stages_agree(runs):
     for stage in (0, 1, 2, 3):
         for ours, theirs in zip(runs.losses(f"zero{stage}-bf16"), whole, strict=True):
             assert ours[1] == pytest.approx(theirs[1], rel=2e-2), stage
+
+
+def test_plain_pytorch_agrees_with_deepspeed(runs):
+    """fp32: the same bits; bf16: stage 0 computes under autocast, too, and adds up over ranks in the same order."""
+    assert runs.losses("ddp-fp32") == runs.losses("zero0-fp32")
+    assert runs.losses("ddp-bf16") == runs.losses("zero0-bf16")
+    for name, like in (("ddp-accumulate", "two-accumulate"), ("ddp-separate", "objective-separate")):
+        for ours, theirs in zip(runs.losses(name), runs.losses(like), strict=True):
+            assert ours[1] == pytest.approx(theirs[1], rel=1e-5), name
+    for ours, theirs in zip(runs.losses("ddp-clipped"), runs.losses("clipped-0"), strict=True):
+        assert ours[1] == pytest.approx(theirs[1], rel=1e-3)
+    assert runs.losses("ddp-clipped")[-1] != runs.losses("ddp-fp32")[-1]
+    assert all(row["grad_norm"] > 0 for row in runs.rows("ddp-fp32", "train"))
+    for row in runs.rows("ddp-generative", "train"):
+        assert row["nce"] is None and row["loss"] == row["mse"]
+    for ours, theirs in zip(runs.losses("fewer-ddp"), runs.losses("ddp-fp32"), strict=True):
+        assert ours[1] == pytest.approx(theirs[1], rel=1e-5)
+
+
+def test_compiled_training_agrees_and_compiles_no_more_after_two_steps(runs):
+    """With validations and checkpoints in between; a recompilation after step 2 would have ended the run. Compiled code rounds
+    otherwise, and Adam enlarges it."""
+    for ours, theirs in zip(runs.losses("compiled"), runs.losses("one-1-fp32"), strict=True):
+        assert ours[1] == pytest.approx(theirs[1], rel=1e-5 if ours[0] == 1 else 1e-3)
+    assert runs.losses("compiled")[-1] != runs.losses("one-1-fp32")[-1], "nothing was compiled"
+    (step,) = [row["detail"] for row in runs.rows("compiled", "event") if row["event"] == "step"]
+    assert "compile: encoder, default (as configured)" in step
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -174,10 +212,10 @@ def test_two_ranks_can_be_gone_on_with_on_one(runs, stage):
             assert ours[1] == pytest.approx(theirs[1], rel=tolerance), precision
 
 
-@pytest.mark.parametrize(("stage", "precision"), STAGES)
-def test_interrupted_equals_uninterrupted(runs, stage, precision):
+@pytest.mark.parametrize(("engine", "precision"), KINDS)
+def test_interrupted_equals_uninterrupted(runs, engine, precision):
     """Bit for bit, training and validation, learning rate and gradient norm, from the checkpoint on and in the log before it."""
-    name = f"zero{stage}-{precision}"
+    name = f"{engine}-{precision}"
     resumed = [row for row in runs.rows(f"{name}-again", "event") if row["event"] == "resume"]
     assert [row["step"] for row in resumed] == [4]
     for kind in ("train", "valid"):
@@ -186,10 +224,10 @@ def test_interrupted_equals_uninterrupted(runs, stage, precision):
         assert (ours["lr"], ours["grad_norm"], ours["samples"]) == (theirs["lr"], theirs["grad_norm"], theirs["samples"])
 
 
-@pytest.mark.parametrize(("stage", "precision"), STAGES)
-def test_checkpoints_hold_the_whole_model_in_fp32(runs, stage, precision):
+@pytest.mark.parametrize(("engine", "precision"), KINDS)
+def test_checkpoints_hold_the_whole_model_in_fp32(runs, engine, precision):
     """Whatever the stage, `load_model` gives the same weights, and the resumed run's are bit-equal."""
-    name = f"zero{stage}-{precision}"
+    name = f"{engine}-{precision}"
     ours, again, plain = (load_model(runs.folder / run / "checkpoints" / "step-9") for run in (name, f"{name}-again", "zero0-fp32"))
     for (key, value), resumed, reference in zip(
         ours.state_dict().items(), again.state_dict().values(), plain.state_dict().values(), strict=True

@@ -1,0 +1,334 @@
+"""One measurement of the training step, in processes of its own: `python -m ssast.benchmarks.throughput.measure OUT CONFIG ...`, started by
+`ssast profile`, by hand or by a launcher. Rank 0 writes OUT, a JSON file.
+
+The step is the trainer's own, `Trainer.run_step`, with its data path and its collectives. It is timed without any instrument; then
+traced by torch.profiler for a few steps; then fed from the device's memory (what the model alone could do); then the loader is drained
+without a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ssast.engine.auto_batch import activation_bytes, find_auto_batch, with_micro_batch
+from ssast.engine.config import Config, load_config
+from ssast.engine.cost import FLOP_FORMULA, flops_per_clip
+from ssast.engine.data.check import Clips
+from ssast.engine.data.dataset import Dataset, open_dataset
+from ssast.engine.data.loader import Batch
+from ssast.engine.errors import UserError
+from ssast.engine.files import write_whole
+from ssast.engine.model import NUM_PREFIX, build_model
+from ssast.engine.ranks import Ranks, join_ranks, speaks_for_its_node
+from ssast.engine.trainer import Clock, Trainer
+
+from .device import DeviceWatch, ceiling_rates, device_name, gpu_facts, peak_tflops
+from .timeline import floor_seconds, read_trace, step_parts, top_kernels
+
+TRACED_STEPS = 4  # on a GPU the last only marks the end of the one before
+TOP_KERNELS = 15
+BATCHES_IN_MEMORY = 4
+LOUDNESS = 2000  # of the noise that stands for sound, of 32767
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parse(sys.argv[1:] if argv is None else argv)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        ranks = join_ranks(config.step.engine)
+        with tempfile.TemporaryDirectory() as folder:
+            measured = measure(config, ranks, arguments, Path(folder))
+        if ranks.is_first:
+            write_whole(arguments.out, json.dumps(measured))
+        dist.barrier()
+        dist.destroy_process_group()
+        return 0
+    except UserError as error:
+        if error.every_rank or speaks_for_its_node():
+            print(f"ssast: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def measure(config: Config, ranks: Ranks, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What profile.json says of one run; with `arguments.quick` only "setup" and "steps"."""
+    asked, feeds_from_files = config, bool(config.data.train) and not arguments.synthetic
+    found = find_auto_batch(config, ranks) if config.step.auto_batch else None
+    if found:
+        config = with_micro_batch(config, found, ranks.world_size)
+    config = undisturbed(config, folder)
+    data = ranks.once(lambda: open_dataset(config)) if feeds_from_files else nothing_to_read(config)
+    trainer = Trainer(config, data, build_model(config.model_config_, config.run.seed), ranks)
+    trainer.choose_attention()
+    memory = in_memory(trainer, ranks.device if not feeds_from_files else torch.device("cpu"))
+    loader = trainer.train_loader() if feeds_from_files else None
+    batches = loader or iter(memory)
+    try:
+        run_steps(trainer, batches, arguments.warmup)
+        if ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with DeviceWatch(ranks.device) as watch:
+            seconds, waits = run_steps(trainer, batches, arguments.steps)
+        measured = {
+            "setup": describe(trainer, feeds_from_files),
+            "steps": {"warmup": arguments.warmup, "seconds": seconds, "data_wait_seconds": waits},
+            "memory": memory_split(trainer),
+            "auto_batch": {"largest": found.largest, "used": found.used} if found else None,
+        }
+        if arguments.quick:
+            return measured
+        trace = trace_steps(trainer, batches, arguments.out.parent / "traces")
+    finally:
+        if loader is not None:
+            loader.close()
+    resident = in_memory(trainer, ranks.device)
+    run_steps(trainer, iter(resident), 2)
+    seconds, _ = run_steps(trainer, iter(resident), arguments.steps)
+    ceilings = {"model only": {"clips_per_s": trainer.clips_per_step * len(seconds) / sum(seconds)}}
+    if feeds_from_files:
+        ceilings["loader only"] = {"clips_per_s": drain_loader(trainer, arguments.steps * trainer.accumulation)}
+    rates = ceiling_rates(ranks.device)
+    shape = config.model_config_
+    passes = 2 if config.objective.masks == "separate" else 1
+    flops = flops_per_clip(shape, config.mask.num_masked, objective=config.objective.name, passes=passes)
+    timeline = read_trace(trace)
+    parts = step_parts(timeline)
+    return {
+        **measured,
+        "config": asked.model_dump(mode="json"),
+        "gpu": gpu_facts(ranks.device),
+        "flops": {"formula": FLOP_FORMULA, "forward_per_clip": flops.forward, "train_per_clip": flops.train},
+        "peak": peak_tflops(ranks.device),
+        "ceiling_rates": rates,
+        "parts": {"steps": parts.steps, "step_seconds": parts.step_seconds, "seconds": parts.seconds},
+        "kernels": [
+            {
+                "name": row.name,
+                "calls": row.calls,
+                "seconds": row.seconds,
+                "share": row.share,
+                "floor_seconds": floor_seconds(row, rates["matmul_tflops"], rates["copy_gb_per_s"]),
+                "part": row.part,
+            }
+            for row in top_kernels(timeline, TOP_KERNELS)
+        ],
+        "ceilings": ceilings,
+        "device_state": watch.samples,
+        "trace": str(trace.relative_to(arguments.out.parent)),
+    }
+
+
+def run_steps(trainer: Trainer, batches: Iterator[Batch], count: int) -> tuple[list[float], list[float]]:
+    """(seconds of each step, seconds that the host waited for data in each). On a GPU from one step's end to the next one's, by events,
+    so that nothing waits for the device before the last step is done."""
+    on_gpu = trainer.ranks.device.type == "cuda"
+    clock = Clock(trainer.clips_per_step, 1.0)
+    marks, waits = [_mark(on_gpu)], [0.0]
+    for _ in range(count):
+        trainer.run_step(batches, clock)
+        marks.append(_mark(on_gpu))
+        waits.append(clock.waited)
+    if on_gpu:
+        torch.cuda.synchronize()
+        seconds = [before.elapsed_time(after) / 1000 for before, after in itertools.pairwise(marks)]
+    else:
+        seconds = [after - before for before, after in itertools.pairwise(marks)]
+    return seconds, [after - before for before, after in itertools.pairwise(waits)]
+
+
+def trace_steps(trainer: Trainer, batches: Iterator[Batch], folder: Path) -> Path:
+    """Record a few steps; every rank writes a trace of its own. The path of this rank's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"rank{trainer.ranks.rank}.json.gz"
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if trainer.ranks.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    schedule = torch.profiler.schedule(wait=0, warmup=1, active=TRACED_STEPS, repeat=1)
+    with torch.profiler.profile(
+        activities=activities,
+        record_shapes=True,
+        schedule=schedule,
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+    ) as profiler:
+        for _ in range(1 + TRACED_STEPS):
+            run_steps(trainer, batches, 1)
+            profiler.step()
+    return path
+
+
+def drain_loader(trainer: Trainer, count: int) -> float:
+    """Clips a second, of all ranks at once, that the loader delivers when nothing else is done; the batches that it had ready when the
+    clock began are not counted."""
+    loader = trainer.train_loader()
+    try:
+        for _ in range(trainer.config.data.prefetch + 2):
+            next(loader)
+        began = time.perf_counter()
+        for _ in range(count):
+            next(loader)
+        rate = count * trainer.micro_batch / (time.perf_counter() - began)
+    finally:
+        loader.close()
+    total = torch.tensor([rate], device=trainer.ranks.device)
+    dist.all_reduce(total)
+    return float(total)
+
+
+def memory_split(trainer: Trainer) -> dict[str, Any]:
+    """Bytes on this device, after some steps. Weights and optimizer state, master weights among it, are counted tensor by tensor.
+
+    On a GPU the peak is the allocator's, and activations are what it rose by within a step; what is held between steps and is neither
+    weights nor optimizer state is gradients and the buffers they are gathered in. On a CPU, which counts no allocations, gradients are
+    one of each weight in fp32 and activations what a forward pass keeps, measured on a micro-batch of one and two clips.
+    """
+    model = trainer.engine.module
+    parameters = _storage_bytes(model.parameters())
+    state = _storage_bytes(_tensors(trainer.engine.optimizer)) - _shared_bytes(model, trainer.engine.optimizer)
+    if trainer.ranks.device.type == "cuda":
+        held, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        gradients = max(held - parameters - state, 0)
+        split = {"parameters": parameters, "gradients": gradients, "optimizer state": state, "activations": peak - held, "other": 0}
+        source = "allocator: peak of the timed steps; gradients include the buffers that they are gathered in"
+        return {**split, "peak": peak, "source": source}
+    gradients = 4 * sum(parameter.numel() for parameter in model.parameters())
+    plain = build_model(trainer.config.model_config_)
+    plain.activation_checkpointing = trainer.config.step.activation_checkpointing
+    one, two = (activation_bytes(plain, trainer.config, trainer.ranks.device, clips) for clips in (1, 2))
+    activations = one + (two - one) * (trainer.micro_batch - 1)
+    split = {"parameters": parameters, "gradients": gradients, "optimizer state": state, "activations": activations, "other": 0}
+    return {
+        **split,
+        "peak": sum(split.values()),
+        "source": "counted: the tensors themselves, gradients in fp32, what a forward pass keeps",
+    }
+
+
+def describe(trainer: Trainer, feeds_from_files: bool) -> dict[str, Any]:
+    config, shape = trainer.config, trainer.config.model_config_
+    step = trainer.describe_step()
+    grid, patch = shape.grid, shape.patch_shape
+    return {
+        "device": trainer.ranks.device.type,
+        "device_name": device_name(trainer.ranks.device),
+        "world_size": trainer.ranks.world_size,
+        "model": f"{config.model.size}, depth {shape.depth}, {grid[0]} x {grid[1]} patches of {patch[0]} x {patch[1]}",
+        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trainer.engine.module.parameters()),
+        "tokens": NUM_PREFIX + shape.num_patches,
+        "num_masked": config.mask.num_masked,
+        "seconds_per_clip": config.num_samples / config.data.sample_rate,
+        "micro_batch": trainer.micro_batch,
+        "accumulation": trainer.accumulation,
+        "clips_per_step": trainer.clips_per_step,
+        "source": "audio files" if feeds_from_files else "noise, in memory",
+        **{key: value for key, value in step.items() if key != "mlp"},
+        "fp8_mlp": config.step.fp8_mlp,
+    }
+
+
+class InMemory:
+    """Batches of noise on a device, in turn and for ever, each at a position of its own."""
+
+    def __init__(self, waveforms: list[torch.Tensor], lengths: torch.Tensor, stride: int) -> None:
+        self.waveforms, self.lengths, self.stride = waveforms, lengths, stride
+
+    def __iter__(self) -> Iterator[Batch]:
+        position = 0
+        while True:
+            for waveform in self.waveforms:
+                yield Batch(waveform, self.lengths, position)
+                position += self.stride
+
+
+def in_memory(trainer: Trainer, device: torch.device) -> InMemory:
+    generator = torch.Generator().manual_seed(trainer.config.run.seed + trainer.ranks.rank)
+    shape = (trainer.micro_batch, trainer.config.num_samples)
+    waveforms = [
+        (LOUDNESS * torch.randn(shape, generator=generator)).round().clamp(-32768, 32767).to(torch.int16).to(device)
+        for _ in range(BATCHES_IN_MEMORY)
+    ]
+    lengths = torch.full((trainer.micro_batch,), trainer.config.num_samples, device=device)
+    return InMemory(waveforms, lengths, trainer.micro_batch * trainer.ranks.world_size)
+
+
+def nothing_to_read(config: Config) -> Dataset:
+    """Stands for a corpus where steps are fed from memory; features are normalised with the paper's constants unless the config says."""
+    import numpy as np
+
+    from ssast.engine.config import PAPER_MEAN, PAPER_STD
+
+    none = Clips([], [], [], [], *(np.zeros(0, dtype) for dtype in (np.int64, np.int32, np.int32, np.int64, np.int64)))
+    mean = PAPER_MEAN if isinstance(config.data.mean, str) else config.data.mean
+    std = PAPER_STD if isinstance(config.data.std, str) else config.data.std
+    return Dataset(none, none, [], mean, std)
+
+
+def undisturbed(config: Config, folder: Path) -> Config:
+    """In a run folder of its own, without rows, validations and checkpoints between the steps."""
+    never = 10**9
+    train = config.train.model_copy(
+        update={"steps": never, "log_every": never, "valid_every": never, "checkpoint_every": never, "schedule": "constant"}
+    )
+    return config.model_copy(update={"run": config.run.model_copy(update={"folder": str(folder)}), "train": train})
+
+
+def _mark(on_gpu: bool) -> Any:
+    if not on_gpu:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _storages(tensors: Any) -> dict[int, int]:
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+
+def _storage_bytes(tensors: Any) -> int:
+    return sum(_storages(tensors).values())
+
+
+def _shared_bytes(model: torch.nn.Module, optimizer: Any) -> int:
+    """Of the optimizer's own parameters where they are the model's."""
+    own, states = _storages(model.parameters()), _storages(_tensors(optimizer))
+    return sum(size for pointer, size in states.items() if pointer in own)
+
+
+def _tensors(optimizer: Any) -> list[torch.Tensor]:
+    """What an optimizer updates and what it keeps for that; DeepSpeed's hold another inside."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    found = [tensor for group in inner.param_groups for tensor in group["params"]]
+    for state in inner.state.values():
+        found += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return found
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m ssast.benchmarks.throughput.measure", description=__doc__)
+    parser.add_argument("out", type=Path, help="JSON file to write")
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="time the steps, and no more")
+    parser.add_argument("--synthetic", action="store_true", help="feed noise from memory, whatever data.train says")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_intermixed_args(argv)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())
+    sys.exit(130)

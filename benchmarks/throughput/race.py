@@ -1,0 +1,150 @@
+"""Our step and the baselines' in turns, on one device: `python -m ssast.benchmarks.throughput.race OUT CONFIG ...`, started by
+`ssast profile`. Writes OUT, a JSON file of the rows of profile.json's "baselines".
+
+All start from the same weights and are fed the same noise, int16 in the host's memory, so that what differs is the step alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ssast.engine.config import load_config
+from ssast.engine.errors import UserError
+from ssast.engine.files import write_whole
+from ssast.engine.model import build_model
+from ssast.engine.ranks import join_ranks
+from ssast.engine.trainer import Trainer
+
+from .baselines import StepBaseline, step_baselines
+from .measure import in_memory, nothing_to_read, run_steps, undisturbed
+
+TURNS = 5
+TURN_SECONDS = 1.0  # at least one step
+WARM_UP = 3  # steps; what compiles is done by then
+NAMES = ("official way", "eager", "torch.compile")
+
+
+@dataclass
+class Runner:
+    """One that takes turns; `run` does so many steps and leaves the device idle."""
+
+    name: str
+    what: str
+    clips: int
+    """Of one step."""
+    run: Callable[[int], None]
+    peak_bytes: int | None = None
+    rates: list[float] = field(default_factory=list)
+    """Clips a second, one for each turn."""
+
+    def take_turn(self, seconds: float) -> None:
+        began = time.perf_counter()
+        self.run(1)
+        first = time.perf_counter() - began
+        steps = max(1, round(seconds / first) - 1)
+        began = time.perf_counter()
+        self.run(steps)
+        self.rates.append(steps * self.clips / (time.perf_counter() - began))
+
+
+def race(runners: list[Runner], turns: int = TURNS, seconds: float = TURN_SECONDS) -> list[dict[str, Any]]:
+    """The first is ours. Ratios are taken within each turn, and their median is given."""
+    for _ in range(turns):
+        for runner in runners:
+            runner.take_turn(seconds)
+    ours, *others = runners
+    return [
+        {
+            "name": other.name,
+            "what": other.what,
+            "clips_per_s": statistics.median(other.rates),
+            "ratio": statistics.median(a / b for a, b in zip(ours.rates, other.rates, strict=True)),
+            "clips": other.clips,
+            "peak_bytes": other.peak_bytes,
+        }
+        for other in others
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parse(sys.argv[1:] if argv is None else argv)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        ranks = join_ranks(config.step.engine)
+        with tempfile.TemporaryDirectory() as folder:
+            config = undisturbed(config, Path(folder))
+            data, model = nothing_to_read(config), build_model(config.model_config_, config.run.seed)
+            baselines = step_baselines(config, model, ranks.device, mean=data.mean, std=data.std, names=arguments.names)
+            trainer = Trainer(config, data, model, ranks)
+            trainer.choose_attention()
+            waveforms = in_memory(trainer, torch.device("cpu")).waveforms
+            runners = [_ours(trainer)] + [baseline_runner(each, waveforms, ranks.device) for each in baselines]
+            write_whole(arguments.out, json.dumps(race(runners)))
+        dist.destroy_process_group()
+        return 0
+    except UserError as error:
+        print(f"ssast: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def _ours(trainer: Trainer) -> Runner:
+    batches = iter(in_memory(trainer, torch.device("cpu")))
+
+    def run(steps: int) -> None:
+        run_steps(trainer, batches, steps)
+
+    run(WARM_UP)
+    return Runner("this engine", "", trainer.clips_per_step, run)
+
+
+def baseline_runner(baseline: StepBaseline, waveforms: list[torch.Tensor], device: torch.device) -> Runner:
+    """A baseline that is warm, on batches [B, S] in the host's memory, halved as often as it takes to fit."""
+    on_gpu, clips = device.type == "cuda", len(waveforms[0])
+
+    def run(steps: int, clips: int) -> None:
+        for step in range(steps):
+            baseline.step(waveforms[step % len(waveforms)][:clips])
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    while True:
+        try:
+            before = torch.cuda.memory_allocated() if on_gpu else 0
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            run(WARM_UP, clips)
+            break
+        except torch.OutOfMemoryError:
+            if clips == 1:
+                raise
+            clips //= 2
+            torch.cuda.empty_cache()
+    peak = torch.cuda.max_memory_allocated() - before if on_gpu else None
+    return Runner(baseline.name, baseline.what, clips, lambda steps: run(steps, clips), peak)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m ssast.benchmarks.throughput.race", description=__doc__)
+    parser.add_argument("out", type=Path, help="JSON file to write")
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser.add_argument("--names", nargs="+", default=list(NAMES), help="baselines, of " + ", ".join(NAMES))
+    return parser.parse_intermixed_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
