@@ -36,12 +36,12 @@ KERNEL = Compiled(
 
 
 def operators_of_kernels() -> set[str]:
-    """Public functions that let the caller choose an implementation."""
+    """Public functions whose callers may choose a Triton kernel, as their documentation says."""
     functions = {name: getattr(ssast.kernels, name) for name in ssast.kernels.__all__}
     return {
         name
         for name, function in functions.items()
-        if inspect.isfunction(function) and "backend" in inspect.signature(function).parameters
+        if inspect.isfunction(function) and "backend" in inspect.signature(function).parameters and '"triton"' in function.__doc__
     }
 
 

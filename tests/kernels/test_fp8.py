@@ -150,7 +150,7 @@ def test_zeros(backend, device):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_shows(backend, value, device):
-    """As one NaN anywhere in each result that depends on the spoilt factor; the others stay as they are."""
+    """As NaN all over each result that a spoilt factor enters; the others stay as they are."""
     given = gaussian(device, rows=20)
     sound = run(*given, backend)
     for factor, spoilt in ((0, ("y", "dweight")), (1, ("y", "dx")), (3, ("dx", "dweight", "dbias"))):
