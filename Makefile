@@ -33,7 +33,7 @@ demo: $(READY)
 
 test: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # with the Python of the machine, which has torch for its GPU
 OUT ?= gpu-results

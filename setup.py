@@ -45,7 +45,7 @@ setup(
         # PyPI is another project): README tells how to build it.
         "flash": ["flash-attn>=2.8; platform_system == 'Linux'"],
         "wandb": ["wandb>=0.19"],
-        "test": ["pytest>=8.3", "hypothesis>=6.120", "ruff>=0.14"],
+        "test": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.120", "ruff>=0.14"],
     },
     entry_points={
         "console_scripts": ["ssast = ssast.engine.cli:main"],

@@ -57,7 +57,7 @@ def with_micro_batch(config: Config, found: AutoBatch, world_size: int) -> Confi
 def largest_micro_batch(config: Config, ranks: Ranks) -> int:
     device = ranks.device
     model = build_model(config.model_config_).to(device)
-    model.activation_checkpointing = config.step.activation_checkpointing
+    model.checkpoint_activations(config.step.activation_checkpointing)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     state = memory_estimate(
         config.model_config_, parameters, micro_batch=0, bf16=config.bf16, stage=config.zero_stage, world_size=ranks.world_size

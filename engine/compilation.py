@@ -30,6 +30,7 @@ class Compilation:
         if compile != "off":
             if not options:
                 options["mode"] = mode
+            torch._dynamo.config.optimize_ddp = False  # it would cut graphs at its buckets; blocks are cut already
             model.compile_regions(compile, fullgraph=True, dynamic=False, **options)
 
     @contextlib.contextmanager

@@ -150,8 +150,15 @@ class Block(nn.Module):
         self.attn = Attention(config.width, config.heads)
         self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
         self.mlp = MLP(config.width, config.mlp_ratio * config.width)
+        self.activation_checkpointing = "none"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
+            return self._transform(x)
+        options = {"context_fn": _keep_products} if self.activation_checkpointing == "selective" else {}
+        return checkpoint(self._transform, x, use_reentrant=False, preserve_rng_state=False, **options)
+
+    def _transform(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
@@ -162,8 +169,6 @@ class SSAST(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = "none"
-        """none, or what the backward pass computes again: "selective", all of a block but its products and attention; "block", all."""
         self.unused: dict[str, torch.Tensor] = {}  # tensors of an official file that no computation uses, kept for writing it back
         self.embedding = PatchEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -297,12 +302,8 @@ class SSAST(nn.Module):
     # --- the two parts that torch.compile is given ------------------------------------------------------------------------------------
 
     def _encoder(self, x: torch.Tensor) -> torch.Tensor:  # [B, N, D] -> [B, N, D]
-        options = {"context_fn": _keep_products} if self.activation_checkpointing == "selective" else {}
         for block in self.blocks:
-            if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
-                x = block(x)
-            else:
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, **options)
+            x = block(x)
         return self.norm(x)
 
     def _heads_and_loss(
@@ -318,6 +319,11 @@ class SSAST(nn.Module):
         class_pred = self.class_head(masked) if objective != "generative" else None
         recon_pred = self.recon_head(masked) if objective != "discriminative" else None
         return mspm_loss(class_pred, recon_pred, patches, mask=mask, softmax_over=softmax_over, recon_weight=recon_weight)
+
+    def checkpoint_activations(self, kind: str) -> None:
+        """What the backward pass computes again: "none", "selective" (all of a block but its products and attention), or "block" (all)."""
+        for block in self.blocks:
+            block.activation_checkpointing = kind
 
     def use_fp8(self) -> None:
         """Compute the products of the MLPs in FP8 (`ssast.kernels.fp8_linear`)."""

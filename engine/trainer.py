@@ -35,6 +35,7 @@ from .data.dataset import Dataset
 from .data.decode import AudioDecoder
 from .data.loader import BadClip, Batch, ClipReader, Prefetcher, Shard
 from .data.order import SampleOrder
+from .deepspeed_waits import remove_waits
 from .errors import UserError
 from .interrupt import StopRequest
 from .model import SSAST
@@ -79,7 +80,7 @@ class Trainer:
         )
         self.attention = config.step.attention
         self.norm = use_norms(model, config.step.norm, device=ranks.device, compiled=regions != "off")
-        model.activation_checkpointing = config.step.activation_checkpointing
+        model.checkpoint_activations(config.step.activation_checkpointing)
         if config.step.fp8_mlp:
             if ranks.device.type == "cuda" and (obstacle := fp8_obstacle(ranks.device)):
                 raise UserError(f"step.fp8_mlp: FP8 {obstacle}")
@@ -87,6 +88,11 @@ class Trainer:
         self.optimizer_section = config.deepspeed["optimizer"]
         optimizer, self.optimizer = build_optimizer(model, self.optimizer_section, config.step.optimizer, ranks.device)
         self.compilation = Compilation(model, regions, config.step.compile_mode)
+        if self.compilation.replays_graphs and self.accumulation > 1:
+            raise UserError(
+                f"step.compile_mode: {config.step.compile_mode} replays CUDA graphs, whose gradients the next micro-batch overwrites; "
+                f"take a batch without gradient accumulation (here {self.accumulation}), or another mode"
+            )
         self.compiled = f"{regions} ({reason})" if regions == "off" else f"{regions}, {config.step.compile_mode} ({reason})"
         self.engine = self._build_engine(model, optimizer)
         self.schedule = Schedule(config.train, self.optimizer_section["params"]["lr"])
@@ -106,6 +112,7 @@ class Trainer:
 
         universal = self._resume_from is not None and self._resume_from.is_universal
         settings = deepspeed_config(config, universal=universal)
+        remove_waits(keeps_check=settings.get("bf16", {}).get("check_grad_overflow", False))
         return deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)[0]
 
     def train(self, stop_request: StopRequest) -> bool:
@@ -115,7 +122,10 @@ class Trainer:
         log = RunLog(config, self.run_dir, self.step) if self.ranks.is_first else None
         self._event(log, "resume" if resumed else "start", f"{self.clips_per_step} clips a step on {self.ranks.world_size} ranks")
         self._event(log, "attention", self.choose_attention())
-        self._event(log, "step", ", ".join(f"{key}: {value}" for key, value in self.describe_step().items()))
+        described = ", ".join(f"{key}: {value}" for key, value in self.describe_step().items())
+        self._event(log, "step", described)
+        if log is not None:
+            log.say(described)
         loader = self.train_loader()
         clock = Clock(self.clips_per_step, self.config.num_samples / self.config.data.sample_rate)
         stopping = False
@@ -203,7 +213,7 @@ class Trainer:
     def _losses(self, batch: Batch, *, validation: bool = False) -> MSPMLoss:
         config, objective = self.config, self.config.objective
         with span("copy"):  # on a GPU the loader has sent them ahead
-            waveform, lengths = batch.waveform.to(self.ranks.device), batch.lengths.to(self.ranks.device)
+            waveform, lengths = (each.to(self.ranks.device, non_blocking=True) for each in (batch.waveform, batch.lengths))
         with span("fbank"):
             patches = fbank(
                 waveform,
@@ -268,6 +278,8 @@ class Trainer:
         arrived = work.wait
         if summed.is_cuda:
             work.wait()  # makes the stream wait, not the host
+            if row is not None and isinstance(row["grad_norm"], torch.Tensor):
+                summed = torch.cat((summed, row.pop("grad_norm").detach().float().reshape(1)))  # reading it by itself would wait
             summed = torch.empty(summed.shape, pin_memory=True).copy_(summed, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
@@ -281,7 +293,10 @@ class Trainer:
         step, summed, arrived, row = self._sent
         self._sent = None
         arrived()
-        *means, stops = (value / self.ranks.world_size for value in summed.tolist())
+        count = len(_METRICS) + 1
+        *means, stops = (value / self.ranks.world_size for value in summed[:count].tolist())
+        if len(summed) > count:
+            row["grad_norm"] = summed[count]
         return StepMetrics(step, dict(zip(_METRICS, means, strict=True)), stops > 0, row)
 
     def _row(self, learning_rate: float, grad_norm: torch.Tensor | None, clock: Clock) -> dict[str, Any] | None:
@@ -493,6 +508,7 @@ def deepspeed_config(config: Config, *, universal: bool = False) -> dict[str, An
         # its own linear layer adds up bias gradients in another order, so that stage 3 would drift from the others
         section["zero_optimization"].setdefault("memory_efficient_linear", False)
     section.setdefault("steps_per_print", 10**9)
+    section.setdefault("timers", {"throughput": {"enabled": False}})  # it waits for the device twice in every micro-batch
     section["zero_allow_untested_optimizer"] = True
     section.setdefault("zero_force_ds_cpu_optimizer", False)  # offloading with PyTorch's Adam: nothing to compile
     return section

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,8 @@ def measure(config: Config, ranks: Ranks, arguments: argparse.Namespace, folder:
     ceilings = {"model only": {"clips_per_s": trainer.clips_per_step * len(seconds) / sum(seconds)}}
     if feeds_from_files:
         ceilings["loader only"] = {"clips_per_s": drain_loader(trainer, arguments.steps * trainer.accumulation)}
+    if ranks.device.type == "cuda":
+        torch.cuda.empty_cache()  # what the steps have left, the ceilings may use
     rates = ceiling_rates(ranks.device)
     shape = config.model_config_
     passes = 2 if config.objective.masks == "separate" else 1
@@ -132,21 +134,29 @@ def measure(config: Config, ranks: Ranks, arguments: argparse.Namespace, folder:
 
 
 def run_steps(trainer: Trainer, batches: Iterator[Batch], count: int) -> tuple[list[float], list[float]]:
-    """(seconds of each step, seconds that the host waited for data in each). On a GPU from one step's end to the next one's, by events,
-    so that nothing waits for the device before the last step is done."""
-    on_gpu = trainer.ranks.device.type == "cuda"
-    clock = Clock(trainer.clips_per_step, 1.0)
-    marks, waits = [_mark(on_gpu)], [0.0]
-    for _ in range(count):
+    """(seconds of each step, seconds that the host waited for data in each)."""
+    clock, waits = Clock(trainer.clips_per_step, 1.0), [0.0]
+
+    def step() -> None:
         trainer.run_step(batches, clock)
-        marks.append(_mark(on_gpu))
         waits.append(clock.waited)
+
+    seconds = time_steps(step, count, trainer.ranks.device)
+    return seconds, [after - before for before, after in itertools.pairwise(waits)]
+
+
+def time_steps(step: Callable[[], object], count: int, device: torch.device) -> list[float]:
+    """Seconds of each of so many steps. On a GPU from one step's end to the next one's, by events, so that nothing waits for the device
+    before the last step is done."""
+    on_gpu = device.type == "cuda"
+    marks = [_mark(on_gpu)]
+    for _ in range(count):
+        step()
+        marks.append(_mark(on_gpu))
     if on_gpu:
         torch.cuda.synchronize()
-        seconds = [before.elapsed_time(after) / 1000 for before, after in itertools.pairwise(marks)]
-    else:
-        seconds = [after - before for before, after in itertools.pairwise(marks)]
-    return seconds, [after - before for before, after in itertools.pairwise(waits)]
+        return [before.elapsed_time(after) / 1000 for before, after in itertools.pairwise(marks)]
+    return [after - before for before, after in itertools.pairwise(marks)]
 
 
 def trace_steps(trainer: Trainer, batches: Iterator[Batch], folder: Path) -> Path:
@@ -163,8 +173,9 @@ def trace_steps(trainer: Trainer, batches: Iterator[Batch], folder: Path) -> Pat
         schedule=schedule,
         on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
     ) as profiler:
-        for _ in range(1 + TRACED_STEPS):
-            run_steps(trainer, batches, 1)
+        clock = Clock(trainer.clips_per_step, 1.0)
+        for _ in range(1 + TRACED_STEPS):  # one after another as in training: no wait for the device between them
+            trainer.run_step(batches, clock)
             profiler.step()
     return path
 
@@ -190,22 +201,28 @@ def drain_loader(trainer: Trainer, count: int) -> float:
 def memory_split(trainer: Trainer) -> dict[str, Any]:
     """Bytes on this device, after some steps. Weights and optimizer state, master weights among it, are counted tensor by tensor.
 
-    On a GPU the peak is the allocator's, and activations are what it rose by within a step; what is held between steps and is neither
-    weights nor optimizer state is gradients and the buffers they are gathered in. On a CPU, which counts no allocations, gradients are
-    one of each weight in fp32 and activations what a forward pass keeps, measured on a micro-batch of one and two clips.
+    On a GPU the peak is the allocator's. Gradients are those that are held between steps, or, where they are freed, one of each weight,
+    out of what memory rises by within a step; the rest of that rise is activations. Other is what else is held between steps: batches,
+    workspaces, the engine's buffers. On a CPU, which counts no allocations, gradients are one of each weight in fp32 and activations what
+    a forward pass keeps, measured on micro-batches of one and two clips.
     """
-    model = trainer.engine.module
+    model, optimizer = trainer.engine.module, trainer.engine.optimizer
     parameters = _storage_bytes(model.parameters())
-    state = _storage_bytes(_tensors(trainer.engine.optimizer)) - _shared_bytes(model, trainer.engine.optimizer)
+    state = _storage_bytes(_tensors(optimizer)) - _shared_bytes(model, optimizer)
     if trainer.ranks.device.type == "cuda":
         held, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-        gradients = max(held - parameters - state, 0)
-        split = {"parameters": parameters, "gradients": gradients, "optimizer state": state, "activations": peak - held, "other": 0}
-        source = "allocator: peak of the timed steps; gradients include the buffers that they are gathered in"
-        return {**split, "peak": peak, "source": source}
+        kept = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        kept += getattr(optimizer, "fp32_groups_gradients_flat", [])  # DeepSpeed's, at ZeRO 1 in bf16
+        gradients = _storage_bytes(kept)
+        other = max(held - parameters - state - gradients, 0)
+        gradients = gradients or sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        activations = peak - parameters - state - gradients - other
+        split = {"parameters": parameters, "gradients": gradients, "optimizer state": state, "activations": activations}
+        source = "allocator: peak of the timed steps; other: batches, workspaces and buffers that are held between steps"
+        return {**split, "other": other, "peak": peak, "source": source}
     gradients = 4 * sum(parameter.numel() for parameter in model.parameters())
     plain = build_model(trainer.config.model_config_)
-    plain.activation_checkpointing = trainer.config.step.activation_checkpointing
+    plain.checkpoint_activations(trainer.config.step.activation_checkpointing)
     one, two = (activation_bytes(plain, trainer.config, trainer.ranks.device, clips) for clips in (1, 2))
     activations = one + (two - one) * (trainer.micro_batch - 1)
     split = {"parameters": parameters, "gradients": gradients, "optimizer state": state, "activations": activations, "other": 0}
@@ -256,10 +273,14 @@ def in_memory(trainer: Trainer, device: torch.device) -> InMemory:
     generator = torch.Generator().manual_seed(trainer.config.run.seed + trainer.ranks.rank)
     shape = (trainer.micro_batch, trainer.config.num_samples)
     waveforms = [
-        (LOUDNESS * torch.randn(shape, generator=generator)).round().clamp(-32768, 32767).to(torch.int16).to(device)
+        (LOUDNESS * torch.randn(shape, generator=generator)).round().clamp(-32768, 32767).to(torch.int16)
         for _ in range(BATCHES_IN_MEMORY)
     ]
-    lengths = torch.full((trainer.micro_batch,), trainer.config.num_samples, device=device)
+    lengths = torch.full((trainer.micro_batch,), trainer.config.num_samples)
+    if device.type == "cuda":
+        waveforms, lengths = [waveform.to(device) for waveform in waveforms], lengths.to(device)
+    elif trainer.ranks.device.type == "cuda":  # pinned, as the loader's batches are: other copies would wait for the device
+        waveforms, lengths = [waveform.pin_memory() for waveform in waveforms], lengths.pin_memory()
     return InMemory(waveforms, lengths, trainer.micro_batch * trainer.ranks.world_size)
 
 
@@ -310,6 +331,7 @@ def _tensors(optimizer: Any) -> list[torch.Tensor]:
     """What an optimizer updates and what it keeps for that; DeepSpeed's hold another inside."""
     inner = getattr(optimizer, "optimizer", optimizer)
     found = [tensor for group in inner.param_groups for tensor in group["params"]]
+    found += getattr(optimizer, "fp32_partitioned_groups_flat", [])  # ZeRO 3 lends its masters to the groups during a step only
     for state in inner.state.values():
         found += [value for value in state.values() if isinstance(value, torch.Tensor)]
     return found

@@ -183,6 +183,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, help="processes on this machine; default one for each visible GPU, or one")
     parser.add_argument("--steps", type=int, default=30, help="steps that are timed (default 30)")
     parser.add_argument("--warmup", type=int, default=5, help="steps before them that are not (default 5)")
+    parser.add_argument("--auto-batch", action="store_true", help="with the largest micro-batch that fits (step.auto_batch=true)")
     parser.add_argument("--synthetic", action="store_true", help="feed noise from memory instead of data.train")
     parser.add_argument(
         "--baselines", action=argparse.BooleanOptionalAction, default=True, help="race the official way and plain PyTorch"

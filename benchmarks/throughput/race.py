@@ -7,11 +7,11 @@ All start from the same weights and are fed the same noise, int16 in the host's 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,10 +26,10 @@ from ssast.engine.errors import UserError
 from ssast.engine.files import write_whole
 from ssast.engine.model import build_model
 from ssast.engine.ranks import join_ranks
-from ssast.engine.trainer import Trainer
+from ssast.engine.trainer import Clock, Trainer
 
 from .baselines import StepBaseline, step_baselines
-from .measure import in_memory, nothing_to_read, run_steps, undisturbed
+from .measure import in_memory, nothing_to_read, time_steps, undisturbed
 
 TURNS = 5
 TURN_SECONDS = 1.0  # at least one step
@@ -39,25 +39,22 @@ NAMES = ("official way", "eager", "torch.compile")
 
 @dataclass
 class Runner:
-    """One that takes turns; `run` does so many steps and leaves the device idle."""
+    """One that takes turns."""
 
     name: str
     what: str
     clips: int
     """Of one step."""
-    run: Callable[[int], None]
+    step: Callable[[], object]
+    device: torch.device
     peak_bytes: int | None = None
     rates: list[float] = field(default_factory=list)
     """Clips a second, one for each turn."""
 
     def take_turn(self, seconds: float) -> None:
-        began = time.perf_counter()
-        self.run(1)
-        first = time.perf_counter() - began
+        (first,) = time_steps(self.step, 1, self.device)
         steps = max(1, round(seconds / first) - 1)
-        began = time.perf_counter()
-        self.run(steps)
-        self.rates.append(steps * self.clips / (time.perf_counter() - began))
+        self.rates.append(steps * self.clips / sum(time_steps(self.step, steps, self.device)))
 
 
 def race(runners: list[Runner], turns: int = TURNS, seconds: float = TURN_SECONDS) -> list[dict[str, Any]]:
@@ -102,39 +99,31 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _ours(trainer: Trainer) -> Runner:
-    batches = iter(in_memory(trainer, torch.device("cpu")))
-
-    def run(steps: int) -> None:
-        run_steps(trainer, batches, steps)
-
-    run(WARM_UP)
-    return Runner("this engine", "", trainer.clips_per_step, run)
+    batches, clock = iter(in_memory(trainer, torch.device("cpu"))), Clock(trainer.clips_per_step, 1.0)
+    runner = Runner("this engine", "", trainer.clips_per_step, lambda: trainer.run_step(batches, clock), trainer.ranks.device)
+    time_steps(runner.step, WARM_UP, runner.device)
+    return runner
 
 
 def baseline_runner(baseline: StepBaseline, waveforms: list[torch.Tensor], device: torch.device) -> Runner:
     """A baseline that is warm, on batches [B, S] in the host's memory, halved as often as it takes to fit."""
     on_gpu, clips = device.type == "cuda", len(waveforms[0])
-
-    def run(steps: int, clips: int) -> None:
-        for step in range(steps):
-            baseline.step(waveforms[step % len(waveforms)][:clips])
-        if on_gpu:
-            torch.cuda.synchronize()
-
+    turn = itertools.cycle(waveforms)
     while True:
+        before = torch.cuda.memory_allocated() if on_gpu else 0
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         try:
-            before = torch.cuda.memory_allocated() if on_gpu else 0
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats()
-            run(WARM_UP, clips)
+            runner = Runner(baseline.name, baseline.what, clips, lambda clips=clips: baseline.step(next(turn)[:clips]), device)
+            time_steps(runner.step, WARM_UP, device)
             break
         except torch.OutOfMemoryError:
             if clips == 1:
                 raise
             clips //= 2
             torch.cuda.empty_cache()
-    peak = torch.cuda.max_memory_allocated() - before if on_gpu else None
-    return Runner(baseline.name, baseline.what, clips, lambda steps: run(steps, clips), peak)
+    runner.peak_bytes = torch.cuda.max_memory_allocated() - before if on_gpu else None
+    return runner
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -1,6 +1,8 @@
 """How a step is computed: compiled or not, plain or DeepSpeed, with which optimizer, norm and checkpointing. Nothing of it may change what
 is learned."""
 
+import os
+import subprocess
 import sys
 import types
 
@@ -47,7 +49,7 @@ def gradients(model: SSAST, batch: tuple, **options) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_activation_checkpointing_changes_memory_and_nothing_else(batch, kind, compiled):
     plain, saving = build_model(SHAPE), build_model(SHAPE)
-    saving.activation_checkpointing = kind
+    saving.checkpoint_activations(kind)
     if compiled:
         saving.compile_regions("encoder", fullgraph=True, dynamic=False, backend="aot_eager")
     for (name, ours), theirs in zip(gradients(saving, batch).items(), gradients(plain, batch).values(), strict=True):
@@ -59,7 +61,7 @@ def test_activation_checkpointing_saves_memory():
     kept = {}
     for kind in ("none", "selective", "block"):
         model = build_model(config.model_config_)
-        model.activation_checkpointing = kind
+        model.checkpoint_activations(kind)
         kept[kind] = activation_bytes(model, config, CPU, 4)
     # selective checkpointing keeps products and attention in a place of its own, which is not counted here
     assert kept["block"] < 0.5 * kept["none"] and kept["selective"] < 0.5 * kept["none"]
@@ -128,6 +130,62 @@ def test_fp8_mlps_learn_much_the_same(batch):
     assert exact != rough and rough.item() == pytest.approx(exact.item(), rel=1e-2)
     ours, theirs = (torch.cat([value.flatten() for value in gradients(model, batch).values()]) for model in (coarse, plain))
     assert 0.9 < torch.nn.functional.cosine_similarity(ours, theirs, dim=0) < 1 - 1e-6
+
+
+COUNT_WAITS = """
+import collections, sys, tempfile
+from pathlib import Path
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from deepspeed.accelerator import get_accelerator
+from ssast.benchmarks.throughput.measure import in_memory, nothing_to_read, run_steps, undisturbed
+from ssast.engine.config import load_config
+from ssast.engine.model import build_model
+from ssast.engine.ranks import join_ranks
+from ssast.engine.trainer import Trainer
+
+seen = collections.Counter()
+
+class Count(TorchDispatchMode):
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.name()
+        if name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::masked_fill_.Tensor", "aten::lift_fresh"):
+            seen[name] += 1
+        return operator(*args, **(kwargs or {}))
+
+ranks = join_ranks()
+for stage in (0, 1, 2, 3):
+    settings = [f"deepspeed.zero_optimization.stage={stage}", "deepspeed.bf16.enabled=true", "model.depth=1"]
+    settings += ["step.optimizer=torch-fused", *sys.argv[1:]]  # as on a GPU
+    with tempfile.TemporaryDirectory() as folder:
+        config = undisturbed(load_config("demo", settings), Path(folder))
+        trainer = Trainer(config, nothing_to_read(config), build_model(config.model_config_), ranks)
+        trainer.choose_attention()
+        batches = iter(in_memory(trainer, ranks.device))
+        run_steps(trainer, batches, 3)
+        synchronize = get_accelerator().synchronize
+        get_accelerator().synchronize = lambda *arguments: seen.update(["synchronize"])
+        with Count():
+            run_steps(trainer, batches, 2)
+        get_accelerator().synchronize = synchronize
+    print(stage, dict(seen))
+    seen.clear()
+"""
+
+
+@pytest.mark.slow
+def test_no_step_of_deepspeed_waits_for_the_device():
+    """Counted on the CPU: reading a number back, making a tensor of one, or asking for a wait. With the check that DeepSpeed makes unless
+    told otherwise there is something to count."""
+
+    def count(*settings: str) -> list[str]:
+        command = [sys.executable, "-c", COUNT_WAITS, *settings]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        return [line for line in done.stdout.splitlines() if line[:3] in ("0 {", "1 {", "2 {", "3 {")]
+
+    assert count() == ["0 {}", "1 {}", "2 {}", "3 {'aten::lift_fresh': 2}"]  # of ZeRO 3 a number made in each step is left
+    assert "_local_scalar_dense" in count("deepspeed.bf16.check_grad_overflow=true")[1]
 
 
 SECTION = {"Adam": {"lr": 2e-4, "betas": [0.95, 0.999], "weight_decay": 0.1}, "AdamW": {"lr": 2e-4, "weight_decay": 0.1}}
