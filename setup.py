@@ -35,6 +35,7 @@ setup(
         "safetensors>=0.5",
         "soundfile>=0.13",
         "av>=14",
+        "soxr>=1.0",
         "tensorboard>=2.18",
         "matplotlib>=3.9",
         "Pillow>=11",

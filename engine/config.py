@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from .data.order import block_shares
 from .errors import UserError
 from .model import HEAD_DIM, WIDTHS, ModelConfig
 
@@ -123,7 +124,9 @@ class ObjectiveSection(Section):
 
 class DataSection(Section):
     train: Paths = []
-    """Folders, official JSON, CSV/TSV or lists of paths."""
+    """Folders, prepared ones among them, official JSON, CSV/TSV or lists of paths."""
+    weights: list[float] | None = None
+    """Of each entry of `train`: the share of the clips read that come from it. null: every clip once an epoch."""
     valid: Paths = []
     """Empty: a share of the training clips is held out."""
     valid_fraction: float = Field(0.02, ge=0, lt=1)
@@ -271,6 +274,8 @@ class Config(Section):
             raise ValueError("data.mean, data.std: 'auto' goes for both or neither")
         if not isinstance(self.data.std, str) and self.data.std <= 0:
             raise ValueError(f"data.std: must be positive, not {self.data.std}")
+        if self.data.weights is not None:
+            _check_weights(self.data.weights, self.data.train)
         if self.train.schedule != "constant" and self.train.warmup_steps >= self.train.steps:
             raise ValueError(
                 f"train.warmup_steps: {self.train.warmup_steps} of {self.train.steps} steps leaves none to train at full rate"
@@ -406,6 +411,15 @@ def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             keys += _known_keys(field.annotation, f"{prefix}{name}.")
     return keys
+
+
+def _check_weights(weights: list[float], sources: list[str]) -> None:
+    try:
+        block_shares(weights)
+    except ValueError as error:
+        raise ValueError(f"data.weights: {error}, not {weights}") from None
+    if sources and len(weights) != len(sources):
+        raise ValueError(f"data.weights: {len(weights)} weights for {len(sources)} entries of data.train; each needs one")
 
 
 def _check_deepspeed(section: dict[str, Any]) -> None:

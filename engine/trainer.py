@@ -7,7 +7,6 @@ import copy
 import csv
 import math
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +29,11 @@ from .checkpoint import (
 )
 from .compilation import Compilation, choose_compile
 from .config import Config
-from .data.check import Clips
+from .data.clips import Clips
 from .data.dataset import Dataset
 from .data.decode import AudioDecoder
 from .data.loader import BadClip, Batch, ClipReader, Prefetcher, Shard
-from .data.order import SampleOrder
+from .data.order import MixedOrder, SampleOrder
 from .deepspeed_waits import remove_waits
 from .errors import UserError
 from .interrupt import StopRequest
@@ -380,7 +379,7 @@ class Trainer:
         data = self.config.data
         reader = ClipReader(
             self._decoder(self.data.train),
-            SampleOrder(len(self.data.train), self.config.run.seed),
+            self._order(),
             random_crop=data.crop == "random",
             max_bad_fraction=data.max_bad_fraction,
             on_bad=self._on_bad,
@@ -388,6 +387,10 @@ class Trainer:
         shard = Shard(self.ranks.rank, self.ranks.world_size, self.micro_batch)
         first = self.samples // (self.micro_batch * self.ranks.world_size)
         return Prefetcher(reader, shard, first, self.ranks.device, data.prefetch)
+
+    def _order(self) -> SampleOrder:
+        weights, seed = self.config.data.weights, self.config.run.seed
+        return SampleOrder(len(self.data.train), seed) if weights is None else MixedOrder(self.data.train_sizes, weights, seed)
 
     def _decoder(self, clips: Clips) -> AudioDecoder:
         data = self.config.data
@@ -397,6 +400,7 @@ class Trainer:
             sample_rate=data.sample_rate,
             batch_size=self.micro_batch,
             num_threads=data.num_threads,
+            pin_memory=self.ranks.device.type == "cuda",
         )
 
     def _on_bad(self, bad: BadClip) -> None:
@@ -414,7 +418,7 @@ class Trainer:
             "world_size": self.ranks.world_size,
             "clips_per_step": self.clips_per_step,
             "attention": self.attention,
-            "data": data_fingerprint(self.data),
+            "data": self.data.train.fingerprint,
         }
         save_checkpoint(self.engine, self.run_dir, self.step, state, self.config.train.keep_last)
         self._event(log, "checkpoint", f"step-{self.step}")
@@ -443,7 +447,7 @@ class Trainer:
         self.schedule.load_state_dict(point.state["schedule"])
         if self.ranks.is_first:
             print(f"resuming from step {self.step} ({self.samples} clips)", flush=True)
-            if point.state["data"] != data_fingerprint(self.data):
+            if point.state["data"] != self.data.train.fingerprint:
                 print(
                     "warning: the training clips are not those the run began with; their order from here on is another", flush=True
                 )
@@ -528,15 +532,6 @@ def check_deepspeed_section(config: Config) -> None:
         DeepSpeedConfig(deepspeed_config(config))
     except Exception as error:  # pydantic's, assertions, ValueErrors: one for each way of being wrong
         raise UserError(f"deepspeed: {' '.join(str(error).split())[:400]}") from None
-
-
-def data_fingerprint(data: Dataset) -> list[int]:
-    """Changes whenever the training clips or their order do."""
-    return [
-        len(data.train),
-        zlib.crc32("\n".join(data.train.sources).encode("utf-8", "surrogateescape")),
-        int(data.train.sizes.sum()),
-    ]
 
 
 def append_skipped(path: Path, bad: BadClip) -> None:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from ssast.engine.auto_batch import activation_bytes, find_auto_batch, with_micro_batch
 from ssast.engine.config import Config, load_config
 from ssast.engine.cost import FLOP_FORMULA, flops_per_clip
-from ssast.engine.data.check import Clips
+from ssast.engine.data.clips import Clips
 from ssast.engine.data.dataset import Dataset, open_dataset
 from ssast.engine.data.loader import Batch
 from ssast.engine.errors import UserError
@@ -293,7 +293,7 @@ def nothing_to_read(config: Config) -> Dataset:
     none = Clips([], [], [], [], *(np.zeros(0, dtype) for dtype in (np.int64, np.int32, np.int32, np.int64, np.int64)))
     mean = PAPER_MEAN if isinstance(config.data.mean, str) else config.data.mean
     std = PAPER_STD if isinstance(config.data.std, str) else config.data.std
-    return Dataset(none, none, [], mean, std)
+    return Dataset(none, none, [], mean, std, [])
 
 
 def undisturbed(config: Config, folder: Path) -> Config:

@@ -9,20 +9,13 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
-import json
 import os
-import selectors
-import signal
 import sqlite3
-import stat
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,50 +24,13 @@ from tqdm import tqdm
 
 from ssast.engine.errors import UserError
 
+from . import probe
+from .clips import Clips, Skipped
 from .manifest import CACHE_FILE, Entry
+from .probe import file_status
+from .workers import Pool
 
 CHECK_VERSION = 1  # raise it when a verdict could differ from before: cached ones are then not used
-
-
-@dataclass(frozen=True, eq=False)
-class Clips:
-    """The clips that passed, one array or list per column.
-
-    `paths` is what to open: the original, or its converted copy; `sources` the original. `frames` int64 [N] counts samples per
-    channel of `paths`, at its own `sample_rates` int32 [N] in Hz, with `channels` int32 [N]. `sizes` int64 [N] in bytes and
-    `mtimes_ns` int64 [N] in ns are those of `paths` when they were checked.
-    """
-
-    paths: list[str]
-    sources: list[str]
-    labels: list[str]
-    splits: list[str]
-    frames: np.ndarray
-    sample_rates: np.ndarray
-    channels: np.ndarray
-    sizes: np.ndarray
-    mtimes_ns: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def subset(self, index: np.ndarray) -> Clips:
-        """The clips at `index` (numbers in any order, or a bool mask [N])."""
-        index = np.arange(len(self))[index]
-        texts = ([column[i] for i in index] for column in (self.paths, self.sources, self.labels, self.splits))
-        return Clips(*texts, *(a[index] for a in (self.frames, self.sample_rates, self.channels, self.sizes, self.mtimes_ns)))
-
-    @property
-    def hours(self) -> float:
-        return float((self.frames / self.sample_rates).sum() / 3600)
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """A file that training goes without, and why."""
-
-    path: str
-    reason: str
 
 
 def check_clips(
@@ -115,12 +71,12 @@ def check_clips(
     with contextlib.closing(_Cache(cache_dir / CACHE_FILE)) as cache:
         # What the file system and the cache know.
         for i, row in enumerate(cache.rows(paths)):
-            status = _status(paths[i])
+            status = file_status(paths[i])
             if isinstance(status, str):
                 reasons[i] = status
                 continue
             table[i] = *status, 0, 0, 0, -1, 0
-            if row is None or row[:2] != status or (row[5] >= 0 and _status(copy_path(i)) != row[5:7]):
+            if row is None or row[:2] != status or (row[5] >= 0 and file_status(copy_path(i)) != row[5:7]):
                 todo.append(i)
             elif row[7] is not None:
                 reasons[i] = row[7]
@@ -183,19 +139,6 @@ def _writable(cache_dir: Path) -> Path:
     return cache_dir
 
 
-def _status(path: str) -> tuple[int, int] | str:
-    """(size, mtime in ns) of a file worth opening, or what is wrong with it."""
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        return "broken symbolic link" if os.path.islink(path) else "no such file"
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        return f"unreadable: {getattr(error, 'strerror', error)}"
-    if not stat.S_ISREG(status.st_mode):
-        return "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-    return (status.st_size, status.st_mtime_ns) if status.st_size else "empty file"
-
-
 class _Cache:
     """Verdicts by path. If SQLite fails, be it for a damaged or a locked file, it warns once and remembers nothing from then on."""
 
@@ -245,71 +188,21 @@ class _Cache:
             self._db.close()
 
 
-class _Worker:
-    """A process that runs probe.py, on one file at a time. Each way goes a line of JSON: the job there, the verdict back."""
-
-    def __init__(self, timeout_s: float, memory_limit_bytes: int) -> None:
-        self.number: int | None = None  # of the path in hand; none while the process starts, for which it has a minute at least
-        self.timeout_s, self.deadline = timeout_s, time.monotonic() + max(60.0, timeout_s)
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
-        # The child finds the same packages as this process, but not what happens to lie in the current folder; one thread each.
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-        env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        command = [sys.executable, "-P", str(Path(__file__).with_name("probe.py")), str(memory_limit_bytes)]
-        # A session of its own: Ctrl-C reaches this process alone, which then ends the worker.
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._stderr}
-        self.process = subprocess.Popen(command, **pipes, env=env, start_new_session=True)
-
-    def send(self, number: int, job: list[Any]) -> None:
-        self.number, self.deadline = number, time.monotonic() + self.timeout_s
-        # It has answered and is reading: the pipe cannot fill up and block this process.
-        with contextlib.suppress(BrokenPipeError):  # its end is seen by reading
-            os.write(self.process.stdin.fileno(), json.dumps(job).encode() + b"\n")
-
-    def stop(self) -> tuple[str, str]:
-        """Ends the process: how it ended, and what it complained of."""
-        self.process.kill()
-        code = self.process.wait()
-        self._stderr.seek(0)
-        complaint = self._stderr.read()[-2000:].decode(errors="replace").strip()
-        for pipe in (self.process.stdin, self.process.stdout, self._stderr):
-            pipe.close()
-        return signal.Signals(-code).name if code < 0 else f"exit status {code}", complaint
-
-
 def _probe_all(
     todo: deque[int], job: Callable[[int], list[Any]], count: int, timeout_s: float, memory_limit_bytes: int
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, verdict) of all that is to do, as they come, from `count` workers; closing the generator ends them."""
-    pool: set[_Worker] = set()
-    selector = selectors.DefaultSelector()
-    try:
-        while todo or pool:
-            while todo and len(pool) < count:
-                worker = _Worker(timeout_s, memory_limit_bytes)
-                pool.add(worker)
-                selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
-            patience = min(worker.deadline for worker in pool) - time.monotonic()
-            heard = {key.data for key, _ in selector.select(max(0.0, patience))}
-            late = {worker for worker in pool if worker.deadline <= time.monotonic()}
-            for worker in heard | late:
-                answer = worker.process.stdout.readline() if worker in heard else b""
-                alive = answer.endswith(b"\n")
-                if alive and worker.number is not None:
-                    yield worker.number, json.loads(answer)
-                if alive and todo:
+    with contextlib.closing(Pool(probe.__file__, [str(memory_limit_bytes)], timeout_s)) as pool:
+        while todo or pool.workers:
+            while todo and len(pool.workers) < count:
+                pool.start()
+            for worker, answers, end in pool.wait():
+                for verdict in answers:
+                    yield worker.number, verdict
+                if end:
+                    yield worker.number, {"reason": end, "transient": True}
+                elif todo:
                     number = todo.popleft()
                     worker.send(number, job(number))
-                    continue
-                selector.unregister(worker.process.stdout)
-                pool.remove(worker)
-                end, complaint = worker.stop()
-                if not alive and worker.number is None:
-                    raise RuntimeError(f"the process that checks clips did not start ({end}): {complaint}")
-                if not alive:
-                    reason = f"decoder crashed ({end})" if worker in heard else f"took longer than {timeout_s:g} s"
-                    yield worker.number, {"reason": reason, "transient": True}
-    finally:
-        for worker in pool:
-            worker.stop()
-        selector.close()
+                else:
+                    pool.stop(worker)

@@ -1,8 +1,9 @@
-"""The clips of a run: manifests read, files checked once, training and validation told apart, feature statistics."""
+"""The clips of a run: manifests read, files checked once, shards opened, training and validation told apart, feature statistics."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 from dataclasses import dataclass
@@ -16,12 +17,15 @@ from ssast.engine.errors import UserError
 from ssast.kernels import fbank
 from ssast.kernels.fbank import count_frames
 
-from .check import Clips, Skipped, check_clips
+from .check import check_clips
+from .clips import Clips, Skipped, Texts, is_prepared, open_shards
 from .decode import AudioDecoder
-from .manifest import Entry, read_manifest
+from .manifest import read_manifest
 
 STATISTICS_CLIPS = 512
 CONVERTED_RATE = 16000  # of the copies that probe.py makes
+MIN_STD = 1e-3
+PREPARED_MEL_BINS = 128  # of the features that stats.json is about
 VALID_SPLITS, TEST_SPLITS = ("valid", "validation", "val", "dev"), ("test", "eval")
 
 
@@ -32,6 +36,8 @@ class Dataset:
     skipped: list[Skipped]
     mean: float
     std: float
+    train_sizes: list[int]
+    """Training clips of each entry of data.train, which follow one another in `train`."""
 
     def summary(self) -> dict[str, int | float]:
         return {
@@ -53,7 +59,9 @@ def open_dataset(config: Config, measured: tuple[float, float] | None = None) ->
     """
     data = config.data
     if not data.train:
-        raise UserError("data.train is not set: name a folder, a JSON, CSV or TSV manifest, or a list of paths: data.train=/path")
+        raise UserError(
+            "data.train is not set: name a folder, prepared or not, a JSON, CSV or TSV manifest, or a list of paths: data.train=/path"
+        )
     clips, skipped = _checked(data.train, data)
     train, marked = _by_split(clips)
     if data.valid:
@@ -70,16 +78,23 @@ def open_dataset(config: Config, measured: tuple[float, float] | None = None) ->
         )
     if data.strict and skipped:
         raise UserError(f"{skipped[0].path}: {skipped[0].reason} (the first of {len(skipped)} unusable clips; data.strict is set)")
-    valid = valid.subset(np.sort(_lowest_hashes(valid, data.valid_clips)))
-    if data.sample_rate > CONVERTED_RATE and any(path != source for path, source in zip(train.paths, train.sources, strict=True)):
+    valid = valid.subset(_lowest_hashes(valid, data.valid_clips))
+    if data.sample_rate > CONVERTED_RATE and train.converted.any():
         raise UserError(
             f"data.sample_rate: {data.sample_rate}, but some files are in formats that are converted to {CONVERTED_RATE} Hz"
         )
     mean, std = data.mean, data.std
     if isinstance(mean, str) or isinstance(std, str):
         bins = config.model.num_mel_bins
-        mean, std = measured or feature_statistics(train, data.sample_rate, bins, config.num_samples, data.num_threads)
-    return Dataset(train, valid, skipped, mean, std)
+        mean, std = (
+            measured
+            or _prepared_statistics(config)
+            or feature_statistics(train, data.sample_rate, bins, config.num_samples, data.num_threads)
+        )
+    sizes = np.bincount(train.datasets, minlength=len(data.train)).tolist()
+    if data.weights is not None and 0 in sizes:
+        raise UserError(f"{data.train[sizes.index(0)]}: no clips to train on, but data.weights gives it a share")
+    return Dataset(train, valid, skipped, mean, std, sizes)
 
 
 def cache_folder(data: DataSection) -> Path:
@@ -105,26 +120,72 @@ def feature_statistics(
     decoder.close()
     mean = total / count
     std = max(squares / count - mean**2, 0.0) ** 0.5
-    return round(mean, 4), round(max(std, 1e-3), 4)
+    return round(mean, 4), round(max(std, MIN_STD), 4)
+
+
+def _prepared_statistics(config: Config) -> tuple[float, float] | None:
+    """Mean and std as measured when the only data set was prepared, if they are of the features that this run computes."""
+    folder = Path(config.data.train[0])
+    if len(config.data.train) > 1 or not is_prepared(folder) or config.model.num_mel_bins != PREPARED_MEL_BINS:
+        return None
+    path = folder / "stats.json"
+    try:
+        if json.loads((folder / "dataset.json").read_bytes())["sample_rate"] != config.data.sample_rate:
+            return None
+        stats = json.loads(path.read_bytes())
+        return float(stats["mean"]), max(float(stats["std"]), MIN_STD)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{path}: no mean and std to be read ({problem}); run ssast prepare again, or set data.mean and data.std"
+        ) from None
 
 
 def _checked(sources: list[str], data: DataSection) -> tuple[Clips, list[Skipped]]:
-    entries: list[Entry] = [entry for source in sources for entry in read_manifest(source)]
-    clips, skipped = check_clips(entries, cache_dir=cache_folder(data), min_seconds=data.min_seconds)
+    """The clips of all sources, numbered by source, and what cannot be used of them."""
+    prepared = {source: open_shards(Path(source)) for source in dict.fromkeys(sources) if is_prepared(Path(source))}
+    manifests = {source: read_manifest(source) for source in dict.fromkeys(sources) if source not in prepared}
+    entries = [entry for manifest in manifests.values() for entry in manifest]
+    if entries:
+        plain, skipped = check_clips(entries, cache_dir=cache_folder(data), min_seconds=data.min_seconds)
+    else:
+        plain, skipped = Clips([], [], [], [], *np.zeros((5, 0), dtype=np.int64)), []
+    unusable = {item.path for item in skipped}
+    of_source = np.repeat(np.arange(len(manifests)), [len(manifest) for manifest in manifests.values()])
+    of_source = of_source[[entry.path not in unusable for entry in entries]]
+    parts = {source: plain.subset(of_source == number) for number, source in enumerate(manifests)}
+    for source, clips in prepared.items():
+        parts[source], short = _long_enough(clips, data.min_seconds)
+        skipped += short
+    clips = Clips.joined([parts[source] for source in sources])
     if not len(clips):
         example = f"; the first: {skipped[0].path}: {skipped[0].reason}" if skipped else ""
-        raise UserError(f"{', '.join(sources)}: none of {len(entries)} audio files can be used{example}")
+        count = len(entries) + sum(map(len, prepared.values()))
+        raise UserError(f"{', '.join(sources)}: none of {count} audio files can be used{example}")
     return clips, skipped
+
+
+def _long_enough(clips: Clips, min_seconds: float) -> tuple[Clips, list[Skipped]]:
+    """Clips of a prepared folder, less those that are shorter."""
+    needed = np.ceil(min_seconds * clips.sample_rates - 1e-6).astype(np.int64)
+    short = np.flatnonzero(clips.frames < needed)
+    if not len(short):
+        return clips, []
+    skipped = [
+        Skipped(clips.sources[row], f"too short: {clips.frames[row]} samples, one frame needs {needed[row]}")
+        for row in short.tolist()
+    ]
+    return clips.subset(clips.frames >= needed), skipped
 
 
 def check_reachable(data: Dataset) -> None:
     """Raise UserError on a machine that does not see the files that the first one checked."""
     for clips in (data.train, data.valid):
-        for path in (
-            clips.paths[0],
-            clips.paths[-1],
-            *(path for path, own in zip(clips.paths, clips.sources, strict=True) if path != own),
-        ):
+        plain = clips.subset(~clips.in_shards)
+        shards = clips.subset(clips.in_shards).paths.used()
+        for path in (*plain.paths[:1], *plain.paths[-1:], *plain.subset(plain.converted).paths, *shards):
             if not os.path.exists(path):
                 raise UserError(
                     f"{path}: not on this machine ({platform.node()}); audio and data.cache_dir must be at the same place on every node",
@@ -134,26 +195,48 @@ def check_reachable(data: Dataset) -> None:
 
 def _by_split(clips: Clips) -> tuple[Clips, Clips]:
     """(for training, marked as validation) by the manifest's split column; what it marks as test is in neither."""
-    splits = np.array([split.strip().lower() for split in clips.splits])
-    marked, test = np.isin(splits, VALID_SPLITS), np.isin(splits, TEST_SPLITS)
-    return clips.subset(np.flatnonzero(~marked & ~test)), clips.subset(np.flatnonzero(marked))
+    texts, which = _distinct(clips.splits)
+    splits = np.array([split.strip().lower() for split in texts])
+    marked, test = np.isin(splits, VALID_SPLITS)[which], np.isin(splits, TEST_SPLITS)[which]
+    if not marked.any() and not test.any():
+        return clips, clips.subset(marked)
+    return clips.subset(~marked & ~test), clips.subset(marked)
+
+
+def _distinct(texts: Texts) -> tuple[Texts, np.ndarray]:
+    """The different texts there are, of which there are few, and which of them each one is [N]."""
+    hashes = texts.hashes()
+    values = np.sort(np.unique(hashes))
+    which = np.searchsorted(values, hashes)
+    example = np.empty(len(values), dtype=np.int64)
+    example[which] = np.arange(len(hashes))
+    return texts.subset(example), which
 
 
 def _without(clips: Clips, others: Clips) -> Clips:
-    taken = set(others.sources)
-    return clips.subset(np.array([row for row, source in enumerate(clips.sources) if source not in taken], dtype=np.int64))
+    return clips.subset(~np.isin(clips.sources.hashes(), others.sources.hashes()))
 
 
 def _hold_out(clips: Clips, data: DataSection) -> tuple[Clips, Clips]:
-    """Training and validation: those clips whose path hashes lowest are held out, so that the choice survives added files."""
+    """Training and validation: those clips whose source hashes lowest are held out, so that the choice survives added files."""
     if len(clips) < 2:
         raise UserError(
             f"{', '.join(data.train)}: one clip alone cannot be both trained and validated on; name data.valid or add clips"
         )
     held = _lowest_hashes(clips, min(max(1, round(data.valid_fraction * len(clips))), data.valid_clips))
-    return clips.subset(np.setdiff1d(np.arange(len(clips)), held)), clips.subset(np.sort(held))
+    is_held = np.zeros(len(clips), dtype=bool)
+    is_held[held] = True
+    return clips.subset(~is_held), clips.subset(is_held)
 
 
 def _lowest_hashes(clips: Clips, count: int) -> np.ndarray:
-    hashes = [hashlib.blake2b(os.fsencode(path), digest_size=8).digest() for path in clips.sources]
-    return np.array(sorted(range(len(clips)), key=hashes.__getitem__)[:count], dtype=np.int64)
+    """Numbers of up to `count` clips, ascending. Pieces of one recording are taken together or, where others are taken, not at all."""
+    if count >= len(clips):
+        return np.arange(len(clips))
+    hashes = np.where(clips.in_shards, clips.sources.hashes(), np.uint64(0))
+    plain = np.flatnonzero(~clips.in_shards)
+    digests = b"".join(hashlib.blake2b(source, digest_size=8).digest() for source in clips.subset(plain).sources.encoded())
+    hashes[plain] = np.frombuffer(digests, dtype=">u8")
+    beyond = np.partition(hashes, count)[count]
+    lower = np.flatnonzero(hashes < beyond)
+    return lower if len(lower) else np.flatnonzero(hashes == beyond)[:count]

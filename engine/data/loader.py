@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import torch
 
 from ssast.engine.errors import UserError
 
-from .decode import AudioDecoder
+from .decode import AudioDecoder, Pending
 from .order import SampleOrder
 
 
@@ -45,6 +46,15 @@ class Shard:
         return (micro_step * self.world_size + self.rank) * self.micro_batch
 
 
+@dataclass(frozen=True)
+class PendingBatch:
+    """A batch that is being read."""
+
+    position: int
+    epochs: np.ndarray
+    pending: Pending
+
+
 class ClipReader:
     """Whole batches at positions of an order, with clips that break on the way replaced.
 
@@ -71,18 +81,30 @@ class ClipReader:
         Raises:
             UserError: more clips have broken than `max_bad_fraction` allows.
         """
+        return self.finish(self.begin(position, count))
+
+    def begin(self, position: int, count: int) -> PendingBatch:
+        """Start reading what `finish` turns into a batch; meanwhile another may be finished."""
         if self.order is None:
             index, epochs = np.arange(position, position + count), np.zeros(count, dtype=np.int64)
         else:
             index, epochs = self.order.clips_at(position, count)
-        index = np.array([self._readable(clip) for clip in index])
+        return PendingBatch(position, epochs, self._begin(index, epochs))
+
+    def finish(self, batch: PendingBatch) -> Batch:
+        """As `read`."""
+        pending = batch.pending
         while True:
-            decoded = self.decoder.decode(index, self._starts(index, epochs))
+            decoded = self.decoder.finish(pending)
             if not decoded.broken:
-                return Batch(torch.from_numpy(decoded.waveform), torch.from_numpy(decoded.lengths), position)
+                return Batch(torch.from_numpy(decoded.waveform), torch.from_numpy(decoded.lengths), batch.position)
             for row, reason in decoded.broken.items():
-                self._record(int(index[row]), reason)
-            index = np.array([self._readable(clip) for clip in index])
+                self._record(int(pending.index[row]), reason)
+            pending = self._begin(pending.index, batch.epochs)
+
+    def _begin(self, index: np.ndarray, epochs: np.ndarray) -> Pending:
+        index = np.array([self._readable(clip) for clip in index.tolist()])
+        return self.decoder.begin(index, self._starts(index, epochs))
 
     def _starts(self, index: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         if not self.random_crop or self.order is None:
@@ -110,12 +132,16 @@ class ClipReader:
 
 
 class Prefetcher:
-    """Iterates over the micro-batches of a shard for ever, from `first_micro_step` on, decoding up to `depth` ahead."""
+    """Iterates over the micro-batches of a shard for ever, from `first_micro_step` on, up to `depth` of them ready ahead.
+
+    While one is decoded, the next is read already; on a GPU it is copied there beside the step.
+    """
 
     def __init__(self, reader: ClipReader, shard: Shard, first_micro_step: int, device: torch.device, depth: int) -> None:
         self._reader, self._shard, self._device = reader, shard, device
         self._ready: queue.Queue[tuple[Batch, torch.cuda.Event | None] | Exception] = queue.Queue(maxsize=depth)
         self._stopped = threading.Event()
+        self._copying: deque[tuple[Batch, torch.cuda.Event]] = deque()  # their memory must not be used again yet
         self._thread = threading.Thread(target=self._work, args=(first_micro_step,), name="prefetch", daemon=True)
         self._thread.start()
 
@@ -146,12 +172,31 @@ class Prefetcher:
     def _work(self, micro_step: int) -> None:
         stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         try:
+            pending = self._begin(micro_step)
             while not self._stopped.is_set():
-                batch = self._reader.read(self._shard.position(micro_step), self._shard.micro_batch)
-                self._put((batch, None) if stream is None else _copy(batch, self._device, stream))
                 micro_step += 1
+                following = self._begin(micro_step)
+                batch = self._reader.finish(pending)
+                self._put((batch, None) if stream is None else self._copy(batch, stream))
+                pending = following
         except Exception as error:  # handed to the step, which raises it
             self._put(error)
+
+    def _begin(self, micro_step: int) -> PendingBatch:
+        return self._reader.begin(self._shard.position(micro_step), self._shard.micro_batch)
+
+    def _copy(self, batch: Batch, stream: torch.cuda.Stream) -> tuple[Batch, torch.cuda.Event]:
+        """Copy from pinned memory on a stream of its own, beside the step; the event says when the copy is there."""
+        pinned = Batch(batch.waveform.pin_memory(), batch.lengths.pin_memory(), batch.position)
+        with torch.cuda.stream(stream):
+            waveform = pinned.waveform.to(self._device, non_blocking=True)
+            lengths = pinned.lengths.to(self._device, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record(stream)
+        self._copying.append((pinned, copied))
+        while self._copying[0][1].query() and len(self._copying) > 1:
+            self._copying.popleft()
+        return Batch(waveform, lengths, batch.position), copied
 
     def _put(self, item: tuple[Batch, torch.cuda.Event | None] | Exception) -> None:
         while not self._stopped.is_set():
@@ -160,13 +205,3 @@ class Prefetcher:
                 return
             except queue.Full:
                 continue
-
-
-def _copy(batch: Batch, device: torch.device, stream: torch.cuda.Stream) -> tuple[Batch, torch.cuda.Event]:
-    """Copy from pinned memory on a stream of its own, beside the step; the event says when the copy is there."""
-    with torch.cuda.stream(stream):
-        waveform = batch.waveform.pin_memory().to(device, non_blocking=True)
-        lengths = batch.lengths.pin_memory().to(device, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record(stream)
-    return Batch(waveform, lengths, batch.position), copied

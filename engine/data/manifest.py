@@ -24,6 +24,7 @@ mpg nist oga ogg ogv opus ra rf64 rm sph spx tta voc w64 wav wave webm wma wmv w
 AUDIO_EXTENSIONS = frozenset(_KNOWN.split())
 PATH_COLUMNS = ("path", "wav", "file", "filename", "audio", "audio_path")
 LABEL_COLUMNS = ("label", "labels", "category")
+SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
 
 # The starts of audio containers; EBML is Matroska and WebM, 30 26 B2 75 is ASF (wma).
 _MAGIC = (b"RIFF", b"RF64", b"RIFX", b"BW64", b"riff", b"fLaC", b"OggS", b"ID3", b"FORM", b".snd", b"caff", b"NIST_1A")
@@ -34,11 +35,12 @@ _MPEG_SYNC = frozenset(b"\xfb\xfa\xf3\xf2\xe3\xe2\xfd\xfc\xf5\xf4\xf1\xf9\xf0\xf
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One clip of a manifest: its absolute path (symbolic links kept), its comma-separated labels, and its split, "" for none."""
+    """One clip of a manifest: its absolute path (symbolic links kept), comma-separated labels, split and speaker, "" for none."""
 
     path: str
     label: str = ""
     split: str = ""
+    speaker: str = ""
 
 
 def read_manifest(source: str | Path) -> list[Entry]:
@@ -62,7 +64,7 @@ def read_manifest(source: str | Path) -> list[Entry]:
     base = os.path.dirname(path)
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            entries = [Entry(os.path.join(base, clip), label, split) for clip, label, split in reader(path, file)]
+            entries = [Entry(os.path.join(base, clip), *notes) for clip, *notes in reader(path, file)]
     except OSError as error:
         raise UserError(f"cannot read the manifest {path}: {error.strerror}") from error
     if not entries:
@@ -121,7 +123,7 @@ def _may_be_clip(path: str) -> bool:
     return head.startswith(_MAGIC) or head[4:8] == b"ftyp" or (head[:1] == b"\xff" and head[1:2] != b"" and head[1] in _MPEG_SYNC)
 
 
-def _read_json(path: str, file: TextIO) -> Iterator[tuple[str, str, str]]:
+def _read_json(path: str, file: TextIO) -> Iterator[tuple[str, ...]]:
     try:
         content = json.load(file)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -132,7 +134,7 @@ def _read_json(path: str, file: TextIO) -> Iterator[tuple[str, str, str]]:
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get("wav"), str) or not row["wav"]:
             raise UserError(f'{path}: entry {number} of "data" has no "wav"')
-        yield row["wav"], _text(row.get("labels")), _text(row.get("split"))
+        yield row["wav"], _text(row.get("labels")), _text(row.get("split")), _text(row.get("speaker"))
 
 
 def _text(value: Any) -> str:
@@ -140,7 +142,7 @@ def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
 
 
-def _read_table(path: str, file: TextIO) -> Iterator[tuple[str, str, str]]:
+def _read_table(path: str, file: TextIO) -> Iterator[tuple[str, ...]]:
     # Strict: a quote that is never closed would otherwise swallow the rest of the file without a word.
     rows = csv.reader(file, delimiter="\t" if path.lower().endswith(".tsv") else ",", strict=True)
     try:
@@ -151,17 +153,19 @@ def _read_table(path: str, file: TextIO) -> Iterator[tuple[str, str, str]]:
         where = next((names.index(name) for name in PATH_COLUMNS if name in names), None)
         if where is None:
             raise UserError(f"{path} has no column {', '.join(PATH_COLUMNS)}; its columns are {', '.join(header)}")
-        label = next((names.index(name) for name in LABEL_COLUMNS if name in names), -1)
-        split = names.index("split") if "split" in names else -1
+        notes = [
+            next((names.index(name) for name in known if name in names), -1)
+            for known in (LABEL_COLUMNS, ("split",), SPEAKER_COLUMNS)
+        ]
         for row in rows:
             if not any(row):
                 continue
             if len(row) <= where or not row[where]:
                 raise UserError(f"{path}, line {rows.line_num}: the path is missing")
-            yield row[where], *(row[at] if 0 <= at < len(row) else "" for at in (label, split))
+            yield row[where], *(row[at] if 0 <= at < len(row) else "" for at in notes)
     except csv.Error as error:
         raise UserError(f"malformed table {path}, line {rows.line_num}: {error}") from error
 
 
-def _read_list(path: str, file: TextIO) -> Iterator[tuple[str, str, str]]:
-    yield from ((line.rstrip("\r\n"), "", "") for line in file if line.strip())
+def _read_list(path: str, file: TextIO) -> Iterator[tuple[str, ...]]:
+    yield from ((line.rstrip("\r\n"),) for line in file if line.strip())

@@ -1,18 +1,22 @@
 """Which clip is read when, and where it is cut: functions of (seed, position) alone.
 
-Positions count clips from the start of training, across epochs: position p is place p mod n of epoch p div n, and every epoch is a
-permutation of its own, so each clip comes exactly once an epoch however batches fall. Nothing here knows of ranks or workers; a run's
-place in the data is one number.
+Positions count clips from the start of training, across epochs. Unweighted, position p is place p mod n of epoch p div n, and every epoch
+is a permutation of its own, so each clip comes exactly once an epoch however batches fall. With weights, every block of 1000 positions
+holds exactly the share of each data set, and each data set goes through its clips by permutations of its own. Nothing here knows of ranks
+or workers; a run's place in the data is one number.
 """
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from ssast.kernels.random import below, philox
 
-_STREAM_CROP = 0x63726F70  # any constant that no other use of the seed shares
+BLOCK = 1000
+_STREAM_CROP = 0x63726F70  # any constants that no other use of the seed shares
+_STREAM_BLOCK, _STREAM_SET = 0x626C6F63, 0x73657400
 
 
 class SampleOrder:
@@ -22,15 +26,11 @@ class SampleOrder:
         if num_clips < 1:
             raise ValueError("an order needs at least one clip")
         self.num_clips, self.seed = num_clips, seed
+        self._passes = _Passes(num_clips, seed)
 
     def clips_at(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(clip index [count], epoch [count]) at positions first ... first + count - 1."""
-        epochs, places = np.divmod(np.arange(first, first + count, dtype=np.int64), self.num_clips)
-        index = np.empty(count, dtype=np.int64)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            index[here] = _permutation(self.num_clips, self.seed, int(epoch))[places[here]]
-        return index, epochs
+        return self._passes.at(np.arange(first, first + count, dtype=np.int64))
 
     def crop_starts(self, index: np.ndarray, epochs: np.ndarray, lengths: np.ndarray, window: int) -> np.ndarray:
         """First sample of a random window in clips of these lengths (int64 [B], all in samples); 0 where the clip is not longer."""
@@ -40,6 +40,78 @@ class SampleOrder:
         return below(word, torch.from_numpy(np.maximum(lengths - window, 0)) + 1).numpy()
 
 
-@functools.lru_cache(maxsize=4)
-def _permutation(num_clips: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_clips)
+class MixedOrder(SampleOrder):
+    """Data sets of `sizes` clips, numbered one after the other, mixed by `weights`; an epoch here is a pass through one data set."""
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
+        if min(sizes) < 1 or len(sizes) != len(weights):
+            raise ValueError("each weight needs a data set of at least one clip")
+        super().__init__(sum(sizes), seed)
+        self.shares = block_shares(weights)
+        self._first = np.cumsum([0, *sizes[:-1]])
+        self._sets = [_Passes(size, seed, _STREAM_SET + number) for number, size in enumerate(sizes)]
+
+    def clips_at(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        blocks, places = np.divmod(np.arange(first, first + count, dtype=np.int64), BLOCK)
+        data_set, turn = np.empty_like(blocks), np.empty_like(blocks)
+        for block in np.unique(blocks).tolist():
+            here = blocks == block
+            sets, turns = _block(tuple(self.shares.tolist()), self.seed, block)
+            data_set[here], turn[here] = sets[places[here]], turns[places[here]]
+        turn += blocks * self.shares[data_set]
+        clip, passes = np.empty_like(blocks), np.empty_like(blocks)
+        for number in np.unique(data_set).tolist():
+            here = data_set == number
+            clip[here], passes[here] = self._sets[number].at(turn[here])
+        return clip + self._first[data_set], passes
+
+
+def block_shares(weights: Sequence[float]) -> np.ndarray:
+    """Positions of each data set in a block, int64, 1000 in all: the weights' shares, rounded by largest remainder.
+
+    Raises:
+        ValueError: a weight is not positive, or its share less than one position.
+    """
+    exact = np.array(weights, dtype=np.float64)
+    if not len(exact) or not np.isfinite(exact).all() or exact.min() <= 0:
+        raise ValueError("weights must be positive numbers")
+    exact *= BLOCK / exact.sum()
+    if exact.min() < 1 - 1e-9:
+        raise ValueError(f"a weight of less than 1 in {BLOCK} of their sum would never be read")
+    shares = np.floor(exact + 1e-9).astype(np.int64)
+    largest = np.argsort(shares - exact, kind="stable")[: BLOCK - shares.sum()]
+    shares[largest] += 1
+    return shares
+
+
+class _Passes:
+    """Goes through `num_clips` clips again and again, in another order each time."""
+
+    def __init__(self, num_clips: int, seed: int, stream: int = 0) -> None:
+        self._num_clips = num_clips
+        # two, since a batch may end one pass and begin the next; of many small ones none is worth keeping
+        self._permutation = functools.lru_cache(maxsize=2)(lambda number: _generator(seed, number, stream).permutation(num_clips))
+
+    def at(self, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(clip, pass) at turns int64 [B], counted from the start of training."""
+        passes, places = np.divmod(turns, self._num_clips)
+        index = np.empty_like(places)
+        for number in np.unique(passes).tolist():
+            here = passes == number
+            index[here] = self._permutation(number)[places[here]]
+        return index, passes
+
+
+@functools.lru_cache(maxsize=16)
+def _block(shares: tuple[int, ...], seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """(data set, how many of its positions come before in the block) at each place of a block, int64 [1000]."""
+    sets = _generator(seed, block, _STREAM_BLOCK).permutation(np.repeat(np.arange(len(shares)), shares))
+    turns = np.empty_like(sets)
+    for number, share in enumerate(shares):
+        turns[sets == number] = np.arange(share)
+    return sets, turns
+
+
+def _generator(seed: int, number: int, stream: int) -> np.random.Generator:
+    """Streams lie above the seeds, which have 32 bits."""
+    return np.random.Generator(np.random.Philox(key=[seed + (stream << 32), number]))

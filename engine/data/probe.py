@@ -15,9 +15,10 @@ import os
 import resource
 import shutil
 import signal
+import stat
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -39,9 +40,10 @@ _DEMUXERS = (
 )
 _GUESSED_DURATION = {"aac", "ac3", "amr", "dts", "eac3", "loas", "mp3", "mpeg"}  # from the bit rate of the beginning
 _UNKNOWN = "format not recognised"
+_BLOCK = 1 << 16  # samples of all channels that FFmpeg's frames are gathered to
 
 
-class _Reject(Exception):
+class Reject(Exception):
     """The file cannot be used; the message is the reason that the user reads."""
 
 
@@ -49,8 +51,8 @@ class _CannotWriteError(Exception):
     """The copy cannot be written, which no other file would change."""
 
 
-def _serve(memory: int) -> None:
-    """Answers files from standard input until it ends, in at most `memory` bytes of address space."""
+def serve(memory: int, handle: Callable[[Any], Iterable[Any]]) -> None:
+    """Answers each job, a line of JSON on standard input, with lines of JSON, in at most `memory` bytes of address space."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what decoders print must not get between the answers
     with contextlib.suppress(OSError, AttributeError):
@@ -59,7 +61,8 @@ def _serve(memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     answers.write("null\n")  # ready
     for line in sys.stdin.buffer:
-        answers.write(json.dumps(_verdict(*json.loads(line), memory)) + "\n")
+        for answer in handle(json.loads(line)):
+            answers.write(json.dumps(answer) + "\n")
 
 
 def _verdict(path: str, size: int, mtime_ns: int, copy: str, memory: int) -> dict[str, Any]:
@@ -69,42 +72,76 @@ def _verdict(path: str, size: int, mtime_ns: int, copy: str, memory: int) -> dic
         if (now.st_size, now.st_mtime_ns) != (size, mtime_ns):
             return {"reason": "changed while it was being checked", "transient": True}
         return {"sound": sound}
-    except _Reject as reject:
-        return {"reason": str(reject)}
-    except MemoryError:
-        return {"reason": f"needs more than {memory / 2**30:.1f} GiB of memory to decode", "transient": True}
     except _CannotWriteError as error:
         return {"fatal": str(error)}
     except ImportError as error:
         return {"fatal": f"cannot import what decodes audio: {error}"}
-    except OSError as error:
-        return {"reason": f"unreadable: {error.strerror or error}", "transient": True}
     except Exception as error:  # decoders' bindings raise all kinds, and one file must not end the check
-        return {"reason": f"cannot be decoded: {type(error).__name__}: {error}", "transient": True}
+        verdict: dict[str, Any] = {"reason": describe(error, memory)}
+        return verdict if isinstance(error, Reject) else verdict | {"transient": True}
+
+
+def describe(error: Exception, memory: int) -> str:
+    """Why a file cannot be used, given what was raised while it was decoded in `memory` bytes of address space."""
+    if isinstance(error, Reject):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return f"needs more than {memory / 2**30:.1f} GiB of memory to decode"
+    if isinstance(error, OSError):
+        return f"unreadable: {error.strerror or error}"
+    return f"cannot be decoded: {type(error).__name__}: {error}"
+
+
+def file_status(path: str) -> tuple[int, int] | str:
+    """(size, mtime in ns) of a file worth opening, or what is wrong with it."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return "broken symbolic link" if os.path.islink(path) else "no such file"
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        return f"unreadable: {getattr(error, 'strerror', error)}"
+    if not stat.S_ISREG(status.st_mode):
+        return "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+    return (status.st_size, status.st_mtime_ns) if status.st_size else "empty file"
 
 
 def _inspect(path: str, size: int, copy: str) -> list[int]:
+    with open_native(path, size) as (sound, problem):
+        if sound is not None:
+            frames, peak = _scan(sound)
+            # One-channel Vorbis and Opus beyond full scale wrap around in the int16 that DALI asks libsndfile for.
+            if peak <= 1 or sound.channels > 1:
+                return [frames, sound.samplerate, sound.channels, -1, 0]
+    return _convert(path, copy, problem)
+
+
+@contextlib.contextmanager
+def open_native(path: str, size: int) -> Iterator[tuple[soundfile.SoundFile | None, str]]:
+    """The file in libsndfile's hands, or None where FFmpeg must read it; and why libsndfile could not open it, "" if it could.
+
+    Raises `Reject` for a header at odds with the `size` bytes that there are.
+    """
     with open(path, "rb") as file:
         magic = file.read(4)
         unknown_length = magic in (b"RIFF", b"RIFX", b"RF64", b"BW64") and _check_riff(file, size)
         if magic == b"OggS":
             _check_ogg(file, size)
-    problem = ""
     try:
-        with soundfile.SoundFile(os.fsencode(path)) as sound:
-            native = sound.subtype in DALI_FORMATS.get(sound.format, ()) and not unknown_length
-            if native and sound.frames < 2**62:  # a FLAC written to a pipe knows no length, and DALI then decodes nothing
-                _check_rate(sound.samplerate)
-                frames, peak = _scan(sound)
-                # One-channel Vorbis and Opus beyond full scale wrap around in the int16 that DALI asks libsndfile for.
-                if peak <= 1 or sound.channels > 1:
-                    return [frames, sound.samplerate, sound.channels, -1, 0]
+        sound = soundfile.SoundFile(os.fsencode(path))
     except TypeError:  # named .raw
-        problem = _UNKNOWN
+        yield None, _UNKNOWN
+        return
     except soundfile.LibsndfileError as error:
         known = magic in (b"RIFF", b"RF64", b"fLaC", b"OggS", b"FORM") and "not recognised" not in str(error)
-        problem = _message(error) if known else _UNKNOWN
-    return _convert(path, copy, problem)
+        yield None, _message(error) if known else _UNKNOWN
+        return
+    with sound:
+        native = sound.subtype in DALI_FORMATS.get(sound.format, ()) and not unknown_length
+        if native and sound.frames < 2**62:  # a FLAC written to a pipe knows no length, and DALI then decodes nothing
+            _check_rate(sound.samplerate)
+            yield sound, ""
+        else:
+            yield None, ""
 
 
 def _check_riff(file: BinaryIO, size: int) -> bool:
@@ -125,7 +162,7 @@ def _check_riff(file: BinaryIO, size: int) -> bool:
         if name == b"fmt ":
             tag, channels, _, _, align, bits = struct.unpack(f"{order}HHIIHH", content[:16].ljust(16, b"\0"))
             if tag in (1, 3, 0xFFFE) and 0 < align < channels * -(-bits // 8):
-                raise _Reject(f"contradictory header: {channels} channels of {bits} bits in {align} bytes")
+                raise Reject(f"contradictory header: {channels} channels of {bits} bits in {align} bytes")
         elif name == b"ds64":
             long_size = int.from_bytes(content[8:16], "little")
         file.seek(body + length + length % 2)
@@ -139,7 +176,7 @@ def _check_riff(file: BinaryIO, size: int) -> bool:
     align = max(align, 1)
     if length // align > held // align and not unknown:
         unit, per = ("samples", align) if tag in (1, 3, 6, 7, 0xFFFE) else ("bytes", 1)
-        raise _Reject(f"truncated: header says {length // per} {unit}, file holds {held // per}")
+        raise Reject(f"truncated: header says {length // per} {unit}, file holds {held // per}")
     # Nothing claimed at the end of a RIFF that claims to end here, or anywhere: the writer never came back to fill in the sizes.
     riff_end = struct.unpack_from(f"{order}I", header, 4)[0] + 8
     return length == 0 and held >= align and (riff_end <= body or riff_end >= 0x7FFF0000)
@@ -152,12 +189,12 @@ def _check_ogg(file: BinaryIO, size: int) -> None:
     page = tail[max(0, tail.rfind(b"OggS")) :]
     table = page[27 : 27 + page[26]] if len(page) > 26 else b""
     if len(page) < 27 + len(table) + sum(table) or not page[5] & 4:
-        raise _Reject("truncated: the end of the Ogg stream is missing")
+        raise Reject("truncated: the end of the Ogg stream is missing")
 
 
 def _check_rate(rate: int) -> None:
     if not MIN_RATE <= rate <= MAX_RATE:
-        raise _Reject(f"sample rate of {rate} Hz, outside {MIN_RATE} to {MAX_RATE}")
+        raise Reject(f"sample rate of {rate} Hz, outside {MIN_RATE} to {MAX_RATE}")
 
 
 def _check_samples(samples: np.ndarray) -> tuple[float, int]:
@@ -166,7 +203,7 @@ def _check_samples(samples: np.ndarray) -> tuple[float, int]:
     if not np.isfinite(peak):
         return 0.0, int(samples.size - np.count_nonzero(np.isfinite(samples)))
     if peak > MAX_PEAK:
-        raise _Reject(f"absurd samples: peak {peak:.3g} where 1 is full scale")
+        raise Reject(f"absurd samples: peak {peak:.3g} where 1 is full scale")
     return peak, 0
 
 
@@ -178,23 +215,36 @@ def _message(error: soundfile.LibsndfileError) -> str:
 def _scan(sound: soundfile.SoundFile) -> tuple[int, float]:
     """Decodes all of a file: (frames, peak), the peak of integer formats being 1."""
     kind = "float32" if sound.format == "OGG" else "int16"
+    frames, peak = 0, 1.0 if kind == "int16" else 0.0
+    for block in native_blocks(sound, kind):
+        frames += len(block)
+        if kind == "float32":
+            peak = max(peak, float(np.abs(block).max()))
+    return frames, peak
+
+
+def native_blocks(sound: soundfile.SoundFile, kind: str) -> Iterator[np.ndarray]:
+    """All of a file in blocks [n, channels] of `kind`, int16 or float32; each is overwritten by the next.
+
+    Raises `Reject`, at the end at the latest, if it cannot be decoded in full or holds what is no sound.
+    """
     block = np.empty((max(1, (1 << 18) // sound.channels), sound.channels), dtype=kind)
-    frames, peak, bad = 0, 1.0 if kind == "int16" else 0.0, 0
+    frames, bad = 0, 0
     try:
         while got := sound.buffer_read_into(block, kind):
             frames += got
             if kind == "float32":
-                block_peak, block_bad = _check_samples(block[:got])
-                peak, bad = max(peak, block_peak), bad + block_bad
+                bad += _check_samples(block[:got])[1]
+            if not bad:
+                yield block[:got]
     except soundfile.LibsndfileError as error:
-        raise _Reject(f"truncated or damaged: header says {sound.frames} samples, decoding failed ({_message(error)})") from error
+        raise Reject(f"truncated or damaged: header says {sound.frames} samples, decoding failed ({_message(error)})") from error
     if bad:
-        raise _Reject(f"NaN or infinite samples ({bad})")
+        raise Reject(f"NaN or infinite samples ({bad})")
     if frames != sound.frames:
-        raise _Reject(f"truncated: header says {sound.frames} samples, {frames} can be decoded")
+        raise Reject(f"truncated: header says {sound.frames} samples, {frames} can be decoded")
     if not frames:
-        raise _Reject("no samples")
-    return frames, peak
+        raise Reject("no samples")
 
 
 def _convert(path: str, copy: str, problem: str) -> list[int]:
@@ -202,23 +252,10 @@ def _convert(path: str, copy: str, problem: str) -> list[int]:
 
     `problem` says why libsndfile could not open the file, "" if it could.
     """
-    import av  # only some data sets need it
-
     content = io.BytesIO()
-    try:
-        options = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}
-        with av.open(path, container_options=options, metadata_errors="ignore") as container:
-            if not container.streams.audio or container.streams.audio[0].codec_context is None:
-                raise _Reject("no audio stream that can be decoded")
-            sound = _Sound(container)
-            with soundfile.SoundFile(content, "w", COPY_RATE, 1, "PCM_16", format="FLAC") as flac:
-                for samples in sound.resampled():
-                    flac.write(samples)
-            sound.require_whole(path, problem)
-    except MemoryError:
-        raise
-    except av.FFmpegError as error:
-        raise _Reject(f"not audio: {problem or error.strerror}") from error
+    with soundfile.SoundFile(content, "w", COPY_RATE, 1, "PCM_16", format="FLAC") as flac:
+        for samples in _resampled(ffmpeg_blocks(path, problem)):
+            flac.write(samples)
     content.seek(0)
     with soundfile.SoundFile(content) as flac:  # what could not be written would not show otherwise
         frames, _ = _scan(flac)
@@ -242,6 +279,42 @@ def _write_copy(copy: str, content: io.BytesIO) -> tuple[int, int]:
         raise _CannotWriteError(f"cannot write converted clips to {folder}: {error.strerror} ({free:.0f} MiB free)") from error
 
 
+def _resampled(blocks: Iterable[tuple[int, np.ndarray]]) -> Iterator[np.ndarray]:
+    """int16 [n] at 16 kHz, clipped. The rate of the stream may change where several have been chained."""
+    import av
+
+    for rate, group in itertools.groupby(blocks, key=lambda block: block[0]):
+        resampler = av.AudioResampler("fltp", "mono", COPY_RATE)
+        for block in itertools.chain((samples for _, samples in group), [None]):  # None draws out what the resampler holds back
+            frame = None
+            if block is not None:
+                frame = av.AudioFrame.from_ndarray(block[None], format="fltp", layout="mono")
+                frame.sample_rate = rate
+            for done in resampler.resample(frame):
+                yield np.clip(np.rint(done.to_ndarray()[0] * 32768), -32768, 32767).astype(np.int16)
+
+
+def ffmpeg_blocks(path: str, problem: str) -> Iterator[tuple[int, np.ndarray]]:
+    """What FFmpeg decodes of the first audio stream: (rate, mean of the channels, float32 [n], full scale 1).
+
+    `problem` says why libsndfile could not open the file, "" if it could. Raises `Reject`, at the end at the latest.
+    """
+    import av  # only some data sets need it
+
+    try:
+        options = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}
+        with av.open(path, container_options=options, metadata_errors="ignore") as container:
+            if not container.streams.audio or container.streams.audio[0].codec_context is None:
+                raise Reject("no audio stream that can be decoded")
+            sound = _Sound(container)
+            yield from sound.mono()
+            sound.require_whole(path, problem)
+    except MemoryError:
+        raise
+    except av.FFmpegError as error:
+        raise Reject(f"not audio: {problem or error.strerror}") from error
+
+
 class _Sound:
     """The first audio stream of a container, decoded past errors as players do."""
 
@@ -249,34 +322,30 @@ class _Sound:
         self._container, self._stream = container, container.streams.audio[0]
         self._seconds, self._errors, self._bad = 0.0, 0, 0
 
-    def resampled(self) -> Iterator[np.ndarray]:
-        """int16 [n] at 16 kHz, clipped. The rate of the stream may change where several have been chained."""
-        import av
-
-        for _, frames in itertools.groupby(self._mono(), key=lambda frame: frame.sample_rate):
-            resampler = av.AudioResampler("fltp", "mono", COPY_RATE)
-            for frame in itertools.chain(frames, [None]):  # None draws out what the resampler holds back
-                for block in resampler.resample(frame):
-                    yield np.clip(np.rint(block.to_ndarray()[0] * 32768), -32768, 32767).astype(np.int16)
-
-    def _mono(self) -> Iterator[Any]:
-        """Frames of the mean of the channels, float32, full scale 1."""
-        import av
-
+    def mono(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(rate, mean of the channels), float32 [n], full scale 1: many frames at a time, of which most codecs make short ones."""
+        rate, pieces, held = 0, [], 0
         for frame in self._frames():
             _check_rate(frame.sample_rate)
             samples = frame.to_ndarray()
             if not frame.format.is_planar:
                 samples = samples.reshape(-1, frame.layout.nb_channels).T
-            if samples.dtype.kind in "iu":
-                samples = samples.astype(np.float32) / 2 ** (8 * samples.itemsize - 1) - (samples.dtype.kind == "u")
-            self._bad += _check_samples(samples)[1]
             self._seconds += frame.samples / frame.sample_rate
-            if frame.samples and not self._bad:
-                mean = samples.mean(axis=0, keepdims=True).astype(np.float32)
-                mono = av.AudioFrame.from_ndarray(mean, format="fltp", layout="mono")
-                mono.sample_rate = frame.sample_rate
-                yield mono
+            if pieces and (frame.sample_rate != rate or held >= _BLOCK or _differ(samples, pieces[0])):
+                yield from self._join(rate, pieces)
+                pieces, held = [], 0
+            rate, held = frame.sample_rate, held + samples.size
+            pieces.append(samples)
+        if pieces:
+            yield from self._join(rate, pieces)
+
+    def _join(self, rate: int, pieces: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+        samples = np.concatenate(pieces, axis=1)
+        if samples.dtype.kind in "iu":
+            samples = samples.astype(np.float32) / 2 ** (8 * samples.itemsize - 1) - (samples.dtype.kind == "u")
+        self._bad += _check_samples(samples)[1]
+        if samples.size and not self._bad:
+            yield rate, samples.mean(axis=0).astype(np.float32, copy=False)
 
     def _frames(self) -> Iterator[Any]:
         import av
@@ -295,13 +364,13 @@ class _Sound:
     def require_whole(self, path: str, problem: str) -> None:
         """Rejects what was not decoded in full; called at the end."""
         if self._bad:
-            raise _Reject(f"NaN or infinite samples ({self._bad})")
+            raise Reject(f"NaN or infinite samples ({self._bad})")
         claimed = self._claimed_seconds(path)
         if not self._seconds:
             empty = not problem or (problem == _UNKNOWN and claimed)
-            raise _Reject("no samples" if empty else f"not audio: {problem}")
+            raise Reject("no samples" if empty else f"not audio: {problem}")
         if claimed - self._seconds > max(0.5, 0.1 * claimed):
-            raise _Reject(f"truncated: header says {claimed:.1f} s, {self._seconds:.1f} s can be decoded")
+            raise Reject(f"truncated: header says {claimed:.1f} s, {self._seconds:.1f} s can be decoded")
 
     def _claimed_seconds(self, path: str) -> float:
         """Duration by the header; 0 where FFmpeg made it up from the bit rate, unless errors while decoding lend it weight."""
@@ -316,5 +385,13 @@ class _Sound:
         return (self._container.duration or 0) / 1e6 if alone else 0.0
 
 
+def _differ(one: np.ndarray, other: np.ndarray) -> bool:
+    return len(one) != len(other) or one.dtype != other.dtype
+
+
+def _main(memory: int) -> None:
+    serve(memory, lambda job: [_verdict(*job, memory)])
+
+
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    _main(int(sys.argv[1]))

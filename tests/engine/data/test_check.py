@@ -18,7 +18,7 @@ import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ssast.engine.data import check, probe
+from ssast.engine.data import check, probe, workers
 from ssast.engine.data.check import Skipped, check_clips, write_skipped
 from ssast.engine.data.manifest import Entry
 from ssast.engine.errors import UserError
@@ -256,7 +256,7 @@ def test_workers_do_not_load_torch(tmp_path):
 @pytest.fixture
 def sabotage(monkeypatch):
     """Lets a worker be stopped, and perhaps killed, when it is sent a certain file."""
-    send = check._Worker.send
+    send = workers.Worker.send
 
     def arm(name, *signals):
         def armed(self, number, job):
@@ -267,7 +267,7 @@ def sabotage(monkeypatch):
             for signal_number in signals if mine else ():
                 os.kill(self.process.pid, signal_number)
 
-        monkeypatch.setattr(check._Worker, "send", armed)
+        monkeypatch.setattr(workers.Worker, "send", armed)
 
     return arm
 
@@ -284,8 +284,8 @@ def test_a_hang_or_a_crash_costs_one_file(tmp_path, sabotage, signals, reason):
 def test_verdicts_that_may_pass_are_not_cached(tmp_path, monkeypatch):
     path = wav(tmp_path / "00.wav")
     with monkeypatch.context() as patch:
-        send = check._Worker.send
-        patch.setattr(check._Worker, "send", lambda self, *job: (os.kill(self.process.pid, signal.SIGKILL), send(self, *job)))
+        send = workers.Worker.send
+        patch.setattr(workers.Worker, "send", lambda self, *job: (os.kill(self.process.pid, signal.SIGKILL), send(self, *job)))
         assert run(tmp_path, path)[1] == {"00.wav": "decoder crashed (SIGKILL)"}
     assert run(tmp_path, path)[1] == {}
 
@@ -318,8 +318,8 @@ def test_a_file_that_changes_meanwhile(tmp_path):
 
 def count_decoded(monkeypatch):
     decoded = []
-    send = check._Worker.send
-    monkeypatch.setattr(check._Worker, "send", lambda self, number, job: (decoded.append(job[0]), send(self, number, job)))
+    send = workers.Worker.send
+    monkeypatch.setattr(workers.Worker, "send", lambda self, number, job: (decoded.append(job[0]), send(self, number, job)))
     return decoded
 
 
@@ -473,7 +473,7 @@ def dali():
     process = subprocess.Popen([sys.executable, "-c", DALI], stdin=-1, stdout=-1, stderr=subprocess.DEVNULL, text=True)
 
     def decode(paths, peak=False):
-        process.stdin.write(json.dumps([paths, peak]) + "\n")
+        process.stdin.write(json.dumps([list(paths), peak]) + "\n")
         process.stdin.flush()
         return json.loads(process.stdout.readline())
 
@@ -488,7 +488,7 @@ def shared(tmp_path_factory):
     if not SHARED.is_dir():
         pytest.skip(f"no audio files in {SHARED}")
     peaks = []
-    stop = check._Worker.stop
+    stop = workers.Worker.stop
 
     def measured(self):
         with open(f"/proc/{self.process.pid}/status") as status:
@@ -500,7 +500,7 @@ def shared(tmp_path_factory):
     entries = [Entry(str(SHARED / row["path"].rstrip("/")), row["label"], row["split"]) for row in rows("manifest.csv")]
     began = time.monotonic()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(check._Worker, "stop", measured)
+        patch.setattr(workers.Worker, "stop", measured)
         clips, skipped = check_clips(entries, cache_dir=tmp_path_factory.mktemp("cache"))
     return clips, {item.path: item.reason for item in skipped}, time.monotonic() - began, max(peaks)
 

@@ -1,3 +1,5 @@
+import hashlib
+
 import numpy as np
 import pytest
 import soundfile
@@ -72,3 +74,27 @@ def test_statistics_are_those_of_the_sounding_frames(audio):
     assert data.std == pytest.approx(values.std().item(), abs=2e-3)
     assert open_dataset(config(audio), measured=(1.0, 2.0)).std == 2.0
     assert open_dataset(config(audio, "data.mean=-4.0", "data.std=5.0")).mean == -4.0
+
+
+def test_each_weight_needs_a_data_set_with_clips(audio):
+    train = [str(audio / "audio" / f"{number}.txt") for number in range(2)]
+    for number, source in enumerate(train):
+        with open(source, "w") as stream:
+            stream.writelines(f"{clip:02}.flac\n" for clip in range(10 * number, 10 * number + 10))
+    data = open_dataset(config(audio, f"data.train=[{train[0]}, {train[1]}]", "data.weights=[0.7, 0.3]", "data.valid_fraction=0.2"))
+    assert sum(data.train_sizes) == 16 and data.train_sizes == np.bincount(data.train.datasets).tolist()
+    for row, source in enumerate(data.train.sources):
+        assert (int(source[-7:-5]) >= 10) == data.train.datasets[row]
+    with pytest.raises(UserError, match=r"0\.txt: no clips to train on, but data\.weights"):
+        open_dataset(config(audio, f"data.train=[{train[0]}, {train[1]}]", "data.weights=[0.7, 0.3]", f"data.valid={train[0]}"))
+    for weights, message in [("[1]", "1 weights for 2 entries"), ("[1, 0]", "positive"), ("[1, 0.0001]", "never be read")]:
+        with pytest.raises(UserError, match=f"data.weights: .*{message}"):
+            config(audio, f"data.train=[{train[0]}, {train[1]}]", f"data.weights={weights}")
+
+
+def test_held_out_files_are_those_of_before_shards(audio):
+    """By BLAKE2b of the path: a run that goes on must not find its validation clips in training."""
+    data = open_dataset(config(audio, "data.valid_fraction=0.2"))
+    paths = sorted(str(path) for path in (audio / "audio").iterdir())
+    lowest = sorted(paths, key=lambda path: hashlib.blake2b(path.encode(), digest_size=8).digest())[:4]
+    assert data.valid.sources == sorted(lowest)

@@ -12,7 +12,7 @@ from ssast.engine.data.check import check_clips
 from ssast.engine.data.decode import AudioDecoder
 from ssast.engine.data.loader import ClipReader, Prefetcher, Shard
 from ssast.engine.data.manifest import Entry
-from ssast.engine.data.order import SampleOrder
+from ssast.engine.data.order import MixedOrder, SampleOrder
 from ssast.engine.errors import UserError
 
 WINDOW = 4000
@@ -108,35 +108,59 @@ def test_too_many_broken_files_stop_the_run(tmp_path):
         ClipReader(decoder, None).read(0, 8)
 
 
-def read_all(decoder: AudioDecoder, world_size: int, micro_batch: int, first: int, count: int) -> list[bytes]:
-    """Windows in the order of positions, as `world_size` ranks read them."""
-    order = SampleOrder(8, seed=1)
-    shares = []
+def read_steps(
+    decoder: AudioDecoder, order: SampleOrder, world_size: int, micro_batch: int, accumulation: int, first_step: int, last_step: int
+) -> list[set[tuple[int, bytes]]]:
+    """What `world_size` ranks read in each optimizer step, through prefetchers that begin at `first_step`: positions and windows."""
+    steps = [set() for _ in range(first_step, last_step)]
     for rank in range(world_size):
-        loader = Prefetcher(
-            ClipReader(decoder, order, random_crop=True),
-            Shard(rank, world_size, micro_batch),
-            first // (world_size * micro_batch),
-            torch.device("cpu"),
-            depth=2,
-        )
-        batches = [next(loader) for _ in range((count - first) // (world_size * micro_batch))]
+        reader = ClipReader(decoder, order, random_crop=True)
+        shard = Shard(rank, world_size, micro_batch)
+        loader = Prefetcher(reader, shard, first_step * accumulation, torch.device("cpu"), depth=2)
+        for step in steps:
+            for _ in range(accumulation):
+                batch = next(loader)
+                step |= {(batch.position + row, window.numpy().tobytes()) for row, window in enumerate(batch.waveform)}
         loader._stopped.set()
         loader._thread.join()
-        shares += [
-            (batch.position + row, window.numpy().tobytes()) for batch in batches for row, window in enumerate(batch.waveform)
-        ]
-    return [window for _, window in sorted(shares)]
+    return steps
 
 
-def test_any_ranks_see_the_same_samples_and_resume_anywhere(tmp_path):
-    """Three epochs of 8 clips: 1, 2 and 3 ranks, and a start in the middle."""
+@pytest.mark.parametrize("order", [SampleOrder(8, seed=1), MixedOrder((5, 3), (0.4, 0.6), seed=1)], ids=["all once", "mixed"])
+def test_any_ranks_read_the_same_steps_and_go_on_anywhere(tmp_path, order):
+    """Four epochs of 8 clips, 12 a step: steps end within epochs. A run that goes on at step 1, on other ranks, reads what was left."""
     decoder = open_decoder(write_clips(tmp_path), tmp_path / "cache")
-    whole = read_all(decoder, 1, 4, 0, 24)
-    assert len(set(whole)) > 8  # other crops in other epochs
-    assert read_all(decoder, 2, 2, 0, 24) == whole
-    assert read_all(decoder, 3, 4, 0, 24) == whole
-    assert read_all(decoder, 2, 3, 12, 24) == whole[12:]
+    whole = read_steps(decoder, order, 1, 12, 1, 0, 3)
+    assert [sorted(position for position, _ in step) for step in whole] == [list(range(12 * n, 12 * n + 12)) for n in range(3)]
+    assert len({window for step in whole for _, window in step}) > 8  # other crops in other epochs
+    for world_size, micro_batch, accumulation in [(1, 4, 3), (2, 6, 1), (2, 2, 3), (3, 4, 1), (3, 2, 2)]:
+        assert read_steps(decoder, order, world_size, micro_batch, accumulation, 0, 3) == whole
+        assert read_steps(decoder, order, world_size, micro_batch, accumulation, 1, 3) == whole[1:]
+    decoder.close()
+
+
+def test_broken_clips_are_replaced_alike_for_any_ranks(tmp_path):
+    """Two neighbours break while batches are read ahead; who reads them first makes no difference."""
+    paths = write_clips(tmp_path)
+    decoder, order = open_decoder(paths, tmp_path / "cache"), SampleOrder(8, seed=1)
+    before = read_steps(decoder, order, 1, 4, 1, 0, 6)
+    for number in (2, 3):
+        paths[number].unlink()
+    one = read_steps(decoder, order, 1, 4, 1, 0, 6)
+    assert read_steps(decoder, order, 2, 2, 1, 0, 6) == one and read_steps(decoder, order, 1, 2, 2, 0, 6) == one
+    changed = [len(old - new) for old, new in zip(before, one, strict=True)]
+    assert sum(changed) == 2 * 3, "in each of three epochs the two, and no other"
+
+
+def test_batches_stay_what_they_are_while_others_are_read(tmp_path):
+    paths = write_clips(tmp_path)
+    decoder, other = (open_decoder(paths, tmp_path / "cache") for _ in range(2))
+    loader = Prefetcher(ClipReader(decoder, SampleOrder(8, 0)), Shard(0, 1, 4), 0, torch.device("cpu"), depth=2)
+    batches = [next(loader) for _ in range(12)]
+    again = ClipReader(other, SampleOrder(8, 0))
+    for batch in batches:
+        assert torch.equal(batch.waveform, again.read(batch.position, 4).waveform)
+    loader.close()
 
 
 def test_prefetcher_hands_errors_to_the_step(tmp_path):

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssast.engine.data.loader import Shard
-from ssast.engine.data.order import SampleOrder
+from ssast.engine.data.order import BLOCK, MixedOrder, SampleOrder, block_shares
 
 
 @settings(max_examples=50, deadline=None)
@@ -51,3 +51,81 @@ def test_crops_stay_inside_and_reach_both_ends():
 def test_two_million_clips_are_no_burden():
     index, _ = SampleOrder(2_200_000, 0).clips_at(3_300_000, 24)
     assert len(set(index)) == 24
+
+
+# --- mixing -------------------------------------------------------------------------------------------------------------------------
+
+
+SIZES, WEIGHTS = (1500, 7, 401), (0.6, 0.07, 0.333)  # of passes that never end with a block
+
+
+def mixed(seed=5) -> MixedOrder:
+    return MixedOrder(SIZES, WEIGHTS, seed)
+
+
+@pytest.mark.parametrize(
+    ("weights", "shares"),
+    [
+        ([1], [1000]),
+        ([0.7, 0.3], [700, 300]),
+        ([1, 1, 1], [334, 333, 333]),
+        ([2, 998], [2, 998]),
+        ([0.6, 0.07, 0.333], [598, 70, 332]),
+    ],
+)
+def test_shares_of_a_block(weights, shares):
+    assert block_shares(weights).tolist() == shares
+
+
+@pytest.mark.parametrize("weights", [[], [1, 0], [1, -1], [1, float("nan")], [1, float("inf")], [1, 0.0009]])
+def test_weights_that_are_none(weights):
+    with pytest.raises(ValueError, match="weight"):
+        block_shares(weights)
+
+
+def test_every_block_holds_exactly_the_shares_in_an_order_of_its_own():
+    index, _ = mixed().clips_at(0, 20 * BLOCK)
+    sets = np.searchsorted(np.cumsum(SIZES), index, side="right").reshape(20, BLOCK)
+    assert all(np.bincount(block, minlength=3).tolist() == [598, 70, 332] for block in sets)
+    assert len({block.tobytes() for block in sets}) == 20
+    third = sets[:, : BLOCK // 3] == 0
+    assert abs(third.mean() - 0.598) < 0.02, "they are spread, not sorted"
+
+
+def test_every_clip_once_a_pass_through_its_data_set():
+    index, passes = mixed().clips_at(0, 12 * BLOCK)
+    first = 0
+    for size in SIZES:
+        here = (index >= first) & (index < first + size)
+        turns = index[here] - first
+        whole = len(turns) // size
+        assert whole >= 4
+        each = turns[: whole * size].reshape(whole, size)
+        assert (np.sort(each) == np.arange(size)).all() and len({order.tobytes() for order in each}) > 0.9 * whole
+        assert np.array_equal(passes[here], np.arange(len(turns)) // size)
+        first += size
+
+
+@settings(max_examples=50, deadline=None)
+@given(first=st.integers(0, 5000), count=st.integers(0, 2500))
+def test_any_stretch_of_a_mix_is_a_part_of_the_whole(first, count):
+    whole = WHOLE.clips_at(0, 7500)
+    for part, values in zip(mixed().clips_at(first, count), whole, strict=True):
+        assert np.array_equal(part, values[first : first + count])
+
+
+WHOLE = mixed()
+
+
+def test_the_seed_decides_all_of_a_mix():
+    ours, again, other = (order.clips_at(3000, 500)[0] for order in (mixed(), mixed(), mixed(6)))
+    assert np.array_equal(ours, again) and not np.array_equal(ours, other)
+    alike = MixedOrder((100, 100), (1, 1), 0).clips_at(0, 400)[0]
+    assert not np.array_equal(alike[alike < 100], alike[alike >= 100] - 100), "data sets of one size have orders of their own"
+
+
+def test_a_place_far_out_in_a_mix_of_millions_is_found_at_once():
+    order = MixedOrder((2_000_000, 281_000, 5), (0.7, 0.298, 0.002), 0)
+    index, passes = order.clips_at(10**12, 64)
+    assert index.shape == (64,) and index.max() < 2_281_005
+    assert passes[index < 2_000_000].min() == 10**9 * 700 // 2_000_000

@@ -1,0 +1,253 @@
+"""Decodes recordings, makes them mono at one sample rate, cuts them up and writes them to shards: the worker of prepare.py.
+
+It runs as a script, `python -P extract.py SETTINGS`, with the fields of `Extraction` in JSON. A line of standard input is a `Job` in
+JSON: a shard, or what is left of one. Each of its recordings is answered in turn by a line of standard output: {"clips": [[piece,
+offset, size, samples, crc32], ...], "end": length of the shard after it} or {"reason": why it is left out}. {"sha256": of the whole
+shard} comes last, or {"fatal": what no other file would change} at any point.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import sys
+import tempfile
+import types
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+if __name__ == "__main__":
+    # Below, ssast.engine is to mean its modules one by one, without the model and so torch, which take seconds and gigabytes.
+    sys.modules["ssast.engine"] = types.ModuleType("ssast.engine")
+    sys.modules["ssast.engine"].__path__ = [str(Path(__file__).parents[1])]
+
+import numpy as np
+import soxr
+
+from ssast.engine.data.probe import Reject, describe, ffmpeg_blocks, file_status, native_blocks, open_native, serve
+from ssast.engine.data.shards import END_OF_TAR, clip_key, encode_audio, tar_members
+
+QUALITY = "VHQ"  # a pass band of 91% of the lower Nyquist frequency, and 28 bits: aliases below -150 dB
+_INT16 = np.iinfo(np.int16)
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What becomes of a recording. Lengths are in samples of the result; `segment` 0 keeps it in one piece. `memory` is in bytes."""
+
+    sample_rate: int
+    codec: str
+    segment: int
+    hop: int
+    min_length: int
+    max_length: int
+    memory: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """Recordings, numbered in the data set from `first` on, that go to the file `tar` from the byte `start` on.
+
+    Each is (source, path, offset, size, label, speaker, split): `size` bytes at `offset` in `path`, or all of it where offset is -1.
+    """
+
+    tar: str
+    start: int
+    first: int
+    recordings: list[tuple[str, str, int, int, str, str, str]]
+
+
+class _CannotWriteError(Exception):
+    """The shard cannot be written, which no other recording would change."""
+
+
+def extract(job: Job, settings: Extraction) -> Iterator[dict[str, Any]]:
+    """Writes a shard; yields the answers for its recordings, and its hash."""
+    try:
+        with _writing(job.tar), open(job.tar, "ab", buffering=0) as tar:
+            _cut_back(tar, job.start)
+            for number, recording in enumerate(job.recordings, job.first):
+                start = tar.tell()
+                try:
+                    clips = list(_write_clips(tar, number, recording, settings))
+                except (_CannotWriteError, ImportError):
+                    raise
+                except Exception as error:  # decoders' bindings raise all kinds, and one file must not end the run
+                    _cut_back(tar, start)
+                    yield {"reason": describe(error, settings.memory)}
+                else:
+                    yield {"clips": clips, "end": tar.tell()}
+            _write(tar, END_OF_TAR)
+            os.fsync(tar.fileno())
+            with open(job.tar, "rb") as written:
+                yield {"sha256": hashlib.file_digest(written, "sha256").hexdigest()}
+    except _CannotWriteError as error:
+        yield {"fatal": str(error)}
+    except ImportError as error:
+        yield {"fatal": f"cannot import what decodes audio: {error}"}
+
+
+@contextlib.contextmanager
+def _writing(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        folder = os.path.dirname(path)
+        free = shutil.disk_usage(folder).free / 2**20
+        raise _CannotWriteError(f"cannot write to {folder}: {error.strerror} ({free:.0f} MiB free)") from error
+
+
+def _write(file: BinaryIO, content: bytes) -> None:
+    with _writing(file.name), memoryview(content) as view:
+        written = 0
+        while written < len(view):  # a write without a buffer may be a partial one
+            written += file.write(view[written:])
+
+
+def _cut_back(file: BinaryIO, length: int) -> None:
+    with _writing(file.name):
+        file.truncate(length)
+        file.seek(length)
+
+
+def _write_clips(tar: BinaryIO, number: int, recording: Sequence[Any], settings: Extraction) -> Iterator[list[int]]:
+    """Writes the clips of a recording; [piece, offset, size, samples, crc32] of each."""
+    source, path, offset, size, label, speaker, split = recording
+    rate = settings.sample_rate
+    with _as_file(path, offset, size, folder=os.path.dirname(tar.name)) as file:
+        for piece, start, samples in cut(to_int16(decode(file, size), rate), settings):
+            note = {"label": label, "speaker": speaker, "split": split, "source": source}
+            note |= {"start_s": start / rate, "seconds": len(samples) / rate}
+            audio = encode_audio(samples, rate, settings.codec)
+            members, audio_at = tar_members(clip_key(number, piece), note, audio, settings.codec)
+            audio_at += tar.tell()
+            _write(tar, members)
+            yield [piece, audio_at, len(audio), len(samples), zlib.crc32(audio)]
+
+
+@contextlib.contextmanager
+def _as_file(path: str, offset: int, size: int, folder: str) -> Iterator[str]:
+    """The path of a recording that is `size` bytes long. A member of an archive is copied to a nameless file in `folder`.
+
+    Raises `Reject` if it is not what it was when the run was planned, or changes meanwhile.
+    """
+    before = file_status(path)
+    if isinstance(before, str):
+        raise Reject(before)
+    if offset < 0:
+        if before[0] != size:
+            raise Reject(f"changed while it was being prepared: {before[0]} bytes instead of {size}")
+        yield path
+    else:
+        with contextlib.ExitStack() as stack:
+            with _writing(f"{folder}/."):
+                copy = stack.enter_context(tempfile.NamedTemporaryFile(prefix=".", suffix=".tmp", dir=folder, buffering=0))
+            _copy_range(path, offset, size, copy)
+            yield copy.name
+    if file_status(path) != before:
+        raise Reject("changed while it was being prepared")
+
+
+def _copy_range(path: str, offset: int, size: int, copy: BinaryIO) -> None:
+    if not size:
+        raise Reject("empty file")
+    with open(path, "rb") as file:
+        file.seek(offset)
+        while size:
+            data = file.read(min(size, 1 << 20))
+            if not data:
+                raise Reject("the archive ends before it")
+            _write(copy, data)
+            size -= len(data)
+
+
+def decode(path: str, size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """A file of `size` bytes in blocks: (sample rate in Hz, mean of the channels: int16 [n], or float32 [n] of full scale 1).
+
+    Raises `Reject`, at the end at the latest, if it is not whole and sound.
+    """
+    with open_native(path, size) as (sound, problem):
+        if sound is not None:
+            exact = sound.subtype == "PCM_16" and sound.channels == 1
+            for block in native_blocks(sound, "int16" if exact else "float32"):
+                yield sound.samplerate, _mean_of_channels(block)
+            return
+    yield from ffmpeg_blocks(path, problem)
+
+
+def _mean_of_channels(block: np.ndarray) -> np.ndarray:
+    if block.shape[1] == 1:
+        return block[:, 0]
+    mean = block[:, 0].copy()
+    for channel in range(1, block.shape[1]):  # an order of magnitude faster than a mean over the short axis
+        mean += block[:, channel]
+    return mean / block.shape[1]
+
+
+def to_int16(blocks: Iterable[tuple[int, np.ndarray]], sample_rate: int) -> Iterator[np.ndarray]:
+    """Blocks of `decode` as int16 [n] at `sample_rate` Hz: rounded without dither, saturated, and untouched if they are that already.
+
+    The rate may change from block to block, where streams have been chained: each is resampled by itself.
+    """
+    for rate, group in itertools.groupby(blocks, key=lambda block: block[0]):
+        samples = (block for _, block in group)
+        if rate == sample_rate:
+            yield from map(_rounded, samples)
+            continue
+        resampler = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality=QUALITY)
+        for block in samples:
+            full_scale = block.astype(np.float32) / -float(_INT16.min) if block.dtype == np.int16 else block
+            yield _rounded(resampler.resample_chunk(np.ascontiguousarray(full_scale)))
+        yield _rounded(resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
+
+
+def _rounded(samples: np.ndarray) -> np.ndarray:
+    if samples.dtype == np.int16:
+        return samples
+    return np.clip(np.rint(samples * -float(_INT16.min)), _INT16.min, _INT16.max).astype(np.int16)
+
+
+def cut(blocks: Iterable[np.ndarray], settings: Extraction) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Pieces of a recording, which comes in blocks int16 [n]: (number, first sample, int16 [S]); number -1 for a whole one.
+
+    Pieces of `segment` samples begin every `hop`. The last one is what is left, if that is `min_length` or more and not all in the
+    piece before.
+
+    Raises `Reject` for a recording shorter than `min_length` or longer than `max_length`.
+    """
+    segment, hop = settings.segment or sys.maxsize, settings.hop
+    total, start, number = 0, 0, 0
+    held: list[np.ndarray] = []  # the last of the `total` samples that have come, from `start` on or from where they were cut
+    for block in blocks:
+        total += len(block)
+        if total > settings.max_length:
+            advice = "raise --max-length" if settings.segment else "cut it up by --segment, or raise --max-length"
+            raise Reject(f"longer than {settings.max_length / settings.sample_rate:g} s: {advice}")
+        held.append(block.copy())  # the decoder uses its memory again
+        if total < start + segment:
+            continue
+        samples = np.concatenate(held)
+        origin = total - len(samples)
+        while total >= start + segment:
+            yield number, start, samples[start - origin : start - origin + segment]
+            start, number = start + hop, number + 1
+        held = [samples[start - origin :]]
+    if total < settings.min_length:
+        raise Reject(f"too short: {total} samples at {settings.sample_rate} Hz, the least is {settings.min_length}")
+    is_covered = number > 0 and total <= start - hop + segment
+    if total - start >= settings.min_length and not is_covered:
+        samples = np.concatenate(held)
+        yield number if settings.segment else -1, start, samples[start - (total - len(samples)) :]
+
+
+def _main(settings: Extraction) -> None:
+    serve(settings.memory, lambda job: extract(Job(**job), settings))
+
+
+if __name__ == "__main__":
+    _main(Extraction(**json.loads(sys.argv[1])))
