@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(arguments.config, arguments.overrides)
     arguments.ranks = arguments.ranks or max(1, torch.cuda.device_count())
     arguments.engine = config.step.engine
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would tell, among the progress, that it starts and stops
     folder = arguments.out or config.run_dir / PROFILE_FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
