@@ -7,18 +7,8 @@ from typing import Any
 
 import numpy as np
 
-PARTS = (
-    "data wait",
-    "copy",
-    "fbank",
-    "mask + embed",
-    "encoder forward",
-    "heads + loss",
-    "backward",
-    "communication",
-    "optimizer",
-    "host gaps",
-)
+from .timeline import PARTS
+
 Summary = dict[str, Any]
 
 
