@@ -49,7 +49,7 @@ setup(
         "test": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.120", "ruff>=0.14"],
     },
     entry_points={
-        "console_scripts": ["ssast = ssast.engine.cli:main"],
+        "console_scripts": ["ssast = ssast.engine.cli:command"],
         # what rooms above the engine add to its command line
         "ssast.verbs": ["profile = ssast.benchmarks.throughput.profile:main", "report = ssast.benchmarks.report:main"],
     },

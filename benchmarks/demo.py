@@ -59,7 +59,7 @@ def measure(run_dir: Path, seed: int, ranks: int, seconds: float, overrides: lis
         "steps": last["step"],
         "clips": train[-1]["samples"],
         "masked": config.valid_num_masked,
-        "patches": config.model_config_.num_patches,
+        "patches": config.architecture.num_patches,
         "valid_clips": last["clips"],
         "chance": round(chance, 5),
         "valid_accuracy": round(last["accuracy"], 5),

@@ -121,7 +121,7 @@ class StepBench:
         return self._as_row(config, case, clips, seconds, described, peak if seconds else None, note)
 
     def _engine(self, config: Config) -> Measured:
-        trainer = Trainer(config, nothing_to_read(config), build_model(config.model_config_, config.run.seed), self.ranks)
+        trainer = Trainer(config, nothing_to_read(config), build_model(config.architecture, config.run.seed), self.ranks)
         trainer.choose_attention()
         if config.step.attention == "auto":
             self._attention = trainer.attention
@@ -141,7 +141,7 @@ class StepBench:
 
     def _baseline(self, config: Config, name: str) -> Measured:
         data, device = nothing_to_read(config), self.ranks.device
-        model = build_model(config.model_config_, config.run.seed)
+        model = build_model(config.architecture, config.run.seed)
         (baseline,) = step_baselines(config, model, device, mean=data.mean, std=data.std, names=[name])
         micro_batch, _ = config.batch_sizes(1)
         generator = torch.Generator().manual_seed(config.run.seed)
@@ -163,7 +163,7 @@ class StepBench:
         note: str,
     ) -> Row:
         clips_per_s = clips * len(seconds) / sum(seconds) if seconds else None
-        flops = flops_per_clip(config.model_config_, config.mask.num_masked, objective=config.objective.name)
+        flops = flops_per_clip(config.architecture, config.mask.num_masked, objective=config.objective.name)
         tflops = clips_per_s * flops.train / 1e12 if clips_per_s else None
         return {
             "preset": self.config,

@@ -56,11 +56,11 @@ def with_micro_batch(config: Config, found: AutoBatch, world_size: int) -> Confi
 
 def largest_micro_batch(config: Config, ranks: Ranks) -> int:
     device = ranks.device
-    model = build_model(config.model_config_).to(device)
+    model = build_model(config.architecture).to(device)
     model.checkpoint_activations(config.step.activation_checkpointing)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     state = memory_estimate(
-        config.model_config_, parameters, micro_batch=0, bf16=config.bf16, stage=config.zero_stage, world_size=ranks.world_size
+        config.architecture, parameters, micro_batch=0, bf16=config.bf16, stage=config.zero_stage, world_size=ranks.world_size
     )
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -130,7 +130,7 @@ def _fits(model: SSAST, config: Config, device: torch.device, clips: int) -> boo
 
 
 def _forward(model: SSAST, config: Config, device: torch.device, clips: int) -> torch.Tensor:
-    shape = config.model_config_
+    shape = config.architecture
     patches = torch.randn(clips, shape.num_patches, shape.patch_values, device=device)
     mask = torch.arange(config.mask.num_masked, device=device).expand(clips, -1)
     recon_mask = mask if config.objective.masks == "separate" else None

@@ -12,10 +12,13 @@ from .errors import UserError, first_line
 from .model import SSAST
 
 
-def build_optimizer(model: SSAST, section: dict[str, Any], backend: str, device: torch.device) -> tuple[torch.optim.Optimizer, str]:
+def build_optimizer(
+    groups: list[dict[str, Any]], section: dict[str, Any], backend: str, device: torch.device
+) -> tuple[torch.optim.Optimizer, str]:
     """The paper's Adam (weight decay added to the gradient) or AdamW, from DeepSpeed's `optimizer` section, and the backend's name.
 
     Args:
+        groups: of parameters.
         backend: as in `StepSection.optimizer`.
 
     Raises:
@@ -26,13 +29,13 @@ def build_optimizer(model: SSAST, section: dict[str, Any], backend: str, device:
     decoupled = section["type"] == "AdamW"
     if name in ("torch", "torch-fused"):
         kind = torch.optim.AdamW if decoupled else torch.optim.Adam
-        return kind(model.parameters(), fused=name == "torch-fused" or None, **params), name
+        return kind(groups, fused=name == "torch-fused" or None, **params), name
     if name == "apex":
         fused_adam = _feature("apex.optimizers", "FusedAdam", "step.optimizer")
     else:
         fused_adam = _feature("deepspeed.ops.adam", "FusedAdam", "step.optimizer")
     try:
-        return fused_adam(model.parameters(), adam_w_mode=decoupled, **params), name
+        return fused_adam(groups, adam_w_mode=decoupled, **params), name
     except Exception as error:  # both build or load an extension here
         raise UserError(f"step.optimizer: {name} cannot be used: {first_line(error)}") from None
 

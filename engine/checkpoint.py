@@ -65,7 +65,7 @@ def save_checkpoint(engine: Engine, run_dir: Path, step: int, state: dict[str, A
         dist.barrier()
         engine.save_checkpoint(str(folder), tag=aside, client_state=state, save_latest=False)
         if weights is not None:
-            save_weights(weights, _model(engine).config, folder / aside / WEIGHTS_FILE)
+            save_weights(weights, _model(engine), folder / aside / WEIGHTS_FILE)
             (folder / aside / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
             sync_folder(folder / aside)
     except Exception as error:
@@ -124,7 +124,7 @@ def save_best(engine: Engine, run_dir: Path, step: int, metric: str, value: floa
         folder = run_dir / "checkpoints" / "best"
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            save_weights(weights, _model(engine).config, folder / f"{WEIGHTS_FILE}.tmp")
+            save_weights(weights, _model(engine), folder / f"{WEIGHTS_FILE}.tmp")
             os.replace(folder / f"{WEIGHTS_FILE}.tmp", folder / WEIGHTS_FILE)
             write_whole(folder / "best.json", json.dumps({"step": step, "metric": metric, "value": value}) + "\n")
         except Exception as error:
@@ -132,6 +132,17 @@ def save_best(engine: Engine, run_dir: Path, step: int, metric: str, value: floa
                 raise
             (folder / f"{WEIGHTS_FILE}.tmp").unlink(missing_ok=True)
             raise UserError(f"{folder}: the best weights could not be written ({first_line(error)})", every_rank=True) from None
+    dist.barrier()
+
+
+def save_epoch(engine: Engine, run_dir: Path, epoch: int) -> None:
+    """Keep the weights at the end of an epoch in `checkpoints/epochs/`; every rank calls it."""
+    weights = full_weights(engine)
+    if weights is not None:
+        file = run_dir / "checkpoints" / "epochs" / f"{epoch}.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_weights(weights, _model(engine), file.with_suffix(".tmp"))
+        os.replace(file.with_suffix(".tmp"), file)
     dist.barrier()
 
 

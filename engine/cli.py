@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from typing import NoReturn
 
 from .errors import UserError
 
@@ -83,5 +84,16 @@ def main(argv: list[str] | None = None) -> int:
         return 141
 
 
+def command() -> NoReturn:
+    """What the installed `ssast` runs."""
+    from .ranks import leave
+
+    try:
+        status = main()
+    except SystemExit as error:  # argparse's, after its message
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    leave(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -8,19 +8,17 @@ import importlib.util
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .data.order import block_shares
 from .errors import UserError
-from .model import HEAD_DIM, WIDTHS, ModelConfig
+from .model import HEAD_DIM, PAPER_MEAN, PAPER_STD, WIDTHS, ModelConfig
 
 # The share of patches that validation always masks: the paper's 400 of 512, whatever number training masks.
 VALID_MASKED_SHARE = 400 / 512
-# Mean and standard deviation of the log-mel features of AudioSet-2M + LibriSpeech-960 (the paper's).
-PAPER_MEAN, PAPER_STD = -4.2677393, 4.5689974
 
 # Top-level keys that DeepSpeed reads. DeepSpeed itself passes over an unknown one in silence.
 _DEEPSPEED_KEYS = """
@@ -42,6 +40,9 @@ Compile = Annotated[
     BeforeValidator(lambda value: "off" if value is False else value),  # YAML 1.1 reads off as false
 ]
 Paths = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+
+
+C = TypeVar("C", bound="RunConfig")
 
 
 class Section(BaseModel):
@@ -175,12 +176,15 @@ class TrainSection(Section):
     """Steps between rows of metrics.jsonl."""
 
 
-class Config(Section):
+class RunConfig(Section):
+    """What every kind of training has."""
+
+    presets: ClassVar[str] = ""
+    """Folder of `ssast.configs` with this kind's presets."""
+
     run: RunSection
+    model: Any
     step: StepSection = StepSection()
-    model: ModelSection
-    mask: MaskSection = MaskSection()
-    objective: ObjectiveSection = ObjectiveSection()
     data: DataSection = DataSection()
     train: TrainSection
     deepspeed: dict[str, Any]
@@ -189,19 +193,6 @@ class Config(Section):
     @property
     def run_dir(self) -> Path:
         return Path(self.run.folder) / self.run.name
-
-    @property
-    def model_config_(self) -> ModelConfig:
-        width = WIDTHS[self.model.size]
-        return ModelConfig(
-            width=width,
-            depth=self.model.depth,
-            heads=width // HEAD_DIM,
-            num_mel_bins=self.model.num_mel_bins,
-            input_frames=self.model.input_frames,
-            patch_shape=self.model.patch_shape,
-            stride=self.model.patch_shape,
-        )
 
     def batch_sizes(self, world_size: int) -> tuple[int, int]:
         """(micro-batch of a rank, accumulation steps) by DeepSpeed's rule: batch = micro-batch x accumulation x ranks.
@@ -239,19 +230,55 @@ class Config(Section):
         return self.bf16 and self.zero_stage == 0
 
     @property
-    def valid_num_masked(self) -> int:
-        patches = self.model_config_.num_patches
-        return max(1, min(round(patches * VALID_MASKED_SHARE), patches - 2))
-
-    @property
     def num_samples(self) -> int:
         """Samples of the window that fill `input_frames` frames of 25 ms each 10 ms; the paper's 10 s give 998 of 1024."""
         window, shift = int(self.data.sample_rate * 0.025), int(self.data.sample_rate * 0.010)
         return (self.model.input_frames - 1) * shift + window
 
     @model_validator(mode="after")
-    def _no_contradictions(self) -> Config:
-        model = self.model_config_
+    def _no_contradictions(self) -> Self:
+        if (self.data.mean == "auto") != (self.data.std == "auto"):
+            raise ValueError("data.mean, data.std: 'auto' goes for both or neither")
+        if not isinstance(self.data.std, str) and self.data.std <= 0:
+            raise ValueError(f"data.std: must be positive, not {self.data.std}")
+        if self.data.weights is not None:
+            _check_weights(self.data.weights, self.data.train)
+        if self.run.wandb and importlib.util.find_spec("wandb") is None:
+            raise ValueError("run.wandb: Weights & Biases is not installed; pip install wandb, or leave it off")
+        if "/" in self.run.name or self.run.name in (".", ".."):
+            raise ValueError(f"run.name: {self.run.name!r} must be the name of one folder")
+        _check_deepspeed(self.deepspeed)
+        return self
+
+
+class Config(RunConfig):
+    """Of pretraining."""
+
+    model: ModelSection
+    mask: MaskSection = MaskSection()
+    objective: ObjectiveSection = ObjectiveSection()
+
+    @property
+    def architecture(self) -> ModelConfig:
+        width = WIDTHS[self.model.size]
+        return ModelConfig(
+            width=width,
+            depth=self.model.depth,
+            heads=width // HEAD_DIM,
+            num_mel_bins=self.model.num_mel_bins,
+            input_frames=self.model.input_frames,
+            patch_shape=self.model.patch_shape,
+            stride=self.model.patch_shape,
+        )
+
+    @property
+    def valid_num_masked(self) -> int:
+        patches = self.architecture.num_patches
+        return max(1, min(round(patches * VALID_MASKED_SHARE), patches - 2))
+
+    @model_validator(mode="after")
+    def _fits_the_model(self) -> Config:
+        model = self.architecture
         bins, frames = self.model.patch_shape
         if self.model.input_frames % frames:
             raise ValueError(f"model.input_frames: {self.model.input_frames} is not a multiple of the patch's {frames} frames")
@@ -270,25 +297,14 @@ class Config(Section):
             raise ValueError("mask.cluster: must be null or side lengths of at least 1")
         if self.objective.masks == "separate" and self.objective.name != "joint":
             raise ValueError(f"objective.masks: 'separate' belongs to the joint objective, not to {self.objective.name}")
-        if (self.data.mean == "auto") != (self.data.std == "auto"):
-            raise ValueError("data.mean, data.std: 'auto' goes for both or neither")
-        if not isinstance(self.data.std, str) and self.data.std <= 0:
-            raise ValueError(f"data.std: must be positive, not {self.data.std}")
-        if self.data.weights is not None:
-            _check_weights(self.data.weights, self.data.train)
         if self.train.schedule != "constant" and self.train.warmup_steps >= self.train.steps:
             raise ValueError(
                 f"train.warmup_steps: {self.train.warmup_steps} of {self.train.steps} steps leaves none to train at full rate"
             )
-        if self.run.wandb and importlib.util.find_spec("wandb") is None:
-            raise ValueError("run.wandb: Weights & Biases is not installed; pip install wandb, or leave it off")
-        if "/" in self.run.name or self.run.name in (".", ".."):
-            raise ValueError(f"run.name: {self.run.name!r} must be the name of one folder")
-        _check_deepspeed(self.deepspeed)
         return self
 
 
-def load_config(source: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(source: str | Path, overrides: Iterable[str] = (), kind: type[C] = Config) -> C:
     """Read a YAML file, or a preset by name, apply `key.sub=value` overrides, and validate.
 
     A file may start from another with `extends: NAME-OR-PATH`, relative to itself.
@@ -296,20 +312,24 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         UserError: no such file, not YAML, an unknown key (with the nearest known one), or settings that contradict each other.
     """
-    path = _find(str(source), Path("."))
-    tree = _read(path, ())
+    path = _find(str(source), Path("."), kind)
+    tree = _read(path, (), kind)
     for override in overrides:
         _apply(tree, override)
+    return validated(tree, path, kind)
+
+
+def validated(tree: dict[str, Any], path: Path, kind: type[C] = Config) -> C:
+    """Raises UserError with what is wrong, key by key; `path`: where the settings come from."""
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{path}: " + "; ".join(_explain(problem) for problem in error.errors()[:5])) from None
+        raise UserError(f"{path}: " + "; ".join(_explain(problem, kind) for problem in error.errors()[:5])) from None
 
 
-def list_presets() -> list[str]:
-    return sorted(
-        Path(str(file)).stem for file in importlib.resources.files("ssast.configs").iterdir() if file.name.endswith(".yaml")
-    )
+def list_presets(kind: type[RunConfig] = Config) -> list[str]:
+    folder = importlib.resources.files("ssast.configs") / kind.presets
+    return sorted(Path(str(file)).stem for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
 def dump_config(config: Config) -> str:
@@ -341,17 +361,17 @@ def _parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
-def _find(source: str, beside: Path) -> Path:
+def _find(source: str, beside: Path, kind: type[RunConfig]) -> Path:
     path = beside / source
     if path.is_file():
         return path
-    preset = Path(str(importlib.resources.files("ssast.configs") / f"{source.removesuffix('.yaml')}.yaml"))
+    preset = Path(str(importlib.resources.files("ssast.configs"))) / kind.presets / f"{source.removesuffix('.yaml')}.yaml"
     if "/" not in source and preset.is_file():
         return preset
-    raise UserError(f"{source}: no such config file, and no preset of that name ({', '.join(list_presets())})")
+    raise UserError(f"{source}: no such config file, and no preset of that name ({', '.join(list_presets(kind))})")
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read(path: Path, seen: tuple[Path, ...], kind: type[RunConfig]) -> dict[str, Any]:
     if path in seen:
         raise UserError(f"{path}: 'extends' goes round in a circle")
     try:
@@ -363,7 +383,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a mapping of sections, this is {type(tree).__name__}")
     parent = tree.pop("extends", None)
-    return tree if parent is None else _merge(_read(_find(str(parent), path.parent), (*seen, path)), tree)
+    return tree if parent is None else _merge(_read(_find(str(parent), path.parent, kind), (*seen, path), kind), tree)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -393,10 +413,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree[leaf] = value
 
 
-def _explain(problem: dict[str, Any]) -> str:
+def _explain(problem: dict[str, Any], kind: type[RunConfig]) -> str:
     key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("function-"))
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, _known_keys(Config), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(key, _known_keys(kind), n=1, cutoff=0.5)
         return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
     if problem["type"] == "missing":
         return f"{key} is missing"

@@ -19,6 +19,8 @@ from ssast.kernels import NUM_PREFIX, MSPMLoss, attention, embed_patches, found_
 
 from .spans import span
 
+# Mean and standard deviation of the log-mel features of AudioSet-2M + LibriSpeech-960 (the paper's).
+PAPER_MEAN, PAPER_STD = -4.2677393, 4.5689974
 WIDTHS = {"tiny": 192, "small": 384, "base": 768}
 PATCH_VALUES = 256
 HEAD_DIM = 64
@@ -39,6 +41,8 @@ class ModelConfig:
     num_classes: int | None = None
     """None: no classifier."""
     pretraining_heads: bool = True
+    layer_weights: bool = False
+    """Classify a learned weighted sum of what every block gives, as SUPERB does, instead of what the last one gives."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -70,6 +74,22 @@ class ModelConfig:
     @property
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What using a model takes beside its weights: how its features are made, and what its classes are."""
+
+    sample_rate: int = 16000  # Hz
+    mean: float = PAPER_MEAN
+    std: float = PAPER_STD
+    """Of the log-mel features; the model is given (x - mean) / (2 std)."""
+    labels: tuple[str, ...] | None = None
+    """Of the classes, in the order of the logits; None: not known."""
+    multi_label: bool = False
+    """A clip may have several labels: probabilities are sigmoids, otherwise a softmax."""
+    pool: str = "mean"
+    """What the classifier was trained on, as in `SSAST.classify`."""
 
 
 def unpatchify(patches: torch.Tensor, grid: tuple[int, int], patch_shape: tuple[int, int]) -> torch.Tensor:
@@ -164,11 +184,12 @@ class Block(nn.Module):
 
 
 class SSAST(nn.Module):
-    """The whole model. `forward` is `pretrain_patches`, which is what the trainer's engine wraps."""
+    """The whole model."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, card: ModelCard | None = None) -> None:
         super().__init__()
         self.config = config
+        self.card = card or ModelCard()
         self.unused: dict[str, torch.Tensor] = {}  # tensors of an official file that no computation uses, kept for writing it back
         self.embedding = PatchEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -178,6 +199,12 @@ class SSAST(nn.Module):
             self.recon_head = _two_layers(config.width)
         if config.num_classes is not None:
             self.classifier = nn.Sequential(nn.LayerNorm(config.width, eps=1e-5), nn.Linear(config.width, config.num_classes))
+        if config.layer_weights:
+            self.layer_weights = nn.Parameter(torch.zeros(1 + config.depth))
+
+    def forward(self, *args: Any, method: str = "pretrain_patches", **kwargs: Any) -> Any:
+        """The method of that name. Engines that wrap the model, DeepSpeed's and DistributedDataParallel, have this one way in."""
+        return getattr(self, method)(*args, **kwargs)
 
     def encode(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """[B, T, F] normalised log-mel -> [B, 2 + P, D] tokens after the final norm; `mask` [B, M] patch numbers to hide.
@@ -240,8 +267,6 @@ class SSAST(nn.Module):
         mse_half = self._masked_loss(patches, recon_mask, softmax_over, "generative", recon_weight)
         return MSPMLoss(nce_half.nce + recon_weight * mse_half.mse, nce_half.nce, mse_half.mse, nce_half.accuracy)
 
-    forward = pretrain_patches
-
     @torch.no_grad()
     def reconstruct(
         self, features: torch.Tensor, mask: torch.Tensor, *, softmax_over: str = "predictions"
@@ -260,17 +285,18 @@ class SSAST(nn.Module):
         found = found_patches(self.class_head(tokens).to(patches.dtype), patches, mask=mask, softmax_over=softmax_over)
         return unpatchify(canvas, self.config.grid, self.config.patch_shape), found
 
-    def classify(self, features: torch.Tensor, pool: str = "mean") -> torch.Tensor:
-        """[B, T, F] -> [B, C] logits; pool: "mean" of the patch tokens, or "cls": mean of the cls and the dist token.
+    def classify(self, features: torch.Tensor, pool: str | None = None) -> torch.Tensor:
+        """[B, T, F] -> [B, C] logits; pool: "mean" of the patch tokens, "cls": mean of the cls and the dist token, None: the card's.
 
         Raises:
             ValueError: a model without classifier, or an unknown `pool`.
         """
         if self.config.num_classes is None:
             raise ValueError("this model has no classifier: load it with num_classes=...")
+        pool = self.card.pool if pool is None else pool
         if pool not in ("mean", "cls"):
             raise ValueError(f"pool must be 'mean' or 'cls', not {pool!r}")
-        tokens = self.encode(features)
+        tokens = self._weighted_layers(self._patchify(features)) if self.config.layer_weights else self.encode(features)
         pooled = tokens[:, NUM_PREFIX:].mean(dim=1) if pool == "mean" else tokens[:, :NUM_PREFIX].mean(dim=1)
         return self.classifier(pooled)
 
@@ -298,6 +324,27 @@ class SSAST(nn.Module):
 
     def _masked_tokens(self, patches: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return gather_rows(self._encode_patches(patches, mask), mask + NUM_PREFIX)  # [B, M, D]
+
+    def _weighted_layers(self, patches: torch.Tensor) -> torch.Tensor:  # [B, P, K] -> [B, N, D]
+        x = self.embedding(patches)
+        shares = self.layer_weights.softmax(dim=0)
+        total = shares[0] * x
+        for share, block in zip(shares[1:], self.blocks, strict=True):
+            x = block(x)
+            total = total + share * x
+        return total
+
+    def embed(self, waveform: Any, sample_rate: int, **options: Any) -> Any:
+        """Embeddings of sound of any length, rate and number of channels: `ssast.engine.inference.embed`."""
+        from .inference import embed
+
+        return embed(self, waveform, sample_rate, **options)
+
+    def predict(self, waveform: Any, sample_rate: int, **options: Any) -> Any:
+        """Probabilities of the classes: `ssast.engine.inference.predict`."""
+        from .inference import predict
+
+        return predict(self, waveform, sample_rate, **options)
 
     # --- the two parts that torch.compile is given ------------------------------------------------------------------------------------
 
@@ -371,6 +418,8 @@ def _init_parameter(name: str, parameter: torch.Tensor, config: ModelConfig, gen
         parameter.fill_(1.0 if name.endswith("weight") else 0.0)
     elif name in ("embedding.position", "embedding.prefix") or (name.startswith("blocks") and name.endswith("weight")):
         nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
+    elif name == "layer_weights":
+        parameter.zero_()  # equal shares
     elif name == "embedding.mask_token":
         parameter.normal_(0.0, math.sqrt(1.0 / config.width), generator=generator)  # Xavier normal of a [1, 1, D] tensor
     elif name.startswith("blocks"):
@@ -399,6 +448,7 @@ def resize(model: SSAST, config: ModelConfig, position_resize: str = "exact") ->
     if changed:
         raise ValueError(f"weights cannot follow a change of {', '.join(changed)}")
     new = build_model(config)
+    new.card = model.card
     weights = new.state_dict()
     keeps_classifier = config.num_classes == model.config.num_classes
     for key, value in model.state_dict().items():

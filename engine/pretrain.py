@@ -17,8 +17,8 @@ from .config import Config, dump_config, list_presets, load_config
 from .cost import FLOP_FORMULA, count_parameters, flops_per_clip, memory_estimate
 from .errors import UserError, first_line
 from .launch import launch
-from .model import SSAST, build_model, resize
-from .ranks import join_ranks, speaks_for_its_node
+from .model import SSAST, ModelCard, build_model, resize
+from .ranks import join_ranks, leave, speaks_for_its_node
 from .rundir import check_run_dir, is_finished, locked, measured_statistics, prepare_run_dir
 from .runlog import read_rows
 from .weights import load_model
@@ -99,7 +99,8 @@ def _train(config: Config, stop_request: StopRequest) -> int:
         return 0
     data = ranks.once(lambda: open_dataset(config, measured_statistics(config)))
     check_reachable(data)
-    model = build_model(config.model_config_) if checkpoint_steps(config.run_dir) else start_model(config)
+    model = build_model(config.architecture) if checkpoint_steps(config.run_dir) else start_model(config)
+    model.card = ModelCard(config.data.sample_rate, data.mean, data.std)
     with contextlib.ExitStack() as held:
         ranks.once(lambda: held.enter_context(locked(config.run_dir)))
         ranks.once(lambda: prepare_run_dir(config, data, ranks.world_size))
@@ -119,7 +120,7 @@ def _train(config: Config, stop_request: StopRequest) -> int:
 
 def start_model(config: Config) -> SSAST:
     """A fresh model, or the weights of `model.init_from` fitted to this config's input."""
-    wanted = config.model_config_
+    wanted = config.architecture
     if config.model.init_from is None:
         return build_model(wanted, config.run.seed)
     model = load_model(config.model.init_from, heads=wanted.heads)
@@ -133,7 +134,7 @@ def start_model(config: Config) -> SSAST:
 
 def describe_run(config: Config, world_size: int = 1) -> str:
     """The resolved config and what it costs on so many ranks, without touching data or devices."""
-    model_config = config.model_config_
+    model_config = config.architecture
     parameters = count_parameters(build_model(model_config))
     passes = 2 if config.objective.masks == "separate" else 1
     flops = flops_per_clip(model_config, config.mask.num_masked, objective=config.objective.name, passes=passes)
@@ -209,7 +210,4 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    status = main()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    sys.exit(status)
+    leave(main())

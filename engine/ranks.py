@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -87,3 +89,17 @@ def _init_deepspeed(backend: str) -> None:
 def speaks_for_its_node() -> bool:
     """Whether this process is the first of its machine, as the launcher's environment says before anything is joined."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def leave(status: int) -> NoReturn:
+    """End this process, whose work is done, with that exit status.
+
+    Exit handlers run; the interpreter is not taken down, because the threads that gloo and others still have now and then abort the
+    process while that happens, and a status of -6 would be all that a caller sees.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from ssast.kernels import AttentionChoice, MSPMLoss, choose_attention, fbank, fp8_obstacle, sample_patch_mask, use_attention
+from ssast.kernels import AttentionChoice, choose_attention, fp8_obstacle, use_attention
 
 from .backends import build_optimizer, use_norms
 from .checkpoint import (
@@ -26,18 +26,20 @@ from .checkpoint import (
     remove_incomplete,
     save_best,
     save_checkpoint,
+    save_epoch,
 )
 from .compilation import Compilation, choose_compile
-from .config import Config
+from .config import RunConfig
 from .data.clips import Clips
 from .data.dataset import Dataset
 from .data.decode import AudioDecoder
 from .data.loader import BadClip, Batch, ClipReader, Prefetcher, Shard
-from .data.order import MixedOrder, SampleOrder
+from .data.order import MixedOrder, SampleOrder, WeightedOrder
 from .deepspeed_waits import remove_waits
 from .errors import UserError
 from .interrupt import StopRequest
 from .model import SSAST
+from .objective import Objective, Pretraining
 from .plain import PlainEngine
 from .ranks import Ranks
 from .runlog import RunLog
@@ -46,10 +48,6 @@ from .spans import span
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
-
-# Streams of the run's seed: masks in training, their second mask where there are two, and masks in validation.
-_MASK_SEED, _RECON_MASK_SEED, _VALID_SEED = 1, 2, 3
-_METRICS = ("loss", "nce", "mse", "accuracy")
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,9 @@ class Trainer:
     Building it joins the model to the engine; `train` goes on from the last checkpoint of the run folder, if there is one.
     """
 
-    def __init__(self, config: Config, data: Dataset, model: SSAST, ranks: Ranks) -> None:
+    def __init__(self, config: RunConfig, data: Dataset, model: SSAST, ranks: Ranks, objective: Objective | None = None) -> None:
+        """`objective`: pretraining, unless told otherwise."""
+        self.objective = objective or Pretraining(config, data, ranks)
         self.config, self.data, self.ranks, self.run_dir = config, data, ranks, config.run_dir
         self.micro_batch, self.accumulation = config.batch_sizes(ranks.world_size)
         self.clips_per_step = self.micro_batch * self.accumulation * ranks.world_size
@@ -85,7 +85,9 @@ class Trainer:
                 raise UserError(f"step.fp8_mlp: FP8 {obstacle}")
             model.use_fp8()
         self.optimizer_section = config.deepspeed["optimizer"]
-        optimizer, self.optimizer = build_optimizer(model, self.optimizer_section, config.step.optimizer, ranks.device)
+        groups = self.objective.parameter_groups(model)
+        self._lr_scales = [group["lr_scale"] for group in groups]
+        optimizer, self.optimizer = build_optimizer(groups, self.optimizer_section, config.step.optimizer, ranks.device)
         self.compilation = Compilation(model, regions, config.step.compile_mode)
         if self.compilation.replays_graphs and self.accumulation > 1:
             raise UserError(
@@ -105,8 +107,9 @@ class Trainer:
         config = self.config
         if config.step.engine == "ddp":
             clipping = config.deepspeed.get("gradient_clipping", 0.0)
-            all_used = config.objective.name == "joint" and config.objective.masks == "shared"
-            return PlainEngine(model, optimizer, accumulation=self.accumulation, clipping=clipping, all_used=all_used)
+            return PlainEngine(
+                model, optimizer, accumulation=self.accumulation, clipping=clipping, all_used=self.objective.all_used
+            )
         import deepspeed
 
         universal = self._resume_from is not None and self._resume_from.is_universal
@@ -151,14 +154,14 @@ class Trainer:
         """One optimizer step; returns the metrics of the one before. `stop`: this rank was asked to."""
         with span("step"):
             learning_rate = self._set_learning_rate()
-            total = torch.zeros(len(_METRICS), device=self.ranks.device)
+            total = torch.zeros(len(self.objective.metrics), device=self.ranks.device)
             for _ in range(self.accumulation):
                 with span("data wait"), clock.waiting():
                     batch = next(batches)
                 with self.compilation.micro_batch():
-                    losses = self._losses(batch)
+                    losses = self.objective.losses(self.engine, batch)
                 with span("backward"):
-                    self.engine.backward(losses.loss)
+                    self.engine.backward(losses[0])
                 with span("optimizer"):
                     grad_norm = self._gradient_norm()
                     self.engine.step()
@@ -187,7 +190,7 @@ class Trainer:
 
     def choose_attention(self) -> str:
         """Settle the backend of attention, the same on every rank, before the first step; what to log of it."""
-        config, model = self.config, self.config.model_config_
+        config, model = self.config, self.engine.module.config
         name = self._resume_from.state.get("attention") if self._resume_from and self.attention == "auto" else self.attention
         if name in (None, "auto"):
             name = "torch" if config.run.deterministic else None
@@ -207,56 +210,10 @@ class Trainer:
         measured = ", ".join(f"{each} {ms:.3f} ms" for each, ms in choice.milliseconds.items())
         return choice.name + (f" (forward and backward at {list(shape)}: {measured})" if measured else "")
 
-    # --- one micro-batch ------------------------------------------------------------------------------------------------------------
-
-    def _losses(self, batch: Batch, *, validation: bool = False) -> MSPMLoss:
-        config, objective = self.config, self.config.objective
-        with span("copy"):  # on a GPU the loader has sent them ahead
-            waveform, lengths = (each.to(self.ranks.device, non_blocking=True) for each in (batch.waveform, batch.lengths))
-        with span("fbank"):
-            patches = fbank(
-                waveform,
-                sample_rate=config.data.sample_rate,
-                num_mel_bins=config.model.num_mel_bins,
-                lengths=lengths,
-                num_frames=config.model.input_frames,
-                mean=self.data.mean,
-                std=self.data.std,
-                dtype=torch.bfloat16 if config.bf16 else torch.float32,  # of what is predicted, too: factors of the loss's products
-                patch=config.model_config_.patch_shape,
-            )  # [B, P, K]
-        with span("mask + embed"):
-            mask = self._mask(batch, _VALID_SEED if validation else _MASK_SEED, validation)
-            recon_mask = None
-            if objective.masks == "separate" and not validation:
-                recon_mask = self._mask(batch, _RECON_MASK_SEED, validation)
-        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=config.uses_autocast):
-            return self.engine(
-                patches,
-                mask,
-                recon_mask,
-                softmax_over=objective.softmax_over,
-                objective=objective.name,
-                recon_weight=objective.recon_weight,
-            )
-
-    def _mask(self, batch: Batch, stream: int, validation: bool) -> torch.Tensor:
-        config = self.config
-        return sample_patch_mask(
-            batch.waveform.shape[0],
-            grid=config.model_config_.grid,
-            num_masked=config.valid_num_masked if validation else config.mask.num_masked,
-            cluster=config.mask.cluster,
-            algorithm=config.mask.algorithm,
-            seed=(stream << 32) + config.run.seed,
-            offset=batch.position,
-            device=self.ranks.device,
-        )
-
     def _set_learning_rate(self) -> float:
         learning_rate = self.schedule.lr(self.step)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        for group, scale in zip(self.engine.optimizer.param_groups, self._lr_scales, strict=True):
+            group["lr"] = learning_rate * scale
         return learning_rate
 
     def _gradient_norm(self) -> torch.Tensor | None:
@@ -292,11 +249,12 @@ class Trainer:
         step, summed, arrived, row = self._sent
         self._sent = None
         arrived()
-        count = len(_METRICS) + 1
+        names = self.objective.metrics
+        count = len(names) + 1
         *means, stops = (value / self.ranks.world_size for value in summed[:count].tolist())
         if len(summed) > count:
             row["grad_norm"] = summed[count]
-        return StepMetrics(step, dict(zip(_METRICS, means, strict=True)), stops > 0, row)
+        return StepMetrics(step, dict(zip(names, means, strict=True)), stops > 0, row)
 
     def _row(self, learning_rate: float, grad_norm: torch.Tensor | None, clock: Clock) -> dict[str, Any] | None:
         """What this step's row will say beside its metrics; None if it has none."""
@@ -339,39 +297,31 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self, log: RunLog | None) -> None:
-        """Means over all validation clips. The masks are the same every time, and 400 of 512 patches whatever training masks."""
-        count, reader = len(self.data.valid), self._valid_reader
-        shard = Shard(self.ranks.rank, self.ranks.world_size, self.micro_batch)
-        sums = torch.zeros(len(_METRICS) + 1, dtype=torch.float64, device=self.ranks.device)
         self.engine.eval()
+        metrics = self.objective.validate(self.engine, self._valid_batches())
+        self.engine.train()
+        name, value = self.objective.judge(metrics)
+        if self.schedule.after_validation(value):
+            save_best(self.engine, self.run_dir, self.step, name, metrics[name])
+        epoch = self.objective.keep_epoch(self.step)
+        if epoch is not None:
+            save_epoch(self.engine, self.run_dir, epoch)
+        if log is not None:
+            row = self.objective.validation_row(metrics)
+            log.row("valid", self.step, clips=len(self.data.valid), **row)
+            shown = "  ".join(f"{key} {value:.4f}" for key, value in row.items() if isinstance(value, float))
+            log.say(f"step {self.step}: validation {shown}")
+
+    def _valid_batches(self) -> Iterator[tuple[Batch, int]]:
+        """This rank's batches of validation clips, and how many clips of each count."""
+        count, shard = len(self.data.valid), Shard(self.ranks.rank, self.ranks.world_size, self.micro_batch)
         for round_ in range(-(-count // (self.micro_batch * self.ranks.world_size))):
             first = shard.position(round_)
             clips = max(0, min(self.micro_batch, count - first))
             # a rank with no clip left still runs, unweighted: under ZeRO-3 every rank takes part in every forward pass
-            batch = reader.read(min(first, count - 1), max(clips, 1))
+            batch = self._valid_reader.read(min(first, count - 1), max(clips, 1))
             with self.compilation.left_out():
-                losses = self._losses(batch, validation=True)
-            if clips:
-                sums[:-1] += torch.stack([value.double() for value in losses]) * clips
-                sums[-1] += clips
-        self.engine.train()
-        dist.all_reduce(sums)
-        means = (sums[:-1] / sums[-1]).tolist()
-        metrics = dict(zip(_METRICS, means, strict=True))
-        name, value = self._pretext_metric(metrics)
-        if self.schedule.after_validation(value):
-            save_best(self.engine, self.run_dir, self.step, name, metrics[name])
-        if log is not None:
-            untrained = {"discriminative": ("mse",), "generative": ("nce", "accuracy")}.get(self.config.objective.name, ())
-            shown = {key: value for key, value in metrics.items() if key not in untrained}
-            log.row("valid", self.step, clips=count, num_masked=self.config.valid_num_masked, **shown)
-            log.say(f"step {self.step}: validation " + "  ".join(f"{key} {value:.4f}" for key, value in shown.items()))
-
-    def _pretext_metric(self, metrics: dict[str, float]) -> tuple[str, float]:
-        """(name, value of which higher is better)."""
-        if self.config.objective.name == "generative":
-            return "mse", -metrics["mse"]
-        return "accuracy", metrics["accuracy"]
+                yield batch, clips
 
     # --- data -----------------------------------------------------------------------------------------------------------------------
 
@@ -390,6 +340,8 @@ class Trainer:
 
     def _order(self) -> SampleOrder:
         weights, seed = self.config.data.weights, self.config.run.seed
+        if self.data.draw_weights is not None:
+            return WeightedOrder(self.data.draw_weights, seed)
         return SampleOrder(len(self.data.train), seed) if weights is None else MixedOrder(self.data.train_sizes, weights, seed)
 
     def _decoder(self, clips: Clips) -> AudioDecoder:
@@ -493,7 +445,7 @@ class Clock:
         return rates
 
 
-def deepspeed_config(config: Config, *, universal: bool = False) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, *, universal: bool = False) -> dict[str, Any]:
     """The run's DeepSpeed section, less the optimizer that we build, with gradients accumulated in fp32 unless told otherwise;
     `universal`: to load a checkpoint that was converted for another number of ranks."""
     section = copy.deepcopy(config.deepspeed)
@@ -518,7 +470,7 @@ def deepspeed_config(config: Config, *, universal: bool = False) -> dict[str, An
     return section
 
 
-def check_deepspeed_section(config: Config) -> None:
+def check_deepspeed_section(config: RunConfig) -> None:
     """Have DeepSpeed read its section before anything is opened; ranks must have joined.
 
     Raises:

@@ -12,13 +12,14 @@ import os
 import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .errors import UserError, first_line
-from .model import HEAD_DIM, NUM_PREFIX, SSAST, ModelConfig, init_classifier, resize
+from .model import HEAD_DIM, NUM_PREFIX, SSAST, ModelCard, ModelConfig, init_classifier, resize
 
 log = logging.getLogger("ssast")
 
@@ -75,6 +76,7 @@ def load_model(
         model.unused = extras
         if num_classes is not None and had_classes != num_classes:
             init_classifier(model)
+            model.card = dataclasses.replace(model.card, labels=None)
             log.info("%s: a fresh classifier for %d classes was added", file, num_classes)
     return model.eval()
 
@@ -96,7 +98,7 @@ def save_model(model: SSAST, path: str | os.PathLike[str], format: str = "safete
         if format == "official":
             torch.save(_to_official(model), aside)
         else:
-            save_weights({k: v.detach() for k, v in model.state_dict().items()}, model.config, aside)
+            save_weights({k: v.detach() for k, v in model.state_dict().items()}, model, aside)
         os.replace(aside, path)
     except Exception as error:
         aside.unlink(missing_ok=True)
@@ -105,10 +107,11 @@ def save_model(model: SSAST, path: str | os.PathLike[str], format: str = "safete
         raise UserError(f"{path}: could not be written: {error}") from None
 
 
-def save_weights(weights: dict[str, torch.Tensor], config: ModelConfig, path: Path) -> None:
-    """Write named tensors and the shape of the model they belong to as safetensors."""
+def save_weights(weights: dict[str, torch.Tensor], model: SSAST, path: Path) -> None:
+    """Write named tensors as safetensors, with the shape and the card of the model they belong to."""
     tensors = {name: value.contiguous().cpu() for name, value in weights.items()}
-    save_file(tensors, path, metadata={"format": FORMAT, "config": json.dumps(dataclasses.asdict(config))})
+    described = {"config": json.dumps(dataclasses.asdict(model.config)), "card": json.dumps(dataclasses.asdict(model.card))}
+    save_file(tensors, path, metadata={"format": FORMAT, **described})
 
 
 def is_write_error(error: Exception) -> bool:
@@ -163,11 +166,16 @@ def _load_safetensors(file: Path) -> SSAST:
         raise UserError(f"{file}: not a readable safetensors file: {error}") from None
     if metadata.get("format") != FORMAT:
         raise UserError(f"{file}: was not written by this engine (its metadata lacks format={FORMAT!r})")
-    saved = json.loads(metadata["config"])
-    model = SSAST(ModelConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}))
+    config = ModelConfig(**_as_tuples(json.loads(metadata["config"])))
+    model = SSAST(config, ModelCard(**_as_tuples(json.loads(metadata.get("card", "{}")))))
     check_weights(weights, model.state_dict(), file)
     model.load_state_dict(weights)
     return model
+
+
+def _as_tuples(saved: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows lists only."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
 
 
 def _load_official(
@@ -301,6 +309,8 @@ def _from_official(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _to_official(model: SSAST, prefix: str = "module.") -> dict[str, torch.Tensor]:
     """The official state dict, in the order in which the official code writes it."""
     config, weights = model.config, {key: value.detach().cpu() for key, value in model.state_dict().items()}
+    if config.layer_weights:
+        raise UserError("the official format holds no classifier over weighted layers; keep it as safetensors")
     if config.pretraining_heads and (config.stride != config.patch_shape or config.num_classes is not None):
         raise UserError(
             "the official format holds pretraining models without overlap or classifier, or fine-tuned ones (num_classes=...)"

@@ -177,7 +177,7 @@ class StepBaseline(abc.ABC):
         """
         self.config, self.device, self.mean, self.std = config, device, mean, std
         self._check()
-        self.shape = config.model_config_
+        self.shape = config.architecture
         self.model = self.model_type(self.shape).to(device)
         self.model.load_state_dict(weights)
         self.optimizer = self._make_optimizer()
@@ -293,7 +293,7 @@ class OfficialWay(StepBaseline):
                 f"data.sample_rate, model.num_mel_bins: {self.name!r} knows {SAMPLE_RATE} Hz and {MEL_BINS} mel bins only, not "
                 f"{data.sample_rate} and {self.config.model.num_mel_bins}; measure without it"
             )
-        most = self.config.model_config_.num_patches - 2
+        most = self.config.architecture.num_patches - 2
         if mask.cluster is not None and mask.num_masked > most:
             raise UserError(
                 f"mask.num_masked: {self.name!r} masks at most {most} patches, not {mask.num_masked}; measure without it"

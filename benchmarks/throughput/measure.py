@@ -32,7 +32,7 @@ from ssast.engine.data.loader import Batch
 from ssast.engine.errors import UserError
 from ssast.engine.files import write_whole
 from ssast.engine.model import NUM_PREFIX, build_model
-from ssast.engine.ranks import Ranks, join_ranks, speaks_for_its_node
+from ssast.engine.ranks import Ranks, join_ranks, leave, speaks_for_its_node
 from ssast.engine.trainer import Clock, Trainer
 
 from .device import DeviceWatch, ceiling_rates, device_name, gpu_facts, peak_tflops
@@ -55,7 +55,6 @@ def main(argv: list[str] | None = None) -> int:
         if ranks.is_first:
             write_whole(arguments.out, json.dumps(measured))
         dist.barrier()
-        dist.destroy_process_group()
         return 0
     except UserError as error:
         if error.every_rank or speaks_for_its_node():
@@ -71,7 +70,7 @@ def measure(config: Config, ranks: Ranks, arguments: argparse.Namespace, folder:
         config = with_micro_batch(config, found, ranks.world_size)
     config = undisturbed(config, folder)
     data = ranks.once(lambda: open_dataset(config)) if feeds_from_files else nothing_to_read(config)
-    trainer = Trainer(config, data, build_model(config.model_config_, config.run.seed), ranks)
+    trainer = Trainer(config, data, build_model(config.architecture, config.run.seed), ranks)
     trainer.choose_attention()
     memory = in_memory(trainer, ranks.device if not feeds_from_files else torch.device("cpu"))
     loader = trainer.train_loader() if feeds_from_files else None
@@ -103,7 +102,7 @@ def measure(config: Config, ranks: Ranks, arguments: argparse.Namespace, folder:
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()  # what the steps have left, the ceilings may use
     rates = ceiling_rates(ranks.device)
-    shape = config.model_config_
+    shape = config.architecture
     passes = 2 if config.objective.masks == "separate" else 1
     flops = flops_per_clip(shape, config.mask.num_masked, objective=config.objective.name, passes=passes)
     timeline = read_trace(trace)
@@ -221,7 +220,7 @@ def memory_split(trainer: Trainer) -> dict[str, Any]:
         source = "allocator: peak of the timed steps; other: batches, workspaces and buffers that are held between steps"
         return {**split, "other": other, "peak": peak, "source": source}
     gradients = 4 * sum(parameter.numel() for parameter in model.parameters())
-    plain = build_model(trainer.config.model_config_)
+    plain = build_model(trainer.config.architecture)
     plain.checkpoint_activations(trainer.config.step.activation_checkpointing)
     one, two = (activation_bytes(plain, trainer.config, trainer.ranks.device, clips) for clips in (1, 2))
     activations = one + (two - one) * (trainer.micro_batch - 1)
@@ -234,7 +233,7 @@ def memory_split(trainer: Trainer) -> dict[str, Any]:
 
 
 def describe(trainer: Trainer, feeds_from_files: bool) -> dict[str, Any]:
-    config, shape = trainer.config, trainer.config.model_config_
+    config, shape = trainer.config, trainer.config.architecture
     step = trainer.describe_step()
     grid, patch = shape.grid, shape.patch_shape
     return {
@@ -265,7 +264,7 @@ class InMemory:
         position = 0
         while True:
             for waveform in self.waveforms:
-                yield Batch(waveform, self.lengths, position)
+                yield Batch(waveform, self.lengths, position, torch.zeros_like(self.lengths))
                 position += self.stride
 
 
@@ -288,7 +287,7 @@ def nothing_to_read(config: Config) -> Dataset:
     """Stands for a corpus where steps are fed from memory; features are normalised with the paper's constants unless the config says."""
     import numpy as np
 
-    from ssast.engine.config import PAPER_MEAN, PAPER_STD
+    from ssast.engine.model import PAPER_MEAN, PAPER_STD
 
     none = Clips([], [], [], [], *(np.zeros(0, dtype) for dtype in (np.int64, np.int32, np.int32, np.int64, np.int64)))
     mean = PAPER_MEAN if isinstance(config.data.mean, str) else config.data.mean
@@ -352,5 +351,5 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(main())
+        leave(main())
     sys.exit(130)

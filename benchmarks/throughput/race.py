@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ssast.engine.config import load_config
 from ssast.engine.errors import UserError
 from ssast.engine.files import write_whole
 from ssast.engine.model import build_model
-from ssast.engine.ranks import join_ranks
+from ssast.engine.ranks import join_ranks, leave
 from ssast.engine.trainer import Clock, Trainer
 
 from .baselines import StepBaseline, step_baselines
@@ -84,14 +83,13 @@ def main(argv: list[str] | None = None) -> int:
         ranks = join_ranks(config.step.engine)
         with tempfile.TemporaryDirectory() as folder:
             config = undisturbed(config, Path(folder))
-            data, model = nothing_to_read(config), build_model(config.model_config_, config.run.seed)
+            data, model = nothing_to_read(config), build_model(config.architecture, config.run.seed)
             baselines = step_baselines(config, model, ranks.device, mean=data.mean, std=data.std, names=arguments.names)
             trainer = Trainer(config, data, model, ranks)
             trainer.choose_attention()
             waveforms = in_memory(trainer, torch.device("cpu")).waveforms
             runners = [_ours(trainer)] + [baseline_runner(each, waveforms, ranks.device) for each in baselines]
             write_whole(arguments.out, json.dumps(race(runners)))
-        dist.destroy_process_group()
         return 0
     except UserError as error:
         print(f"ssast: {error}", file=sys.stderr, flush=True)
@@ -136,4 +134,4 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -38,6 +38,8 @@ class Dataset:
     std: float
     train_sizes: list[int]
     """Training clips of each entry of data.train, which follow one another in `train`."""
+    draw_weights: np.ndarray | None = None
+    """[N] of the training clips: they are drawn in proportion, not each once an epoch."""
 
     def summary(self) -> dict[str, int | float]:
         return {

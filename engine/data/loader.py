@@ -25,6 +25,8 @@ class Batch:
     """[B] int64, samples that are sound; the rest is padding."""
     position: int
     """Of the first clip in the order of training (or of validation); clip b stands at position + b."""
+    clips: torch.Tensor
+    """[B] int64, the number of each clip in its data set: after replacement, of the one that was read."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,9 @@ class ClipReader:
         while True:
             decoded = self.decoder.finish(pending)
             if not decoded.broken:
-                return Batch(torch.from_numpy(decoded.waveform), torch.from_numpy(decoded.lengths), batch.position)
+                arrays = (decoded.waveform, decoded.lengths, pending.index)
+                waveform, lengths, clips = (torch.from_numpy(array) for array in arrays)
+                return Batch(waveform, lengths, batch.position, clips)
             for row, reason in decoded.broken.items():
                 self._record(int(pending.index[row]), reason)
             pending = self._begin(pending.index, batch.epochs)
@@ -156,8 +160,8 @@ class Prefetcher:
         if copied is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(copied)
-            batch.waveform.record_stream(stream)
-            batch.lengths.record_stream(stream)
+            for tensor in (batch.waveform, batch.lengths, batch.clips):
+                tensor.record_stream(stream)
         return batch
 
     def close(self) -> None:
@@ -187,16 +191,16 @@ class Prefetcher:
 
     def _copy(self, batch: Batch, stream: torch.cuda.Stream) -> tuple[Batch, torch.cuda.Event]:
         """Copy from pinned memory on a stream of its own, beside the step; the event says when the copy is there."""
-        pinned = Batch(batch.waveform.pin_memory(), batch.lengths.pin_memory(), batch.position)
+        pinned = Batch(batch.waveform.pin_memory(), batch.lengths.pin_memory(), batch.position, batch.clips.pin_memory())
         with torch.cuda.stream(stream):
-            waveform = pinned.waveform.to(self._device, non_blocking=True)
-            lengths = pinned.lengths.to(self._device, non_blocking=True)
+            tensors = (pinned.waveform, pinned.lengths, pinned.clips)
+            waveform, lengths, clips = (tensor.to(self._device, non_blocking=True) for tensor in tensors)
             copied = torch.cuda.Event()
             copied.record(stream)
         self._copying.append((pinned, copied))
         while self._copying[0][1].query() and len(self._copying) > 1:
             self._copying.popleft()
-        return Batch(waveform, lengths, batch.position), copied
+        return Batch(waveform, lengths, batch.position, clips), copied
 
     def _put(self, item: tuple[Batch, torch.cuda.Event | None] | Exception) -> None:
         while not self._stopped.is_set():

@@ -16,7 +16,7 @@ from ssast.kernels.random import below, philox
 
 BLOCK = 1000
 _STREAM_CROP = 0x63726F70  # any constants that no other use of the seed shares
-_STREAM_BLOCK, _STREAM_SET = 0x626C6F63, 0x73657400
+_STREAM_BLOCK, _STREAM_SET, _STREAM_DRAW = 0x626C6F63, 0x73657400, 0x64726177
 
 
 class SampleOrder:
@@ -64,6 +64,27 @@ class MixedOrder(SampleOrder):
             here = data_set == number
             clip[here], passes[here] = self._sets[number].at(turn[here])
         return clip + self._first[data_set], passes
+
+
+class WeightedOrder(SampleOrder):
+    """Clips drawn with replacement, each in proportion to its weight; an epoch here is as many draws as there are clips."""
+
+    def __init__(self, weights: np.ndarray, seed: int) -> None:
+        """`weights`: [N], none negative, not all zero."""
+        super().__init__(len(weights), seed)
+        total = np.cumsum(weights, dtype=np.float64)
+        if not np.isfinite(total[-1]) or total[-1] <= 0 or np.min(weights) < 0:
+            raise ValueError("weights must be numbers of at least 0, not all of them 0")
+        self._edges = total / total[-1]
+
+    def clips_at(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        place = torch.arange(first, first + count, dtype=torch.int64)
+        zero = torch.zeros_like(place)
+        high, low, *_ = philox(self.seed, place & 0xFFFFFFFF, place >> 32, zero, zero + _STREAM_DRAW)
+        share = (high.numpy().astype(np.float64) * 2.0**32 + low.numpy()) * 2.0**-64
+        # rounding may take a share to 1, beyond the last clip
+        index = np.minimum(np.searchsorted(self._edges, share, side="right"), self.num_clips - 1)
+        return index, place.numpy() // self.num_clips
 
 
 def block_shares(weights: Sequence[float]) -> np.ndarray:

@@ -40,7 +40,7 @@ def trainer(tmp_path):
     ranks = Ranks(0, 1, torch.device("cuda", 0), dist.new_group(backend="gloo"))
     settings = ["step.engine=ddp", "deepspeed.bf16.enabled=true", "data.mean=-4", "data.std=4"]
     config = undisturbed(load_config("demo", settings), tmp_path)
-    yield Trainer(config, nothing_to_read(config), build_model(config.model_config_), ranks)
+    yield Trainer(config, nothing_to_read(config), build_model(config.architecture), ranks)
     dist.destroy_process_group()
 
 

@@ -31,7 +31,7 @@ def patches() -> Config:
 
 def make_model(config: Config) -> SSAST:
     """With no parameter at a value that hides it: biases are not zero, and predictions large enough for the softmax to matter."""
-    model, generator = build_model(config.model_config_), torch.Generator().manual_seed(1)
+    model, generator = build_model(config.architecture), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
@@ -46,7 +46,7 @@ def make_waveform(config: Config, batch: int = 3) -> torch.Tensor:
 
 
 def make_mask(config: Config, seed: int, batch: int = 3) -> torch.Tensor:
-    draw = torch.rand(batch, config.model_config_.num_patches, generator=torch.Generator().manual_seed(seed))
+    draw = torch.rand(batch, config.architecture.num_patches, generator=torch.Generator().manual_seed(seed))
     return draw.argsort(dim=1)[:, : config.mask.num_masked]
 
 
@@ -188,7 +188,7 @@ def test_the_first_step_is_the_engines(patches, kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", [OfficialWay, Eager])
 def test_masks(config, kind):
-    rows, columns = config.model_config_.grid
+    rows, columns = config.architecture.grid
     first, again, other = (make(kind, config, seed=seed) for seed in (0, 0, 1))
     masks = first.draw_mask(200)
     assert masks.shape == (200, 20) and masks.dtype == torch.int64

@@ -23,11 +23,11 @@ def test_presets_are_the_published_models(name):
     parameters, grid, masked = PUBLISHED[name]
     config = load_config(name)
     assert config.run.name == name
-    assert config.model_config_.grid == grid and config.mask.num_masked == masked and config.valid_num_masked == 400
+    assert config.architecture.grid == grid and config.mask.num_masked == masked and config.valid_num_masked == 400
     assert (config.mask.cluster is None) == ("frame" in name)
-    width = config.model_config_.width
+    width = config.architecture.width
     unused = 2 + 2 * 1000 * (width + 1)  # p_input_*, and DeiT's two heads, which official files carry along
-    assert count_parameters(build_model(config.model_config_)) == parameters - unused
+    assert count_parameters(build_model(config.architecture)) == parameters - unused
     assert config.deepspeed["optimizer"]["params"]["betas"] == [0.95, 0.999]
     assert config.train.steps * config.deepspeed["train_batch_size"] == 19_200_000
 
@@ -122,7 +122,7 @@ def test_extends_merges_section_by_section(tmp_path):
 
 def test_flops_by_hand():
     """Base, 400 masked, product by product; the published 97.3 GFLOP of a ViT-B at 514 tokens are projection and blocks."""
-    flops = flops_per_clip(load_config("ssast-base-patch-400").model_config_, 400)
+    flops = flops_per_clip(load_config("ssast-base-patch-400").architecture, 400)
     tokens, width = 514, 768
     qkv, scores, values, proj = tokens * width * 3 * width, tokens * tokens * width, tokens * tokens * width, tokens * width * width
     mlp = 2 * tokens * width * 4 * width
@@ -132,7 +132,7 @@ def test_flops_by_hand():
     assert flops.info_nce == 2 * 400 * 400 * 256
     assert (flops.blocks + flops.projection) / 1e9 == pytest.approx(97.3, abs=0.1)
     assert flops.train / 1e12 == pytest.approx(0.296, abs=0.001)
-    two_passes = flops_per_clip(load_config("ssast-base-patch-400").model_config_, 400, passes=2)
+    two_passes = flops_per_clip(load_config("ssast-base-patch-400").architecture, 400, passes=2)
     assert two_passes.blocks == 2 * flops.blocks and two_passes.heads == flops.heads
 
 
@@ -142,11 +142,11 @@ def test_flops_agree_with_a_counter():
     from torch.utils.flop_counter import FlopCounterMode
 
     config = load_config("demo")
-    model = build_model(config.model_config_)
+    model = build_model(config.architecture)
     mask = torch.arange(100).expand(2, -1)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model.pretrain(torch.randn(2, 256, 128), mask)
-    assert counter.get_total_flops() / 2 == pytest.approx(flops_per_clip(config.model_config_, 100).forward, rel=1e-6)
+    assert counter.get_total_flops() / 2 == pytest.approx(flops_per_clip(config.architecture, 100).forward, rel=1e-6)
 
 
 def test_dry_run_tells_what_it_costs():

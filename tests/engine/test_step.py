@@ -60,7 +60,7 @@ def test_activation_checkpointing_saves_memory():
     config = Config.model_validate({**SMALL, "model": {**SMALL["model"], "depth": 4}})
     kept = {}
     for kind in ("none", "selective", "block"):
-        model = build_model(config.model_config_)
+        model = build_model(config.architecture)
         model.checkpoint_activations(kind)
         kept[kind] = activation_bytes(model, config, CPU, 4)
     # selective checkpointing keeps products and attention in a place of its own, which is not counted here
@@ -159,7 +159,7 @@ for stage in (0, 1, 2, 3):
     settings += ["step.optimizer=torch-fused", *sys.argv[1:]]  # as on a GPU
     with tempfile.TemporaryDirectory() as folder:
         config = undisturbed(load_config("demo", settings), Path(folder))
-        trainer = Trainer(config, nothing_to_read(config), build_model(config.model_config_), ranks)
+        trainer = Trainer(config, nothing_to_read(config), build_model(config.architecture), ranks)
         trainer.choose_attention()
         batches = iter(in_memory(trainer, ranks.device))
         run_steps(trainer, batches, 3)
