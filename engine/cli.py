@@ -16,6 +16,12 @@ def _pretrain(argv: list[str]) -> int:
     return main(argv)
 
 
+def _finetune(argv: list[str]) -> int:
+    from .finetune.run import main
+
+    return main(argv)
+
+
 def _prepare(argv: list[str]) -> int:
     from .data.prepare import main
 
@@ -47,6 +53,7 @@ Verb = Callable[[list[str]], int]
 
 VERBS: dict[str, tuple[Verb, str]] = {
     "pretrain": (_pretrain, "pretrain on a folder or manifest of audio"),
+    "finetune": (_finetune, "train a classifier on labelled audio, compare pretrained weights with none, and test it"),
     "prepare": (_prepare, "turn recordings of any kind into a folder of shards to train on"),
     "synth": (_synth, "write the synthetic corpus of the demo"),
     "doctor": (_doctor, "show versions, devices and which optional parts are there"),

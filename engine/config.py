@@ -332,7 +332,7 @@ def list_presets(kind: type[RunConfig] = Config) -> list[str]:
     return sorted(Path(str(file)).stem for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
-def dump_config(config: Config) -> str:
+def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 

@@ -1,4 +1,4 @@
-"""Starting the ranks of one machine through the deepspeed launcher."""
+"""Starting the ranks of one machine through the deepspeed launcher, and what a rank does when its work cannot go on."""
 
 from __future__ import annotations
 
@@ -9,15 +9,64 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import psutil
 import torch
 
-from .errors import UserError
-from .interrupt import LEADER_VARIABLE
+from .errors import UserError, first_line
+from .interrupt import LEADER_VARIABLE, StopRequest
+from .ranks import speaks_for_its_node
 
 _PR_SET_PDEATHSIG = 1
+LAUNCHER_NOTICES_S = 3.0
+
+
+def count_ranks(asked: int | None) -> int:
+    """Processes to start on this machine; by default one for each visible GPU, or one."""
+    ranks = asked if asked is not None else max(1, torch.cuda.device_count())
+    if ranks < 1:
+        raise UserError(f"--ranks {ranks}: at least one process is needed")
+    return ranks
+
+
+def one_line_errors(work: Callable[[], int]) -> int:
+    """The exit status of `work`. A user's mistake is one line, of one rank where all make it, and so is Ctrl-C."""
+    try:
+        return work()
+    except UserError as error:
+        if error.every_rank or speaks_for_its_node():
+            print(f"ssast: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:  # before there is a step to finish and save
+        if speaks_for_its_node():
+            print("ssast: stopped before the first step", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
+
+
+def supervised(train: Callable[[StopRequest], int]) -> int:
+    """The exit status of `train`, with the errors told that are not of its making.
+
+    Raises:
+        UserError: out of GPU memory.
+    """
+    stop_request = StopRequest()
+    try:
+        return train(stop_request)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of GPU memory ({first_line(error)}); --auto-batch cuts the batch into what fits, "
+            "step.activation_checkpointing=block makes it less",
+            every_rank=True,
+        ) from None
+    except RuntimeError as error:
+        # when another rank fails or leaves, collectives break here, and the launcher then ends this rank: its error is not the story
+        if stop_request.wait(LAUNCHER_NOTICES_S):
+            rank = os.environ.get("RANK", "0")
+            print(f"rank {rank} leaves without saving: {first_line(error)}", file=sys.stderr)
+            return 128 + signal.SIGTERM
+        raise
 
 
 def launch(ranks: int, module: str, arguments: list[str], *, engine: str = "deepspeed") -> int | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import sys
 import warnings
 from typing import TYPE_CHECKING
@@ -15,10 +14,10 @@ import torch
 from .checkpoint import checkpoint_steps
 from .config import Config, dump_config, list_presets, load_config
 from .cost import FLOP_FORMULA, count_parameters, flops_per_clip, memory_estimate
-from .errors import UserError, first_line
-from .launch import launch
+from .errors import UserError
+from .launch import count_ranks, launch, one_line_errors, supervised
 from .model import SSAST, ModelCard, build_model, resize
-from .ranks import join_ranks, leave, speaks_for_its_node
+from .ranks import join_ranks, leave
 from .rundir import check_run_dir, is_finished, locked, measured_statistics, prepare_run_dir
 from .runlog import read_rows
 from .weights import load_model
@@ -28,57 +27,30 @@ if TYPE_CHECKING:
     from .interrupt import StopRequest
 
 
-LAUNCHER_NOTICES_S = 3.0
-
-
 def main(argv: list[str] | None = None) -> int:
     """Command-line entry; returns the exit status."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
-    try:
-        config = load_config(arguments.config, arguments.overrides)
-        ranks = arguments.ranks if arguments.ranks is not None else max(1, torch.cuda.device_count())
-        if ranks < 1:
-            raise UserError(f"--ranks {ranks}: at least one process is needed")
-        if arguments.dry_run:
-            print(describe_run(config, ranks))
-            return 0
-        if "RANK" not in os.environ:
-            check_run_dir(config)
-            if ranks > 1:
-                given = [arguments.config, *arguments.overrides]
-                status = launch(ranks, "ssast.engine.pretrain", given, engine=config.step.engine)
-                return status if status is not None else _status_after_stop(config)
-        return run(config)
-    except UserError as error:
-        if error.every_rank or speaks_for_its_node():
-            print(f"ssast: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    except KeyboardInterrupt:  # before there is a step to finish and save
-        if speaks_for_its_node():
-            print("ssast: stopped before the first step", file=sys.stderr, flush=True)
-        return 128 + signal.SIGINT
+    return one_line_errors(lambda: _start(arguments))
+
+
+def _start(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    ranks = count_ranks(arguments.ranks)
+    if arguments.dry_run:
+        print(describe_run(config, ranks))
+        return 0
+    if "RANK" not in os.environ:
+        check_run_dir(config)
+        if ranks > 1:
+            given = [arguments.config, *arguments.overrides]
+            status = launch(ranks, "ssast.engine.pretrain", given, engine=config.step.engine)
+            return status if status is not None else _status_after_stop(config)
+    return run(config)
 
 
 def run(config: Config) -> int:
     """Pretrain on the ranks that there are. 0 when finished, or when asked to stop and saved."""
-    from .interrupt import StopRequest
-
-    stop_request = StopRequest()
-    try:
-        return _train(config, stop_request)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of GPU memory ({first_line(error)}); --auto-batch cuts the batch into what fits, "
-            "step.activation_checkpointing=block makes it less",
-            every_rank=True,
-        ) from None
-    except RuntimeError as error:
-        # when another rank fails or leaves, collectives break here, and the launcher then ends this rank: its error is not the story
-        if stop_request.wait(LAUNCHER_NOTICES_S):
-            rank = os.environ.get("RANK", "0")
-            print(f"rank {rank} leaves without saving: {first_line(error)}", file=sys.stderr)
-            return 128 + signal.SIGTERM
-        raise
+    return supervised(lambda stop_request: _train(config, stop_request))
 
 
 def _train(config: Config, stop_request: StopRequest) -> int:

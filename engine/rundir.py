@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from .checkpoint import checkpoint_steps, remove_incomplete
-from .config import Config, differences, dump_config
+from .config import RunConfig, differences, dump_config
 from .environment import describe_environment, source_diff
 from .errors import UserError
 from .files import PROFILE_FOLDER, write_whole
@@ -32,7 +32,7 @@ LOCK_PATIENCE_S = 60.0
 MAY_CHANGE = frozenset(_MAY_CHANGE.split())
 
 
-def check_run_dir(config: Config) -> None:
+def check_run_dir(config: RunConfig) -> None:
     """Raise UserError if the run folder holds another run, or something that is no run."""
     run_dir = config.run_dir
     if run_dir.exists() and not run_dir.is_dir():
@@ -46,7 +46,7 @@ def check_run_dir(config: Config) -> None:
         raise UserError(
             f"{run_dir}: holds files but no run (no config.yaml and environment.json); choose another run.name or run.folder"
         )
-    old, new = _saved_config(saved), config.model_dump(mode="json")
+    old, new = _saved_config(saved, type(config)), config.model_dump(mode="json")
     may_change = set(MAY_CHANGE)
     if old.get("deepspeed", {}).get("train_batch_size") is not None:  # the batch itself stays
         may_change |= {"deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps"}
@@ -59,16 +59,16 @@ def check_run_dir(config: Config) -> None:
         )
 
 
-def _saved_config(path: Path) -> dict[str, Any]:
+def _saved_config(path: Path, kind: type[RunConfig]) -> dict[str, Any]:
     """As it was resolved, with today's defaults for keys that are younger than the run."""
     tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     try:
-        return Config.model_validate(tree).model_dump(mode="json")
+        return kind.model_validate(tree).model_dump(mode="json")
     except ValidationError:
         return tree
 
 
-def is_finished(config: Config) -> bool:
+def is_finished(config: RunConfig) -> bool:
     """Whether the run folder holds all the steps of this config. Raises UserError if it holds something else."""
     check_run_dir(config)
     steps = checkpoint_steps(config.run_dir)
@@ -104,7 +104,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def measured_statistics(config: Config) -> tuple[float, float] | None:
+def measured_statistics(config: RunConfig) -> tuple[float, float] | None:
     """Mean and standard deviation that the run in this folder measured when it began: it goes on with the same."""
     if not (config.run_dir / "metrics.jsonl").is_file():
         return None
@@ -115,7 +115,7 @@ def measured_statistics(config: Config) -> tuple[float, float] | None:
         return None
 
 
-def prepare_run_dir(config: Config, data: Dataset, world_size: int) -> None:
+def prepare_run_dir(config: RunConfig, data: Dataset, world_size: int) -> None:
     """Make the run folder, clear what a killed process left half-written, and write down what the run is made of."""
     from .data.check import write_skipped
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .config import Config
+from .config import RunConfig
 from .files import write_whole
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -20,7 +20,7 @@ SECONDS_BETWEEN_LINES = 10.0
 class RunLog:
     """Rows of metrics, on rank 0. A row is a flat dictionary with "kind": "train", "valid" or "event"."""
 
-    def __init__(self, config: Config, run_dir: Path, first_step: int) -> None:
+    def __init__(self, config: RunConfig, run_dir: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = run_dir / "metrics.jsonl"
@@ -83,7 +83,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
         write_whole(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
 
 
-def _start_wandb(config: Config, run_dir: Path) -> Any:
+def _start_wandb(config: RunConfig, run_dir: Path) -> Any:
     import wandb
 
     id_file = run_dir / "wandb-id.txt"

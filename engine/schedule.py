@@ -1,4 +1,4 @@
-"""The learning rate: linear warm-up, then halving on a plateau of the validation metric, a cosine, or constant."""
+"""The learning rate: linear warm-up, then halving on a plateau of the validation metric, a cosine, a decay by epochs, or constant."""
 
 import math
 from typing import Any
@@ -24,6 +24,9 @@ class Schedule:
         warmup = self.train.warmup_steps
         if step < warmup:
             return self.peak_lr * (step + 1) / warmup
+        if self.train.schedule == "decay":  # torch.optim.lr_scheduler.MultiStepLR with a milestone every `decay_every` epochs
+            past = step // self.train.steps_per_epoch - self.train.decay_from
+            return self.peak_lr * self.train.decay ** max(0, past // self.train.decay_every + 1)
         if self.train.schedule != "cosine":
             return self.peak_lr * self.factor
         done = (step - warmup) / max(1, self.train.steps - warmup)

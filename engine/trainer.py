@@ -33,7 +33,7 @@ from .config import RunConfig
 from .data.clips import Clips
 from .data.dataset import Dataset
 from .data.decode import AudioDecoder
-from .data.loader import BadClip, Batch, ClipReader, Prefetcher, Shard
+from .data.loader import BadClip, Batch, ClipReader, Prefetcher, Shard, batches_of_all
 from .data.order import MixedOrder, SampleOrder, WeightedOrder
 from .deepspeed_waits import remove_waits
 from .errors import UserError
@@ -224,6 +224,12 @@ class Trainer:
             return None
         return torch.nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])
 
+    def release(self) -> None:
+        """Let go of what the engine and the decoder hold; another trainer may follow in this process."""
+        self._valid_reader.decoder.close()
+        if not isinstance(self.engine, PlainEngine):
+            self.engine.destroy()
+
     # --- metrics, read one step late so that the host never waits for the step that it has just launched ------------------------------
 
     def _exchange_metrics(self, values: torch.Tensor, stop: bool, row: dict[str, Any] | None) -> StepMetrics | None:
@@ -314,12 +320,8 @@ class Trainer:
 
     def _valid_batches(self) -> Iterator[tuple[Batch, int]]:
         """This rank's batches of validation clips, and how many clips of each count."""
-        count, shard = len(self.data.valid), Shard(self.ranks.rank, self.ranks.world_size, self.micro_batch)
-        for round_ in range(-(-count // (self.micro_batch * self.ranks.world_size))):
-            first = shard.position(round_)
-            clips = max(0, min(self.micro_batch, count - first))
-            # a rank with no clip left still runs, unweighted: under ZeRO-3 every rank takes part in every forward pass
-            batch = self._valid_reader.read(min(first, count - 1), max(clips, 1))
+        shard = Shard(self.ranks.rank, self.ranks.world_size, self.micro_batch)
+        for batch, clips in batches_of_all(self._valid_reader, len(self.data.valid), shard):
             with self.compilation.left_out():
                 yield batch, clips
 

@@ -7,18 +7,23 @@ set is made for cross-validation.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import soundfile
+
 from ssast.engine.errors import UserError, first_line
+from ssast.engine.files import write_whole
 
 from .manifest import AUDIO_EXTENSIONS, Entry, read_manifest
+from .shards import encode_audio
 
 _MANIFESTS = (".json", ".csv", ".tsv", ".txt", ".lst")
 _PACKED = (
@@ -98,7 +103,8 @@ def _read_folder(root: Path, layout: str) -> Source:
 
 
 def _whole(entry: Entry) -> Recording:
-    return Recording(entry.path, entry.path, -1, -1, entry.label, entry.speaker, entry.split)
+    fold = f"fold{entry.fold.removeprefix('fold')}" if entry.fold else ""
+    return Recording(entry.path, entry.path, -1, -1, entry.label, entry.speaker, entry.split or fold)
 
 
 # Tars
@@ -243,6 +249,72 @@ def _speech_commands(root: Path, remarks: list[str]) -> Iterator[Entry]:
         yield Entry(str(root / name), label, splits.get(name, "train"), speaker if is_named else "")
     if background:
         remarks.append(f"{background} files of background noise left out")
+
+
+WANTED_WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
+UNKNOWN, SILENCE = "_unknown_", "_silence_"
+_NOISE_SHARES = {"train": (0.0, 0.6), "valid": (0.6, 0.8), "test": (0.8, 1.0)}  # of each file of noise, from where to where
+_PIECE_SECONDS, _PIECE_HOP = 1.0, 0.5  # of silence that is measured on
+
+
+def speech_commands_12(root: Path, remarks: list[str], cache_dir: Path | None) -> Iterator[Entry]:
+    """Speech Commands as ten words, all others as `_unknown_`, and `_silence_` out of the files of background noise.
+
+    As in SUPERB, training has every other word, and the noise in long pieces, from which it cuts at random: it needs balanced sampling.
+    Validation and test have as many unknown words as clips of a wanted word on average (those whose names hash lowest), as in TensorFlow's
+    recipe. Unlike in both, no noise is in two splits: each file gives its first 60% to training, and pieces of 1 s of the rest to
+    validation and test. Pieces are written to `cache_dir` once. Where the folder has the ten words, `_unknown_` and `_silence_` already, as
+    the test set of version 1 has, it is read as it is, for the test.
+
+    Raises:
+        UserError: not Speech Commands, no noise, or no folder to keep pieces of it in.
+    """
+    if (root / SILENCE).is_dir() and (root / UNKNOWN).is_dir():
+        yield from (Entry(str(root / name), name.partition("/")[0], "test") for name in _audio_files(root) if "/" in name)
+        return
+    if not _is_speech_commands(root):
+        raise UserError(f"{root} does not look like speech_commands: it has no validation_list.txt and testing_list.txt")
+    entries = list(_speech_commands(root, []))
+    wanted = [entry for entry in entries if entry.label in WANTED_WORDS]
+    yield from wanted
+    unknown = [replace(entry, label=UNKNOWN) for entry in entries if entry.label not in WANTED_WORDS]
+    for split in _NOISE_SHARES:
+        others = [entry for entry in unknown if entry.split == split]
+        if split != "train":
+            kept = round(sum(entry.split == split for entry in wanted) / len(WANTED_WORDS))
+            others = sorted(others, key=lambda entry: _name_hash(entry.path, root))[:kept]
+            remarks.append(f"{len(others)} unknown words kept in {split}")
+        yield from sorted(others, key=lambda entry: entry.path)
+    yield from _silence(root, cache_dir)
+
+
+def _name_hash(path: str, root: Path) -> bytes:
+    return hashlib.blake2b(os.fsencode(os.path.relpath(path, root))).digest()
+
+
+def _silence(root: Path, cache_dir: Path | None) -> Iterator[Entry]:
+    """Pieces of the files in `_background_noise_`, kept in `cache_dir` under the names and sizes of what they are cut from."""
+    noises = sorted((root / "_background_noise_").glob("*.wav"))
+    if not noises:
+        raise UserError(f"{root / '_background_noise_'}: has no .wav files, of which the class {SILENCE} is made; unpack them")
+    if cache_dir is None:
+        raise UserError(f"{root}: the class {SILENCE} is cut from background noise, which needs a folder to keep the pieces in")
+    for noise in noises:
+        key = hashlib.blake2b(f"{noise}\0{noise.stat().st_size}".encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+        folder = cache_dir / "silence" / key
+        try:
+            sound, rate = soundfile.read(noise, dtype="int16", always_2d=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            for split, (first, last) in _NOISE_SHARES.items():
+                part = sound[round(first * len(sound)) : round(last * len(sound)), 0]
+                length, hop = (len(part), 1) if split == "train" else (round(_PIECE_SECONDS * rate), round(_PIECE_HOP * rate))
+                for number, start in enumerate(range(0, len(part) - length + 1, hop)):
+                    path = folder / f"{noise.stem}_{split}_{number:03d}.wav"
+                    if not path.is_file():
+                        write_whole(path, encode_audio(part[start : start + length], rate, "wav"))
+                    yield Entry(str(path), SILENCE, split)
+        except (OSError, soundfile.LibsndfileError) as error:
+            raise UserError(f"{noise}: cannot be cut into pieces in {folder}: {first_line(error)}") from error
 
 
 _VOXCELEB_SPEAKER = re.compile(r"id\d{5}")

@@ -135,6 +135,15 @@ class ClipReader:
             )
 
 
+def batches_of_all(reader: ClipReader, count: int, shard: Shard) -> Iterator[tuple[Batch, int]]:
+    """A rank's batches of clips 0 ... count - 1, and how many clips of each count. All ranks have as many batches: one with no clip left
+    is given a clip that does not count, because under ZeRO 3 every rank takes part in every forward pass."""
+    for round_ in range(-(-count // (shard.micro_batch * shard.world_size))):
+        first = shard.position(round_)
+        clips = max(0, min(shard.micro_batch, count - first))
+        yield reader.read(min(first, count - 1), max(clips, 1)), clips
+
+
 class Prefetcher:
     """Iterates over the micro-batches of a shard for ever, from `first_micro_step` on, up to `depth` of them ready ahead.
 

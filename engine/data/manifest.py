@@ -25,6 +25,7 @@ AUDIO_EXTENSIONS = frozenset(_KNOWN.split())
 PATH_COLUMNS = ("path", "wav", "file", "filename", "audio", "audio_path")
 LABEL_COLUMNS = ("label", "labels", "category")
 SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
+NOTED_COLUMNS = (LABEL_COLUMNS, ("split",), SPEAKER_COLUMNS, ("fold",))  # in the order of the fields of `Entry`
 
 # The starts of audio containers; EBML is Matroska and WebM, 30 26 B2 75 is ASF (wma).
 _MAGIC = (b"RIFF", b"RF64", b"RIFX", b"BW64", b"riff", b"fLaC", b"OggS", b"ID3", b"FORM", b".snd", b"caff", b"NIST_1A")
@@ -35,12 +36,13 @@ _MPEG_SYNC = frozenset(b"\xfb\xfa\xf3\xf2\xe3\xe2\xfd\xfc\xf5\xf4\xf1\xf9\xf0\xf
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One clip of a manifest: its absolute path (symbolic links kept), comma-separated labels, split and speaker, "" for none."""
+    """One clip of a manifest: its absolute path (symbolic links kept), comma-separated labels, split, speaker and fold, "" for none."""
 
     path: str
     label: str = ""
     split: str = ""
     speaker: str = ""
+    fold: str = ""
 
 
 def read_manifest(source: str | Path) -> list[Entry]:
@@ -134,7 +136,7 @@ def _read_json(path: str, file: TextIO) -> Iterator[tuple[str, ...]]:
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get("wav"), str) or not row["wav"]:
             raise UserError(f'{path}: entry {number} of "data" has no "wav"')
-        yield row["wav"], _text(row.get("labels")), _text(row.get("split")), _text(row.get("speaker"))
+        yield row["wav"], *(_text(row.get(name)) for name in ("labels", "split", "speaker", "fold"))
 
 
 def _text(value: Any) -> str:
@@ -153,10 +155,7 @@ def _read_table(path: str, file: TextIO) -> Iterator[tuple[str, ...]]:
         where = next((names.index(name) for name in PATH_COLUMNS if name in names), None)
         if where is None:
             raise UserError(f"{path} has no column {', '.join(PATH_COLUMNS)}; its columns are {', '.join(header)}")
-        notes = [
-            next((names.index(name) for name in known if name in names), -1)
-            for known in (LABEL_COLUMNS, ("split",), SPEAKER_COLUMNS)
-        ]
+        notes = [next((names.index(name) for name in known if name in names), -1) for known in NOTED_COLUMNS]
         for row in rows:
             if not any(row):
                 continue

@@ -201,7 +201,7 @@ def _check_adam_steps(golden: Golden, arrays: np.lib.npyio.NpzFile) -> None:
     facts = golden.facts["adam_trajectory"]
     model = golden.model().train()
     optimizer, _ = build_optimizer(
-        model,
+        [{"params": list(model.parameters())}],
         {
             "type": "Adam",
             "params": {"lr": facts["lr"], "betas": facts["betas"], "eps": facts["eps"], "weight_decay": facts["weight_decay_l2"]},

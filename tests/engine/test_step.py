@@ -217,7 +217,7 @@ def test_optimizers_take_the_same_steps(batch, apex, kind, backend):
     losses = {}
     for name in ("torch", backend):
         model = build_model(SHAPE)
-        optimizer, used = build_optimizer(model, {"type": kind, "params": SECTION[kind]}, name, CPU)
+        optimizer, used = build_optimizer([{"params": list(model.parameters())}], {"type": kind, "params": SECTION[kind]}, name, CPU)
         assert used == name
         losses[name] = []
         for _ in range(6):
@@ -242,7 +242,7 @@ def test_apex_is_taken_where_it_is_there_and_asked_for_by_name_where_it_is_not(m
     monkeypatch.delitem(sys.modules, "apex.optimizers")  # now as the project of that name on PyPI
     assert choose_optimizer("auto", cuda) == "torch-fused"
     with pytest.raises(UserError, match=r"step\.optimizer: there is no apex\.optimizers\.FusedAdam"):
-        build_optimizer(model, {"type": "Adam", "params": {"lr": 1e-3}}, "apex", cuda)
+        build_optimizer([{"params": list(model.parameters())}], {"type": "Adam", "params": {"lr": 1e-3}}, "apex", cuda)
 
 
 def test_norm_backends_give_the_same_loss(batch, apex):

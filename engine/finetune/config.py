@@ -1,0 +1,184 @@
+"""The settings of fine-tuning: those of every run (`ssast.engine.config`), and what a task adds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from ssast.engine.config import DataSection, Paths, RunConfig, Section, TrainSection
+from ssast.engine.model import HEAD_DIM, WIDTHS, ModelConfig
+
+SCRATCH = "none"
+
+
+class FinetuneModelSection(Section):
+    init_from: Annotated[str | None, BeforeValidator(lambda value: None if value in ("", SCRATCH) else value)] = None
+    """Weights to start from: a run folder, a `.safetensors` or an official `.pth`. null or none: from scratch."""
+    size: Literal["tiny", "small", "base"] = "base"
+    depth: int = Field(12, ge=1)
+    """Of a model from scratch. Weights bring their own, and models from scratch that are compared with them are of the same size."""
+    patch_shape: tuple[int, int] | None = None
+    """Mel bins x frames, (16, 16) or (128, 2). null: as the weights have it; if given, they must agree."""
+    stride: tuple[int, int] | None = None
+    """Of the patches; below their shape they overlap. null: as the weights have it, from scratch no overlap."""
+    input_frames: int = Field(ge=1)
+    """10 ms each; longer clips are cut to it, shorter ones padded."""
+    num_mel_bins: int = Field(128, ge=1)
+    position_resize: Literal["exact", "official"] = "exact"
+    """How position embeddings are fitted to another grid; official: as the authors' code does, where it works."""
+    pool: Literal["mean", "cls"] = "mean"
+    """mean of the patch tokens, as in the paper, or of the cls and the dist token."""
+    train: Literal["all", "head"] = "all"
+    """head: the encoder is frozen (linear probe)."""
+    layer_weights: bool = False
+    """Classify a learned weighted sum of all layers, as SUPERB does with train: head."""
+
+
+class TaskSection(Section):
+    labels: str | list[str] | None = None
+    """The classes in order: a list, a text file, or AudioSet's class_labels_indices.csv. null: those that the clips have."""
+    multi_label: bool = False
+    """A clip may have several labels; measured by mAP instead of accuracy."""
+    loss: Literal["ce", "bce"] | None = None
+    """Cross-entropy, or a binary one for each class; null: bce if multi_label, else ce. The paper's Speech Commands takes bce."""
+    layout: str = "auto"
+    """Of data folders, as in `ssast prepare`; speech_commands_12 makes the ten words, others and silence of version 1."""
+    folds: int | None = Field(None, ge=2)
+    """Cross-validation with so many folds: those the data have, or made, grouped by `group` and alike in their classes."""
+    fold: Annotated[str | None, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)] = None
+    """Only this fold is tested on; null: each in turn."""
+    valid_fold: bool = False
+    """Validate on the fold after the tested one; otherwise on nothing, or on the held-out share `data.valid_fraction`."""
+    group: Literal["recording", "speaker"] | None = "recording"
+    """What is never both trained and tested on where splits are made here."""
+    unseen: Literal["error", "drop"] = "error"
+    """What to do with labels that training never sees."""
+    per_class: int | None = Field(None, ge=1)
+    """Train on so many clips of each class only."""
+    select: Literal["best", "last", "average"] = "best"
+    """Which weights are tested: of the best validation, of the last step, or the average over epochs `average_from` on."""
+    average_from: int = Field(1, ge=1)
+    metric: str | None = None
+    """That picks the best weights and is compared; null: accuracy, or mAP if multi_label."""
+
+
+class AugmentSection(Section):
+    mixup: float = Field(0.0, ge=0, le=1)
+    """Share of clips that are mixed with another one of the micro-batch."""
+    freq_mask: int = Field(0, ge=0)
+    """SpecAugment: widest band of mel bins that is blanked."""
+    time_mask: int = Field(0, ge=0)
+    """Longest stretch of frames that is blanked."""
+    noise: bool = False
+    """Add noise to the features and roll them by up to 10 frames."""
+
+
+class FinetuneDataSection(DataSection):
+    test: Paths = Field(default_factory=list)
+    """Empty: the clips that are marked for test, or the fold."""
+    valid_fraction: float = Field(0.1, ge=0, lt=1)
+    """Held out of the training clips for validation where nothing else is said; 0: validate on the test clips, and say so."""
+    balanced: bool = False
+    """Draw clips so that each class comes about as often."""
+    mean: float | Literal["auto"] = "auto"
+    std: float | Literal["auto"] = "auto"
+    """Of the log-mel features; "auto" measures both on the training clips."""
+
+
+class FinetuneTrainSection(TrainSection):
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps, or else `epochs`."""
+    epochs: int | None = Field(None, ge=1)
+    schedule: Literal["cosine", "constant", "decay"] = "cosine"
+    """Of the learning rate after warm-up. decay: multiplied by `decay` after `decay_from` epochs and then every `decay_every`."""
+    warmup_steps: int = Field(0, ge=0)
+    decay: float = Field(0.5, gt=0, lt=1)
+    decay_from: int = Field(5, ge=1)
+    decay_every: int = Field(1, ge=1)
+    head_lr_scale: float = Field(1.0, gt=0)
+    """The classifier's learning rate as a multiple of the encoder's."""
+    valid_every: int | None = Field(None, ge=1)
+    """Steps between validations; null: an epoch."""
+    checkpoint_every: int | None = Field(None, ge=1)
+    """Steps between checkpoints; null: an epoch."""
+    keep_last: int = Field(1, ge=1)
+    steps_per_epoch: int | None = Field(None, ge=1)
+    """Set when the clips are known."""
+
+
+class FinetuneConfig(RunConfig):
+    presets: ClassVar[str] = "finetune"
+
+    model: FinetuneModelSection
+    task: TaskSection = TaskSection()
+    augment: AugmentSection = AugmentSection()
+    data: FinetuneDataSection = FinetuneDataSection()
+    train: FinetuneTrainSection
+    paper: dict[str, float] = Field(default_factory=dict)
+    """What the paper reports for this task, by model: printed beside our results, never mixed with them."""
+
+    @property
+    def metric(self) -> str:
+        return self.task.metric or ("mAP" if self.task.multi_label else "accuracy")
+
+    @property
+    def loss(self) -> str:
+        return self.task.loss or ("bce" if self.task.multi_label else "ce")
+
+    @property
+    def architecture(self) -> ModelConfig:
+        """Without weights to start from; classes are not known yet."""
+        model = self.model
+        width = WIDTHS[model.size]
+        patch_shape = model.patch_shape or (16, 16)
+        return ModelConfig(
+            width=width,
+            depth=model.depth,
+            heads=width // HEAD_DIM,
+            num_mel_bins=model.num_mel_bins,
+            input_frames=model.input_frames,
+            patch_shape=patch_shape,
+            stride=model.stride or patch_shape,
+            pretraining_heads=False,
+        )
+
+    def timed(self, clips: int, world_size: int) -> Self:
+        """With epochs turned into steps for so many training clips."""
+        micro, accumulation = self.batch_sizes(world_size)
+        per_epoch = -(-clips // (micro * accumulation * world_size))
+        steps = self.train.steps or self.train.epochs * per_epoch
+        changes = {"steps": steps, "steps_per_epoch": per_epoch}
+        changes["valid_every"] = self.train.valid_every or per_epoch
+        changes["checkpoint_every"] = self.train.checkpoint_every or per_epoch
+        return self.model_copy(update={"train": self.train.model_copy(update=changes)})
+
+    def named(self, *parts: str) -> Self:
+        """The same run in a folder below."""
+        folder = Path(self.run.folder, self.run.name, *parts)
+        return self.model_copy(update={"run": self.run.model_copy(update={"folder": str(folder.parent), "name": folder.name})})
+
+    @model_validator(mode="after")
+    def _fits_the_task(self) -> Self:
+        if (self.train.steps is None) == (self.train.epochs is None):
+            raise ValueError("train.steps, train.epochs: exactly one of them says how long to train")
+        if self.data.weights is not None and self.data.balanced:
+            raise ValueError("data.weights, data.balanced: only one of them can say how clips are drawn")
+        if self.task.fold is not None and self.task.folds is None:
+            raise ValueError("task.fold: belongs to task.folds, the number of folds")
+        if self.task.select == "average" and self.train.epochs is not None and self.task.average_from > self.train.epochs:
+            raise ValueError(f"task.average_from: epoch {self.task.average_from} of {self.train.epochs} leaves none to average")
+        if self.task.multi_label and self.metric not in ("mAP", "AUC"):
+            raise ValueError(f"task.metric: mAP or AUC where clips have several labels, not {self.metric}")
+        if not self.task.multi_label and self.metric not in ("accuracy", "balanced_accuracy", "macro_f1"):
+            raise ValueError(f"task.metric: accuracy, balanced_accuracy or macro_f1, not {self.metric}")
+        if self.train.steps is not None and self.train.warmup_steps >= self.train.steps and self.train.warmup_steps:
+            raise ValueError(f"train.warmup_steps: {self.train.warmup_steps} of {self.train.steps} steps")
+        try:
+            architecture = self.architecture
+        except ValueError as error:
+            raise ValueError(f"model: {error}") from None
+        if self.augment.freq_mask > architecture.num_mel_bins or self.augment.time_mask > architecture.input_frames:
+            raise ValueError("augment.freq_mask, augment.time_mask: wider than the features are")
+        return self

@@ -1,0 +1,160 @@
+"""The clips of a task: read, checked, split, and looked over, with the targets of each."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ssast.engine.data.check import check_clips
+from ssast.engine.data.clips import Clips, Skipped, is_prepared, open_shards
+from ssast.engine.data.dataset import Dataset, cache_folder, feature_statistics
+from ssast.engine.errors import UserError
+
+from .config import FinetuneConfig
+from .labels import Labelled, Vocabulary, examine, of_clips, read_labelled
+from .splits import few, fold_names, split_clips
+
+
+@dataclass(frozen=True)
+class LabelledClips:
+    """All clips of a task that can be read, before they are split; `known` [N] is what is known of each."""
+
+    clips: Clips
+    known: list[Labelled]
+    skipped: list[Skipped]
+
+    def folds(self) -> list[str]:
+        """Those that the clips come in, if they do."""
+        return fold_names([item.fold for item in self.known])
+
+
+@dataclass(frozen=True)
+class TaskData(Dataset):
+    """What one run trains, validates and tests on; targets are bool [N, C]."""
+
+    test: Clips = None  # type: ignore[assignment]
+    labels: tuple[str, ...] = ()
+    train_targets: np.ndarray = None  # type: ignore[assignment]
+    valid_targets: np.ndarray = None  # type: ignore[assignment]
+    test_targets: np.ndarray = None  # type: ignore[assignment]
+    remarks: tuple[str, ...] = ()
+
+    def summary(self) -> dict[str, int | float]:
+        return super().summary() | {"test_clips": len(self.test), "classes": len(self.labels)}
+
+
+def read_task(config: FinetuneConfig) -> LabelledClips:
+    """The clips that a task names, each checked once.
+
+    Raises:
+        UserError: nothing named or usable, or what `read_labelled` finds wrong.
+    """
+    data = config.data
+    if not data.train:
+        raise UserError("data.train is not set: name the folder of the data set, or a CSV of path and label: data.train=/path")
+    marked = [(data.train, ""), (data.valid, "valid"), (data.test, "test")]
+    known: list[Labelled] = []
+    shards: list[Clips] = []
+    with warnings.catch_warnings():
+        for sources, split in marked:
+            plain = [source for source in sources if not is_prepared(Path(source))]
+            found = read_labelled(plain, layout=config.task.layout, cache_dir=cache_folder(data)) if plain else []
+            known += [replace(item, split=split) for item in found] if split else found
+            for source in sources:
+                if is_prepared(Path(source)):
+                    clips = open_shards(Path(source))
+                    shards.append(clips if not split else replace(clips, splits=[split] * len(clips)))
+    _refuse_twice(known)
+    entries = [item.entry for item in known]
+    clips, skipped = check_clips(entries, cache_dir=cache_folder(data), min_seconds=data.min_seconds) if entries else (None, [])
+    parts = ([clips] if clips is not None else []) + shards
+    clips = parts[0] if len(parts) == 1 else Clips.joined(parts)
+    if not len(clips):
+        first = f"; the first: {skipped[0].path}: {skipped[0].reason}" if skipped else ""
+        raise UserError(f"{', '.join(data.train)}: none of {len(entries)} audio files can be used{first}")
+    if data.strict and skipped:
+        raise UserError(f"{skipped[0].path}: {skipped[0].reason} (the first of {len(skipped)} unusable clips; data.strict is set)")
+    return LabelledClips(clips, of_clips(clips, known), skipped)
+
+
+def open_task(config: FinetuneConfig, read: LabelledClips, measured: tuple[float, float] | None = None) -> TaskData:
+    """Split the clips as `config` says; `measured` is the mean and std that "auto" stands for, if known already.
+
+    Raises:
+        UserError: splits or labels that cannot be learned from.
+    """
+    task, data = config.task, config.data
+    known = read.known
+    texts = [",".join(item.labels) for item in known]
+    sources = [item.path for item in known]
+    given = Path(task.labels) if isinstance(task.labels, str) else task.labels
+    split = split_clips(
+        [item.split for item in known] if task.fold is None else [""] * len(known),
+        [item.fold for item in known],
+        sources,
+        [item.speaker for item in known],
+        texts,
+        fold=task.fold,
+        folds=task.folds,
+        valid_fraction=0.0 if task.fold is not None and task.valid_fold else data.valid_fraction,
+        seed=0,  # folds are those of the data, not of a run
+        group=task.group,
+        valid_fold=task.valid_fold,
+    )
+    vocabulary = Vocabulary.from_clips(texts, given)
+    examined = examine(texts, sources, vocabulary, split, multi_label=task.multi_label, unseen=task.unseen, strict=data.strict)
+    split, remarks = examined.split, list(examined.remarks)
+    if task.per_class is not None:
+        split = replace(split, train=few(split.train, texts, task.per_class, config.run.seed))
+    if not len(split.test):
+        split = replace(split, test=split.valid)
+        remarks.append(
+            "no clips are marked for test: the validation clips are tested on, so the result is not one on unseen choices"
+        )
+    if not len(split.valid):
+        split = replace(split, valid=split.test)
+        if task.select == "best":
+            remarks.append(
+                "nothing is held out for validation: the best weights are picked on the test clips, as the official code does"
+            )
+    if not len(split.valid):
+        raise UserError("no clips to validate or test on: mark some in a split column, name data.test, or set data.valid_fraction")
+    train, valid, test = (read.clips.subset(part) for part in split.parts)
+    mean, std = data.mean, data.std
+    if isinstance(mean, str) or isinstance(std, str):
+        mean, std = measured or feature_statistics(
+            train, data.sample_rate, config.model.num_mel_bins, config.num_samples, data.num_threads
+        )
+    targets = [examined.targets[part] for part in split.parts]
+    return TaskData(
+        train,
+        valid,
+        read.skipped,
+        mean,
+        std,
+        [len(train)],
+        _balancing(targets[0]) if data.balanced else None,
+        test=test,
+        labels=vocabulary.labels,
+        train_targets=targets[0],
+        valid_targets=targets[1],
+        test_targets=targets[2],
+        remarks=tuple(remarks),
+    )
+
+
+def _balancing(targets: np.ndarray) -> np.ndarray:
+    """Weight of each clip [N]: the sum over its classes of one over the class's clips, as the official code draws AudioSet."""
+    counts = targets.sum(axis=0)
+    return targets @ (1.0 / np.maximum(counts, 1))
+
+
+def _refuse_twice(known: list[Labelled]) -> None:
+    """A file named in data.train and in data.test would be trained and tested on."""
+    seen: dict[str, str] = {}
+    for item in known:
+        if seen.setdefault(item.path, item.split) != item.split:
+            raise UserError(f"{item.path}: named for {seen[item.path] or 'training'} and for {item.split}; keep one of them")

@@ -1,0 +1,133 @@
+"""The objective of fine-tuning: classes of clips, with what is done to a batch before the model sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn import functional
+
+from ssast.engine.data.loader import Batch
+from ssast.engine.model import SSAST
+from ssast.engine.ranks import Ranks
+from ssast.engine.spans import span
+from ssast.kernels import fbank
+
+from .augment import mixup, noise_and_roll, spec_augment
+from .config import FinetuneConfig
+from .dataset import TaskData
+from .metrics import class_metrics
+
+_MIX_SEED, _MASK_SEED, _NOISE_SEED = 4, 5, 6  # streams of the run's seed
+HEAD = ("classifier", "layer_weights")
+
+
+class FineTuning:
+    """Cross-entropy over the classes, or a binary one for each."""
+
+    metrics = ("loss",)
+    all_used = True
+
+    def __init__(self, config: FinetuneConfig, data: TaskData, ranks: Ranks) -> None:
+        self.config, self.data, self.device, self.ranks = config, data, ranks.device, ranks
+        self._targets = torch.from_numpy(data.train_targets).to(ranks.device)  # bool [N, C]
+
+    def losses(self, engine: Callable[..., Any], batch: Batch) -> Sequence[torch.Tensor]:
+        augment, seed, offset = self.config.augment, self.config.run.seed, batch.position
+        with span("copy"):
+            tensors = (batch.waveform, batch.lengths, batch.clips)
+            waveform, lengths, clips = (each.to(self.device, non_blocking=True) for each in tensors)
+            targets = self._targets[clips].float()  # [B, C]
+        with span("fbank"):
+            if augment.mixup:
+                waveform, lengths, targets = mixup(waveform, lengths, targets, augment.mixup, (_MIX_SEED << 32) + seed, offset)
+            features = self.features(waveform, lengths)
+            if augment.freq_mask or augment.time_mask:
+                silence = -self.data.mean / (2 * self.data.std)  # the official loader masks with 0 before it normalises
+                features = spec_augment(
+                    features, augment.freq_mask, augment.time_mask, (_MASK_SEED << 32) + seed, offset, value=silence
+                )
+            if augment.noise:
+                features = noise_and_roll(features, seed=(_NOISE_SEED << 32) + seed, offset=offset)
+        logits = self.logits(engine, features)
+        with span("heads + loss"):
+            return (classification_loss(logits, targets, self.config.loss),)
+
+    def features(self, waveform: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """[B, S] -> [B, T, F], normalised."""
+        config = self.config
+        return fbank(
+            waveform,
+            sample_rate=config.data.sample_rate,
+            num_mel_bins=config.model.num_mel_bins,
+            lengths=lengths,
+            num_frames=config.model.input_frames,
+            mean=self.data.mean,
+            std=self.data.std,
+            dtype=torch.bfloat16 if config.bf16 and not config.uses_autocast else torch.float32,
+        )
+
+    def logits(self, engine: Callable[..., Any], features: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.uses_autocast):
+            return engine(features, method="classify").float()
+
+    @torch.no_grad()
+    def scores(self, model: Callable[..., Any], batches: Iterable[tuple[Batch, int]], count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Probabilities float32 [N, C] of clips 0 ... count - 1, put together from all ranks, and [N] the clip that each row is of: another
+        one, if a clip could not be read."""
+        scores = torch.zeros(count, len(self.data.labels), device=self.device)
+        read = torch.full((count,), -1, dtype=torch.int64, device=self.device)
+        for batch, clips in batches:
+            features = self.features(batch.waveform.to(self.device), batch.lengths.to(self.device))
+            logits = self.logits(model, features)
+            rows = slice(batch.position, batch.position + clips)
+            scores[rows] = (logits.sigmoid() if self.config.task.multi_label else logits.softmax(dim=1))[:clips]
+            read[rows] = batch.clips.to(self.device)[:clips]
+        dist.all_reduce(scores)
+        dist.all_reduce(read, op=dist.ReduceOp.MAX)
+        return scores.cpu().numpy(), read.cpu().numpy()
+
+    def validate(self, engine: Callable[..., Any], batches: Iterable[tuple[Batch, int]]) -> dict[str, float]:
+        scores, read = self.scores(engine, batches, len(self.data.valid))
+        return measure(scores, self.data.valid_targets[read], self.data.labels, self.config)
+
+    def judge(self, metrics: dict[str, float]) -> tuple[str, float]:
+        return self.config.metric, metrics[self.config.metric]
+
+    def validation_row(self, metrics: dict[str, float]) -> dict[str, Any]:
+        return metrics
+
+    def keep_epoch(self, step: int) -> int | None:
+        task, per_epoch = self.config.task, self.config.train.steps_per_epoch
+        epoch, rest = divmod(step, per_epoch)
+        return epoch if task.select == "average" and not rest and epoch >= task.average_from else None
+
+    def parameter_groups(self, model: SSAST) -> list[dict[str, Any]]:
+        head, body = [], []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                (head if name.startswith(HEAD) else body).append(parameter)
+        groups = [{"params": body, "lr_scale": 1.0}, {"params": head, "lr_scale": self.config.train.head_lr_scale}]
+        return [group for group in groups if group["params"]]
+
+
+def classification_loss(logits: torch.Tensor, targets: torch.Tensor, kind: str) -> torch.Tensor:
+    """Mean over clips (and classes, for "bce") of [B, C] logits against targets [B, C] in [0, 1], which mixup makes fractions."""
+    if kind == "bce":
+        return functional.binary_cross_entropy_with_logits(logits, targets)
+    return functional.cross_entropy(logits, targets)
+
+
+def measure(scores: np.ndarray, targets: np.ndarray, labels: Sequence[str], config: FinetuneConfig) -> dict[str, float]:
+    """Metrics of scores [N, C], with the loss that their probabilities have."""
+    metrics = class_metrics(scores, targets, labels, config.task.multi_label)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def freeze_encoder(model: SSAST) -> None:
+    """Leave only the classifier to be trained."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(HEAD))

@@ -1,0 +1,108 @@
+"""The table of a comparison: each arm over its seeds and folds, what it gains over training from scratch, the paper's figures beside."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from ssast.engine.files import write_whole
+
+from .config import FinetuneConfig
+
+RESULTS_FILE = "results.json"
+
+
+@dataclass(frozen=True)
+class ArmSummary:
+    """`values`: the metric of each run."""
+
+    arm: str
+    init_from: str | None
+    values: list[float]
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.values)
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation over seeds and folds (n - 1); None of one run."""
+        return stdev(self.values) if len(self.values) > 1 else None
+
+    def gain(self, scratch: ArmSummary | None) -> float | None:
+        """Relative, as the paper averages it: 0.609 is 60.9% more than from scratch."""
+        return self.mean / scratch.mean - 1 if scratch is not None and scratch is not self and scratch.mean > 0 else None
+
+
+def read_results(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """What runs have left; those without results are left out."""
+    files = [folder / RESULTS_FILE for folder in folders]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+
+
+def summarise(results: Sequence[dict[str, Any]]) -> list[ArmSummary]:
+    """Arms in the order of their first run."""
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        arms.setdefault(result["arm"], []).append(result)
+    return [ArmSummary(name, runs[0]["init_from"], [run["metrics"][run["metric"]] for run in runs]) for name, runs in arms.items()]
+
+
+def scratch_of(arms: Sequence[ArmSummary]) -> ArmSummary | None:
+    return next((arm for arm in arms if arm.init_from is None), None)
+
+
+def table(arms: Sequence[ArmSummary], metric: str, paper: dict[str, float]) -> str:
+    """Markdown. Our figures and the paper's stand in rows of their own: data and budgets are not the same."""
+    scratch = scratch_of(arms)
+    lines = [f"| arm | starts from | {metric} (%) | deviation | runs | relative gain |", "|---|---|---:|---:|---:|---:|"]
+    for arm in arms:
+        gain = arm.gain(scratch)
+        cells = [
+            arm.arm or "this run",
+            f"`{arm.init_from}`" if arm.init_from else "scratch",
+            f"{100 * arm.mean:.2f}",
+            "" if arm.deviation is None else f"± {100 * arm.deviation:.2f}",
+            str(len(arm.values)),
+            "" if gain is None else f"{100 * gain:+.1f}%",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    for name, value in paper.items():
+        base = paper.get("scratch") if name != "scratch" else None
+        gain = f"*{100 * (value / base - 1):+.1f}%*" if base else ""
+        lines.append(f"| *the paper: {name}* | | *{value:.1f}* | | | {gain} |")
+    return "\n".join(lines)
+
+
+def print_summary(folder: Path, folders: Sequence[Path]) -> None:
+    results = read_results(folders)
+    print(f"\n{folder}: test {results[0]['metric']}, mean and deviation over {len(results)} runs")
+    for arm in (arms := summarise(results)):
+        gain = arm.gain(scratch_of(arms))
+        spread = "" if arm.deviation is None else f" ± {100 * arm.deviation:.2f}"
+        told = "" if gain is None else f"  {100 * gain:+.1f}% against scratch"
+        print(f"  {arm.arm or 'this run':16} {100 * arm.mean:6.2f}%{spread}  ({len(arm.values)} runs){told}")
+
+
+def write_summary(config: FinetuneConfig, folders: Sequence[Path]) -> Path:
+    """results.csv, results.md and report.html of all runs of a command; the path of the report."""
+    from .report import write_report
+
+    results = read_results(folders)
+    rows = io.StringIO(newline="")
+    columns = ("arm", "seed", "fold", "init_from", "steps", "weights")
+    metrics = list(results[0]["metrics"])
+    writer = csv.writer(rows)
+    writer.writerow([*columns, "train_clips", "valid_clips", "test_clips", *metrics])
+    for result in results:
+        counts = [result["clips"][part] for part in ("train", "valid", "test")]
+        writer.writerow([*(result[name] for name in columns), *counts, *(result["metrics"].get(name) for name in metrics)])
+    write_whole(config.run_dir / "results.csv", rows.getvalue())
+    write_whole(config.run_dir / "results.md", table(summarise(results), config.metric, config.paper) + "\n")
+    return write_report(config, folders)

@@ -1,0 +1,303 @@
+"""`ssast finetune TASK [key.sub=value ...]`; under a launcher: `deepspeed --module ssast.engine.finetune.run TASK ...`, or torchrun.
+
+A command is a list of runs, one for each arm, seed and fold, done one after the other in folders of their own. Finished ones are not
+done again, so the same command goes on after an interruption, and a longer one (more seeds, another arm) adds to what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from ssast.engine.checkpoint import checkpoint_steps
+from ssast.engine.config import dump_config, list_presets, load_config
+from ssast.engine.data.decode import AudioDecoder
+from ssast.engine.data.loader import Batch, ClipReader, Shard, batches_of_all
+from ssast.engine.errors import UserError
+from ssast.engine.files import write_whole
+from ssast.engine.interrupt import StopRequest
+from ssast.engine.launch import count_ranks, launch, one_line_errors, supervised
+from ssast.engine.model import SSAST, WIDTHS, ModelCard, build_model, init_classifier, resize
+from ssast.engine.ranks import Ranks, join_ranks, leave
+from ssast.engine.rundir import check_run_dir, locked, measured_statistics, prepare_run_dir
+from ssast.engine.trainer import Trainer, check_deepspeed_section
+from ssast.engine.weights import WEIGHTS_FILE, load_model, save_model
+
+from .config import SCRATCH, FinetuneConfig
+from .dataset import LabelledClips, TaskData, open_task, read_task
+from .metrics import per_class, write_predictions
+from .objective import FineTuning, freeze_encoder, measure
+from .pictures import write_pictures
+from .results import RESULTS_FILE, print_summary, write_summary
+
+LARGE = 2_000_000  # scores; more are written as .npz
+Arm = tuple[str, str | None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a command; `arm`, `seed` and `fold` are what tells it from the others."""
+
+    arm: str
+    seed: int
+    fold: str | None
+    config: FinetuneConfig
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command-line entry; returns the exit status."""
+    arguments = _parse(sys.argv[1:] if argv is None else argv)
+    return one_line_errors(lambda: _start(arguments))
+
+
+def _start(arguments: argparse.Namespace) -> int:
+    arms = _arms(arguments.compare)
+    overrides = list(arguments.overrides)
+    if arguments.init_from is not None:
+        overrides.append(f"model.init_from={arguments.init_from}")
+    config = load_config(arguments.task, overrides, FinetuneConfig)
+    if arguments.dry_run:
+        print(dump_config(config).rstrip())
+        return 0
+    ranks = count_ranks(arguments.ranks)
+    if "RANK" not in os.environ and ranks > 1:
+        given = [arguments.task, *overrides, "--seeds", str(arguments.seeds)]
+        given += ["--compare", *arguments.compare] if arguments.compare else []
+        status = launch(ranks, "ssast.engine.finetune.run", given, engine=config.step.engine)
+        return 0 if status is None else status
+    return supervised(lambda stop_request: run_all(config, arms, arguments.seeds, stop_request))
+
+
+def run_all(config: FinetuneConfig, arms: list[Arm], seeds: int, stop_request: StopRequest) -> int:
+    """All runs of the command on the ranks that there are, and their table."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    ranks = join_ranks(config.step.engine)
+    config.batch_sizes(ranks.world_size)
+    check_deepspeed_section(config)
+    read = ranks.once(lambda: read_task(config))
+    runs = list(plan(config, arms, seeds, read))
+    with contextlib.ExitStack() as held:
+        ranks.once(lambda: held.enter_context(locked(config.run_dir)))
+        for number, run in enumerate(runs, start=1):
+            if ranks.is_first and len(runs) > 1:
+                print(f"run {number} of {len(runs)}: {run.config.run_dir}", flush=True)
+            if not _run(run, read, ranks, stop_request):
+                if ranks.is_first:
+                    print("stopped and saved; run the same command to go on")
+                return 0
+    if ranks.is_first:
+        folders = [run.config.run_dir for run in runs]
+        print_summary(config.run_dir, folders)
+        print(f"report: {write_summary(config, folders)}")
+    return 0
+
+
+def plan(config: FinetuneConfig, arms: list[Arm], seeds: int, read: LabelledClips) -> Iterator[Run]:
+    """The runs: arms, then seeds, then folds. What there is only one of has no folder level of its own."""
+    folds = [config.task.fold] if config.task.folds is None or config.task.fold is not None else _folds(config, read)
+    for name, of_arm in _with_arms(config, arms) if arms else [("", config)]:
+        for seed in range(config.run.seed, config.run.seed + seeds):
+            for fold in folds:
+                parts = [name] if name else []
+                parts += [f"seed-{seed}"] if seeds > 1 else []
+                parts += [f"fold-{fold}"] if len(folds) > 1 else []
+                of_fold = of_arm.model_copy(update={"task": of_arm.task.model_copy(update={"fold": fold})})
+                one = of_fold.named(*parts)
+                yield Run(name, seed, fold, one.model_copy(update={"run": one.run.model_copy(update={"seed": seed})}))
+
+
+def _folds(config: FinetuneConfig, read: LabelledClips) -> list[str]:
+    there = read.folds()
+    wanted = config.task.folds or 0
+    if there and len(there) != wanted:
+        raise UserError(f"task.folds: {wanted}, but the clips come in {len(there)} folds ({', '.join(there)})")
+    return there or [str(number) for number in range(1, wanted + 1)]
+
+
+def _with_arms(config: FinetuneConfig, arms: list[Arm]) -> Iterator[tuple[str, FinetuneConfig]]:
+    """Each arm's config. A model from scratch is of the size of the first weights that it is compared with."""
+    shape: dict[str, Any] = {}
+    weights = next((path for _, path in arms if path is not None), None)
+    if weights is not None:
+        found = load_model(weights).config
+        size = next((name for name, width in WIDTHS.items() if width == found.width), None)
+        if size is None and any(path is None for _, path in arms):
+            raise UserError(f"{weights}: width {found.width} is none of {', '.join(WIDTHS)}, so no arm from scratch can be like it")
+        shape = {"size": size, "depth": found.depth, "patch_shape": found.patch_shape}
+    for name, path in arms:
+        changes = {"init_from": path, **(shape if path is None else {})}
+        yield name, config.model_copy(update={"model": config.model.model_copy(update=changes)})
+
+
+def _run(run: Run, read: LabelledClips, ranks: Ranks, stop_request: StopRequest) -> bool:
+    """Train and test, or see that this was done; False if asked to stop before the end."""
+    config = run.config
+    data = ranks.once(lambda: open_task(config, read, measured_statistics(config)))
+    config = config.timed(len(data.train), ranks.world_size)
+    ranks.once(lambda: check_run_dir(config))
+    if ranks.once((config.run_dir / RESULTS_FILE).is_file):
+        return True
+    if ranks.is_first:
+        for remark in data.remarks:
+            print(f"note: {remark}")
+    ranks.once(lambda: prepare_run_dir(config, data, ranks.world_size))
+    trainer = Trainer(config, data, start_model(config, data), ranks, FineTuning(config, data, ranks))
+    with stop_request:
+        finished = trainer.train(stop_request)
+    trainer.release()
+    if finished:
+        _test(run, config, data, ranks)
+    return finished
+
+
+def start_model(config: FinetuneConfig, data: TaskData) -> SSAST:
+    """The model as it is before the first step.
+
+    Raises:
+        UserError: weights that are not of the size or patch shape that the config names, or that cannot follow its input.
+    """
+    wanted, classes, seed = config.model, len(data.labels), config.run.seed
+    if wanted.init_from is None:
+        model = build_model(dataclasses.replace(config.architecture, num_classes=classes), seed)
+    else:
+        model = load_model(
+            wanted.init_from,
+            num_classes=classes,
+            input_frames=wanted.input_frames,
+            stride=wanted.stride,
+            input_bins=wanted.num_mel_bins,
+            position_resize=wanted.position_resize,
+        )
+        if wanted.patch_shape not in (None, model.config.patch_shape):
+            ours, theirs = ("x".join(map(str, shape)) for shape in (wanted.patch_shape, model.config.patch_shape))
+            raise UserError(
+                f"{wanted.init_from}: has patches of {theirs}, this task is set up for {ours}; take a recipe for {theirs} "
+                f"({'NAME-frame' if model.config.patch_shape[0] > wanted.patch_shape[0] else 'the one without -frame'}), or set "
+                "model.patch_shape and model.stride"
+            )
+        init_classifier(model, torch.Generator().manual_seed(seed))
+    if wanted.layer_weights:
+        model = resize(model, dataclasses.replace(model.config, layer_weights=True))
+    if wanted.train == "head":
+        freeze_encoder(model)
+    model.card = ModelCard(config.data.sample_rate, data.mean, data.std, tuple(data.labels), config.task.multi_label, wanted.pool)
+    return model
+
+
+def _test(run: Run, config: FinetuneConfig, data: TaskData, ranks: Ranks) -> None:
+    """Measure the chosen weights on the test clips, and leave them, the answers and the figures in the run folder."""
+    model, chosen = _chosen_model(config)
+    if ranks.is_first:
+        save_model(model, config.run_dir / WEIGHTS_FILE)
+    objective = FineTuning(config, data, ranks)
+    model.to(ranks.device, torch.bfloat16 if config.bf16 and not config.uses_autocast else torch.float32)
+    scores, read = objective.scores(model, _test_batches(config, data, ranks), len(data.test))
+    if not ranks.is_first:
+        return
+    targets = data.test_targets[read]
+    metrics = measure(scores, targets, data.labels, config)
+    predictions = config.run_dir / f"predictions.{'npz' if scores.size > LARGE else 'csv'}"
+    write_predictions(predictions, list(data.test.subset(read).sources), scores, targets, data.labels)
+    write_pictures(config.run_dir, scores, targets, data.labels, config.task.multi_label)
+    result = {
+        "arm": run.arm,
+        "seed": run.seed,
+        "fold": run.fold,
+        "metric": config.metric,
+        "metrics": metrics,
+        "weights": chosen,
+        "clips": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
+        "steps": config.train.steps,
+        "init_from": config.model.init_from,
+        "notes": list(data.remarks),
+        "classes": per_class(scores, targets, data.labels, config.task.multi_label),
+    }
+    write_whole(config.run_dir / RESULTS_FILE, json.dumps(result, indent=2) + "\n")
+    print(f"{config.run_dir}: test {config.metric} {metrics[config.metric]:.4f} on {len(data.test)} clips ({chosen})", flush=True)
+
+
+def _chosen_model(config: FinetuneConfig) -> tuple[SSAST, str]:
+    """As `task.select` says, and what to call it."""
+    folder = config.run_dir / "checkpoints"
+    epochs = sorted((folder / "epochs").glob("*.safetensors"), key=lambda path: int(path.stem))
+    if config.task.select == "average" and epochs:
+        model = load_model(epochs[0])
+        total = model.state_dict()
+        for file in epochs[1:]:
+            for name, value in load_file(file).items():
+                total[name] += value
+        model.load_state_dict({name: value / len(epochs) for name, value in total.items()})
+        return model, f"average of {len(epochs)} epochs, {epochs[0].stem} to {epochs[-1].stem}"
+    if config.task.select == "best" and (folder / "best" / WEIGHTS_FILE).is_file():
+        best = json.loads((folder / "best" / "best.json").read_text(encoding="utf-8"))
+        return load_model(folder / "best"), f"best validation {best['metric']}, step {best['step']}"
+    step = checkpoint_steps(config.run_dir)[-1]
+    return load_model(folder / f"step-{step}"), f"last, step {step}"
+
+
+def _test_batches(config: FinetuneConfig, data: TaskData, ranks: Ranks) -> Iterator[tuple[Batch, int]]:
+    """This rank's test clips."""
+    micro_batch, _ = config.batch_sizes(ranks.world_size)
+    decoder = AudioDecoder(
+        data.test,
+        num_samples=config.num_samples,
+        sample_rate=config.data.sample_rate,
+        batch_size=micro_batch,
+        num_threads=config.data.num_threads,
+    )
+    with contextlib.closing(decoder):
+        reader = ClipReader(decoder, None, max_bad_fraction=config.data.max_bad_fraction)
+        yield from batches_of_all(reader, len(data.test), Shard(ranks.rank, ranks.world_size, micro_batch))
+
+
+def _arms(compared: list[str]) -> list[Arm]:
+    """NAME=PATH, with "none" for from scratch."""
+    arms: list[Arm] = []
+    for text in compared:
+        name, equals, path = text.partition("=")
+        if not equals or not name or not path or "/" in name:
+            raise UserError(f"--compare {text}: an arm is written NAME=PATH, or NAME=none for one from scratch")
+        if name in dict(arms):
+            raise UserError(f"--compare {text}: there is another arm called {name}")
+        arms.append((name, None if path == SCRATCH else path))
+    return arms
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="ssast finetune",
+        description="Train a classifier on labelled audio, from pretrained weights or from scratch, and test it.",
+        epilog=f"tasks: {', '.join(list_presets(FinetuneConfig))}; a CSV of path and label is data.train of the task custom",
+    )
+    parser.add_argument("task", metavar="TASK", help="the name of a recipe, or a YAML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe, e.g. data.train=/data/ESC-50 train.epochs=10"
+    )
+    parser.add_argument("--from", dest="init_from", metavar="PATH", help=f"weights to start from, or {SCRATCH} (model.init_from)")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="NAME=PATH",
+        help=f"train each of these with equal budgets; {SCRATCH}: from scratch",
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="runs with so many seeds from run.seed on")
+    parser.add_argument("--ranks", type=int, help="processes on this machine; default one for each visible GPU, or one")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings, and stop")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the deepspeed launcher
+    return parser.parse_intermixed_args(argv)
+
+
+if __name__ == "__main__":
+    leave(main())
