@@ -4,6 +4,8 @@ from setuptools import find_packages, setup
 
 ROOMS = ("engine", "kernels", "benchmarks", "configs")
 
+EXPORT = ["transformers>=5.23", "onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"]
+
 packages, package_dir = [], {}
 for room in ROOMS:
     package_dir[f"ssast.{room}"] = room
@@ -40,13 +42,16 @@ setup(
         "matplotlib>=3.9",
         "Pillow>=11",
         "Jinja2>=3.1",
+        "scikit-learn>=1.5",
     ],
     extras_require={
         # flash-attn and NVIDIA apex are found at run time by the features they have. apex is on no package index (the `apex` of
         # PyPI is another project): README tells how to build it.
         "flash": ["flash-attn>=2.8; platform_system == 'Linux'"],
         "wandb": ["wandb>=0.19"],
-        "test": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.120", "ruff>=0.14"],
+        "parquet": ["pyarrow>=18"],
+        "export": EXPORT,
+        "test": [*EXPORT, "pyarrow>=18", "pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.120", "ruff>=0.14"],
     },
     entry_points={
         "console_scripts": ["ssast = ssast.engine.cli:command"],

@@ -1,6 +1,22 @@
-"""The system: config, data, model, objectives, trainer, checkpoints, command line."""
+"""The system: config, data, model, objectives, trainer, checkpoints, command line.
 
-from .model import SSAST, ModelConfig
-from .weights import load_model, save_model
+What it offers is imported when it is first asked for: torch takes seconds, and worker processes that decode audio do without.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .model import SSAST, ModelConfig
+    from .weights import load_model, save_model
 
 __all__ = ["SSAST", "ModelConfig", "load_model", "save_model"]
+_HOMES = {"SSAST": "model", "ModelConfig": "model", "load_model": "weights", "save_model": "weights"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -22,6 +22,30 @@ def _finetune(argv: list[str]) -> int:
     return main(argv)
 
 
+def _evaluate(argv: list[str]) -> int:
+    from .evaluate import main
+
+    return main(argv)
+
+
+def _embed(argv: list[str]) -> int:
+    from .embed import main
+
+    return main(argv)
+
+
+def _predict(argv: list[str]) -> int:
+    from .predict import main
+
+    return main(argv)
+
+
+def _export(argv: list[str]) -> int:
+    from .export import main
+
+    return main(argv)
+
+
 def _prepare(argv: list[str]) -> int:
     from .data.prepare import main
 
@@ -54,6 +78,10 @@ Verb = Callable[[list[str]], int]
 VERBS: dict[str, tuple[Verb, str]] = {
     "pretrain": (_pretrain, "pretrain on a folder or manifest of audio"),
     "finetune": (_finetune, "train a classifier on labelled audio, compare pretrained weights with none, and test it"),
+    "evaluate": (_evaluate, "measure a fine-tuned model, or embeddings by a probe"),
+    "embed": (_embed, "embeddings of recordings, as .npz or .parquet"),
+    "predict": (_predict, "the most probable classes of recordings"),
+    "export": (_export, "write a model for other programs: Hugging Face, ONNX, torch.export, the official code"),
     "prepare": (_prepare, "turn recordings of any kind into a folder of shards to train on"),
     "synth": (_synth, "write the synthetic corpus of the demo"),
     "doctor": (_doctor, "show versions, devices and which optional parts are there"),
@@ -72,7 +100,17 @@ def verbs() -> dict[str, tuple[Verb, str]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Command-line entry; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"ssast: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        sys.stdout = None  # nobody reads it any more, so there is nothing to flush at the end
+        return 141
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: ssast VERB ...\n")
         print("\n".join(f"  {verb:10} {purpose}" for verb, (_, purpose) in verbs().items()))
@@ -82,13 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in known:
         print(f"ssast: unknown verb {argv[0]!r}; there are {', '.join(known)}", file=sys.stderr)
         return 2
-    try:
-        return known[argv[0]][0](argv[1:])
-    except UserError as error:
-        print(f"ssast: {error}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:
-        return 141
+    return known[argv[0]][0](argv[1:])
 
 
 def command() -> NoReturn:

@@ -30,7 +30,7 @@ from .manifest import CACHE_FILE, Entry
 from .probe import file_status
 from .workers import Pool
 
-CHECK_VERSION = 1  # raise it when a verdict could differ from before: cached ones are then not used
+CHECK_VERSION = 2  # raise it when a verdict could differ from before: cached ones are then not used
 
 
 def check_clips(
@@ -112,6 +112,7 @@ def check_clips(
         sources=[entry.path for entry in kept],
         labels=[entry.label for entry in kept],
         splits=[entry.split for entry in kept],
+        speakers=[entry.speaker for entry in kept],
         frames=frames[rows],
         sample_rates=rate[rows].astype(np.int32),
         channels=channels[rows].astype(np.int32),

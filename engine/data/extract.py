@@ -8,32 +8,21 @@ shard} comes last, or {"fatal": what no other file would change} at any point.
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import shutil
 import sys
 import tempfile
-import types
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
-if __name__ == "__main__":
-    # Below, ssast.engine is to mean its modules one by one, without the model and so torch, which take seconds and gigabytes.
-    sys.modules["ssast.engine"] = types.ModuleType("ssast.engine")
-    sys.modules["ssast.engine"].__path__ = [str(Path(__file__).parents[1])]
-
 import numpy as np
-import soxr
 
 from ssast.engine.data.probe import Reject, describe, ffmpeg_blocks, file_status, native_blocks, open_native, serve
+from ssast.engine.data.resample import to_int16
 from ssast.engine.data.shards import END_OF_TAR, clip_key, encode_audio, tar_members
-
-QUALITY = "VHQ"  # a pass band of 91% of the lower Nyquist frequency, and 28 bits: aliases below -150 dB
-_INT16 = np.iinfo(np.int16)
 
 
 @dataclass(frozen=True)
@@ -119,7 +108,7 @@ def _write_clips(tar: BinaryIO, number: int, recording: Sequence[Any], settings:
     """Writes the clips of a recording; [piece, offset, size, samples, crc32] of each."""
     source, path, offset, size, label, speaker, split = recording
     rate = settings.sample_rate
-    with _as_file(path, offset, size, folder=os.path.dirname(tar.name)) as file:
+    with as_file(path, offset, size, folder=os.path.dirname(tar.name)) as file:
         for piece, start, samples in cut(to_int16(decode(file, size), rate), settings):
             note = {"label": label, "speaker": speaker, "split": split, "source": source}
             note |= {"start_s": start / rate, "seconds": len(samples) / rate}
@@ -131,7 +120,7 @@ def _write_clips(tar: BinaryIO, number: int, recording: Sequence[Any], settings:
 
 
 @contextlib.contextmanager
-def _as_file(path: str, offset: int, size: int, folder: str) -> Iterator[str]:
+def as_file(path: str, offset: int, size: int, folder: str) -> Iterator[str]:
     """The path of a recording that is `size` bytes long. A member of an archive is copied to a nameless file in `folder`.
 
     Raises `Reject` if it is not what it was when the run was planned, or changes meanwhile.
@@ -141,7 +130,7 @@ def _as_file(path: str, offset: int, size: int, folder: str) -> Iterator[str]:
         raise Reject(before)
     if offset < 0:
         if before[0] != size:
-            raise Reject(f"changed while it was being prepared: {before[0]} bytes instead of {size}")
+            raise Reject(f"changed while it was being read: {before[0]} bytes instead of {size}")
         yield path
     else:
         with contextlib.ExitStack() as stack:
@@ -187,29 +176,6 @@ def _mean_of_channels(block: np.ndarray) -> np.ndarray:
     for channel in range(1, block.shape[1]):  # an order of magnitude faster than a mean over the short axis
         mean += block[:, channel]
     return mean / block.shape[1]
-
-
-def to_int16(blocks: Iterable[tuple[int, np.ndarray]], sample_rate: int) -> Iterator[np.ndarray]:
-    """Blocks of `decode` as int16 [n] at `sample_rate` Hz: rounded without dither, saturated, and untouched if they are that already.
-
-    The rate may change from block to block, where streams have been chained: each is resampled by itself.
-    """
-    for rate, group in itertools.groupby(blocks, key=lambda block: block[0]):
-        samples = (block for _, block in group)
-        if rate == sample_rate:
-            yield from map(_rounded, samples)
-            continue
-        resampler = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality=QUALITY)
-        for block in samples:
-            full_scale = block.astype(np.float32) / -float(_INT16.min) if block.dtype == np.int16 else block
-            yield _rounded(resampler.resample_chunk(np.ascontiguousarray(full_scale)))
-        yield _rounded(resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
-
-
-def _rounded(samples: np.ndarray) -> np.ndarray:
-    if samples.dtype == np.int16:
-        return samples
-    return np.clip(np.rint(samples * -float(_INT16.min)), _INT16.min, _INT16.max).astype(np.int16)
 
 
 def cut(blocks: Iterable[np.ndarray], settings: Extraction) -> Iterator[tuple[int, int, np.ndarray]]:

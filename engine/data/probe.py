@@ -1,6 +1,6 @@
 """Decodes audio files to the end, and converts those that NVIDIA DALI cannot decode, or not faithfully: the worker of check.py.
 
-It runs as a script, `python -P probe.py MEMORY_BYTES`, so that neither the package nor torch is imported. A line of standard input
+It runs as a script, `python -P probe.py MEMORY_BYTES`, so that it starts fast: torch is not imported. A line of standard input
 is a file, [path, size, mtime in ns, path for a converted copy] in JSON. Each is answered by a line of standard output: {"sound":
 [frames, rate, channels, size of the copy, its mtime]}, where size -1 means no copy; or {"reason": why the file is of no use,
 "transient": true if that may pass by itself}; or {"fatal": what no other file would change}.
@@ -9,7 +9,6 @@ is a file, [path, size, mtime in ns, path for a converted copy] in JSON. Each is
 import contextlib
 import ctypes
 import io
-import itertools
 import json
 import os
 import resource
@@ -23,6 +22,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
+
+from ssast.engine.data.resample import to_int16
 
 COPY_RATE = 16_000  # Hz
 MIN_RATE, MAX_RATE = 1_000, 768_000  # Hz
@@ -254,7 +255,7 @@ def _convert(path: str, copy: str, problem: str) -> list[int]:
     """
     content = io.BytesIO()
     with soundfile.SoundFile(content, "w", COPY_RATE, 1, "PCM_16", format="FLAC") as flac:
-        for samples in _resampled(ffmpeg_blocks(path, problem)):
+        for samples in to_int16(ffmpeg_blocks(path, problem), COPY_RATE):
             flac.write(samples)
     content.seek(0)
     with soundfile.SoundFile(content) as flac:  # what could not be written would not show otherwise
@@ -277,21 +278,6 @@ def _write_copy(copy: str, content: io.BytesIO) -> tuple[int, int]:
         folder = os.path.dirname(copy)
         free = shutil.disk_usage(folder).free / 2**20
         raise _CannotWriteError(f"cannot write converted clips to {folder}: {error.strerror} ({free:.0f} MiB free)") from error
-
-
-def _resampled(blocks: Iterable[tuple[int, np.ndarray]]) -> Iterator[np.ndarray]:
-    """int16 [n] at 16 kHz, clipped. The rate of the stream may change where several have been chained."""
-    import av
-
-    for rate, group in itertools.groupby(blocks, key=lambda block: block[0]):
-        resampler = av.AudioResampler("fltp", "mono", COPY_RATE)
-        for block in itertools.chain((samples for _, samples in group), [None]):  # None draws out what the resampler holds back
-            frame = None
-            if block is not None:
-                frame = av.AudioFrame.from_ndarray(block[None], format="fltp", layout="mono")
-                frame.sample_rate = rate
-            for done in resampler.resample(frame):
-                yield np.clip(np.rint(done.to_ndarray()[0] * 32768), -32768, 32767).astype(np.int16)
 
 
 def ffmpeg_blocks(path: str, problem: str) -> Iterator[tuple[int, np.ndarray]]:

@@ -112,8 +112,11 @@ def test_a_run_folder_is_not_overwritten_by_another_config(small, corpus):
 
 @pytest.mark.slow
 def test_kill_9_in_the_middle_changes_nothing(small, corpus):
-    """Two ranks through the launcher, all killed twice at a moment of no one's choosing; the log is that of an undisturbed run."""
-    settings = [f"data.train={corpus}", "train.steps=40", "train.checkpoint_every=3", "deepspeed.zero_optimization.stage=1"]
+    """Two ranks that read shards, through the launcher, all killed twice at a moment of no one's choosing; the log is that of an
+    undisturbed run."""
+    shards = small.parent / "shards"
+    assert subprocess.run([*SSAST, "prepare", str(corpus), "--out", str(shards)], capture_output=True).returncode == 0
+    settings = [f"data.train={shards}", "train.steps=40", "train.checkpoint_every=3", "deepspeed.zero_optimization.stage=1"]
     assert run(small, *settings, "run.name=whole", "--ranks", "2").returncode == 0
     folder = small.parent / "runs" / "killed"
     for at_step in (5, 20):

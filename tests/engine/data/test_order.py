@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssast.engine.data.loader import Shard
-from ssast.engine.data.order import BLOCK, MixedOrder, SampleOrder, block_shares
+from ssast.engine.data.order import BLOCK, MixedOrder, SampleOrder, WeightedOrder, block_shares
 
 
 @settings(max_examples=50, deadline=None)
@@ -129,3 +129,18 @@ def test_a_place_far_out_in_a_mix_of_millions_is_found_at_once():
     index, passes = order.clips_at(10**12, 64)
     assert index.shape == (64,) and index.max() < 2_281_005
     assert passes[index < 2_000_000].min() == 10**9 * 700 // 2_000_000
+
+
+def test_weighted_draws_come_in_proportion_and_depend_on_the_position_alone():
+    weights = np.array([0.0, 1.0, 3.0, 0.0, 4.0])
+    order = WeightedOrder(weights, seed=3)
+    index, epochs = order.clips_at(0, 80_000)
+    shares = np.bincount(index, minlength=5) / len(index)
+    np.testing.assert_allclose(shares, weights / weights.sum(), atol=0.01)  # five standard deviations
+    assert shares[0] == shares[3] == 0
+    again = np.concatenate([order.clips_at(first, 7)[0] for first in range(0, 70, 7)])
+    assert (again == index[:70]).all() and epochs[4] == 0 and epochs[5] == 1
+    assert (WeightedOrder(weights, seed=4).clips_at(0, 100)[0] != index[:100]).any()
+    for wrong in ([0.0, 0.0], [1.0, -1.0], [1.0, np.nan]):
+        with pytest.raises(ValueError, match="weights"):
+            WeightedOrder(np.array(wrong), 0)

@@ -1,0 +1,176 @@
+"""Does pretraining help? `python -m ssast.benchmarks.study AUDIO [--scale large]` pretrains on all clips that no task tests on, and then
+trains every task of configs/study from scratch and from the pretrained weights, with equal budgets, few labels and all, several seeds.
+
+AUDIO holds `manifests/NAME.csv` with columns path (relative to AUDIO), label, speaker and split; NAME of a task is in TASKS. A row for each
+task, amount of labels and arm goes to results/study.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ssast import configs
+from ssast.engine.errors import UserError
+from ssast.engine.finetune.results import RESULTS_FILE, read_results, scratch_of, summarise
+from ssast.engine.finetune.splits import read_split
+from ssast.engine.runlog import read_rows as read_metrics
+
+from .rows import RESULTS, append_row, environment_columns
+
+FILE = RESULTS / "study.csv"
+CONFIGS = Path(configs.__path__[0]) / "study"
+UNLABELED = ("esc10", "esc50_fold4", "fsdd", "nemo", "wakeword", "speech", "music_misc")
+"""Manifests that are pretrained on, less the clips marked for validation or test."""
+PER_CLASS = 5
+"""Training clips of each class where labels are few."""
+# What --scale adds to (pretraining, tasks).
+SCALES = {
+    "small": ([], []),
+    "large": (
+        [
+            "model.size=small",
+            "model.depth=12",
+            "train.steps=40000",
+            "deepspeed.train_batch_size=128",
+            "deepspeed.bf16.enabled=true",
+        ],
+        ["train.steps=1000", "train.warmup_steps=100", "deepspeed.bf16.enabled=true"],
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """`manifest`: whose clips it has; `column`: what is to be told."""
+
+    name: str
+    kind: str
+    manifest: str
+    column: str = "label"
+
+
+TASKS = (
+    Task("sounds", "audio events", "esc10"),
+    Task("digits", "keyword spotting", "fsdd"),
+    Task("wakewords", "keyword spotting", "wakeword"),
+    Task("speakers", "speaker identification", "fsdd", "speaker"),
+    Task("emotion", "emotion", "nemo"),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ssast.benchmarks.study", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("audio", type=Path)
+    parser.add_argument("--scale", choices=SCALES, default="small", help="large: for a GPU")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--tasks", nargs="+", choices=[task.name for task in TASKS], default=[task.name for task in TASKS])
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/study"), help="folder of the runs; what is finished there is not done again"
+    )
+    parser.add_argument("--out", type=Path, default=FILE, help="CSV to add the rows to")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of the tasks")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        run_study(arguments)
+    except UserError as error:
+        print(f"study: {error}", file=sys.stderr)
+        return error.exit_code
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    return 0
+
+
+def run_study(arguments: argparse.Namespace) -> None:
+    work, (for_pretraining, for_tasks) = arguments.work / arguments.scale, SCALES[arguments.scale]
+    began = time.perf_counter()
+    clips = write_manifests(arguments.audio.resolve(), work / "manifests")
+    ranks = ["--ranks", str(arguments.ranks)]
+    unlabeled = work / "manifests" / "unlabeled.txt"
+    _ssast("pretrain", CONFIGS / "pretrain.yaml", *ranks, f"data.train={unlabeled}", f"run.folder={work}", *for_pretraining)
+    pretrained = work / "pretrain"
+    seconds = read_metrics(pretrained / "metrics.jsonl")[-1]["time"] - read_metrics(pretrained / "metrics.jsonl")[0]["time"]
+    print(f"pretrained on {clips} clips in {seconds / 60:.1f} min")
+    for task in TASKS:
+        if task.name not in arguments.tasks:
+            continue
+        for labels, few in (("few", [f"task.per_class={PER_CLASS}"]), ("all", [])):
+            folder = work / f"{task.name}-{labels}"
+            settings = [f"data.train={work / 'manifests' / task.name}.csv", f"run.folder={work}", f"run.name={folder.name}", *few]
+            arms = ["--compare", "scratch=none", f"pretrained={pretrained}"]
+            seeds = ["--seeds", str(arguments.seeds)]
+            _ssast("finetune", CONFIGS / f"{task.name}.yaml", *ranks, *seeds, *settings, *for_tasks, *arguments.overrides, *arms)
+            for row in measured(task, labels, folder):
+                settings = {"scale": arguments.scale, "pretraining_clips": clips, "pretraining_s": round(seconds)}
+                append_row(arguments.out, {**row, **settings, "overrides": " ".join(arguments.overrides), **environment_columns()})
+    print(f"the study took {(time.perf_counter() - began) / 60:.1f} min; its rows are in {arguments.out}")
+
+
+def measured(task: Task, labels: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """A row for each arm of a finished comparison."""
+    results = read_results(sorted(path.parent for path in folder.rglob(RESULTS_FILE)))
+    arms = summarise(results)
+    for arm in sorted(arms, key=lambda arm: arm.init_from is not None):
+        of_arm = [result for result in results if result["arm"] == arm.arm]
+        gain = arm.gain(scratch_of(arms))
+        yield {
+            "task": task.name,
+            "kind": task.kind,
+            "labels": labels,
+            "arm": arm.arm,
+            "metric": of_arm[0]["metric"],
+            "mean": round(arm.mean, 5),
+            "deviation": "" if arm.deviation is None else round(arm.deviation, 5),
+            "runs": len(arm.values),
+            "relative_gain": "" if gain is None else round(gain, 4),
+            "train_clips": of_arm[0]["clips"]["train"],
+            "test_clips": of_arm[0]["clips"]["test"],
+            "classes": len(of_arm[0]["classes"]),
+            "steps": of_arm[0]["steps"],
+        }
+
+
+def write_manifests(audio: Path, out: Path) -> int:
+    """The tasks' manifests with whole paths, their marked clips for test, and a list of all others, whose number is returned."""
+    out.mkdir(parents=True, exist_ok=True)
+    for task in TASKS:
+        rows = [
+            (
+                audio / row["path"],
+                row[task.column],
+                row["speaker"],
+                "test" if read_split(row["split"]) in ("valid", "test") else "train",
+            )
+            for row in _read_manifest(audio, task.manifest)
+        ]
+        with open(out / f"{task.name}.csv", "w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream).writerows([("path", "label", "speaker", "split"), *rows])
+    rows = [row for name in UNLABELED for row in _read_manifest(audio, name)]
+    untested = [str(audio / row["path"]) for row in rows if read_split(row["split"]) not in ("valid", "test")]
+    (out / "unlabeled.txt").write_text("\n".join(untested) + "\n", encoding="utf-8")
+    return len(untested)
+
+
+def _read_manifest(audio: Path, name: str) -> list[dict[str, str]]:
+    path = audio.resolve() / "manifests" / f"{name}.csv"
+    try:
+        with open(path, newline="", encoding="utf-8") as stream:
+            return list(csv.DictReader(stream))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; AUDIO must hold the manifests {', '.join(UNLABELED)}") from None
+
+
+def _ssast(*words: Any) -> None:
+    subprocess.run([sys.executable, "-m", "ssast.engine.cli", *map(str, words)], check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

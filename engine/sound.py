@@ -1,0 +1,194 @@
+"""Recordings of any kind as streams of samples, decoded by processes that may crash, hang or run out of memory at the cost of one file.
+
+As a script, `python -P sound.py SETTINGS`, this is such a process. A line of standard input is a job in JSON, [path, offset, size].
+It is answered by lines of JSON on standard output: {"samples": int16 of base64}, as many as it takes, and then {"end": true} or
+{"reason": why the recording is of no use}, or {"fatal": what no other file would change}.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import fcntl
+import json
+import os
+import select
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssast.engine.data.clips import Clips, is_prepared, open_shards
+from ssast.engine.data.extract import as_file, decode
+from ssast.engine.data.layouts import Recording, read_source
+from ssast.engine.data.probe import describe, file_status, serve
+from ssast.engine.data.resample import to_int16
+from ssast.engine.data.workers import Worker
+from ssast.engine.errors import UserError
+
+TIMEOUT_S = 60.0  # from block to block
+MEMORY = 4 << 30  # bytes of address space of a process
+_PIPE_BYTES = 1 << 20  # about 25 s of sound, decoded ahead
+_BLOCK = 1 << 16  # samples of an answer
+
+
+class UnreadableError(ValueError):
+    """A recording cannot be used; the message is the reason that people read."""
+
+
+def find_recordings(sources: Sequence[str], remark: Any = None) -> list[Recording]:
+    """All recordings of audio files, folders, manifests, tars and prepared folders, in their order, each once.
+
+    `remark` is called with a line for people on what was left out.
+
+    Raises:
+        UserError: a source that is not there or cannot be understood, or no recording at all.
+    """
+    found: dict[tuple[str, int], Recording] = {}
+    for source in sources:
+        if is_prepared(Path(source)):
+            recordings = shard_recordings(open_shards(Path(source)))
+        else:
+            read = read_source(source)
+            recordings = read.recordings
+            if remark and read.remarks:
+                remark(f"{source}: {'; '.join(read.remarks)}")
+        for recording in recordings:
+            found.setdefault((recording.path, recording.offset), recording)
+    if not found:
+        raise UserError("no recordings were named: give audio files, folders or manifests")
+    return list(found.values())
+
+
+def shard_recordings(clips: Clips) -> list[Recording]:
+    """The clips of a prepared folder."""
+    offsets, sizes = clips.offsets.tolist(), clips.sizes.tolist()
+    columns = (clips.sources, clips.paths, offsets, sizes, clips.labels, clips.speakers, clips.splits)
+    return [Recording(*row) for row in zip(*columns, strict=True)]
+
+
+def read_recordings(
+    recordings: Iterable[Recording], sample_rate: int, *, workers: int = 1, timeout_s: float = TIMEOUT_S, memory: int = MEMORY
+) -> Iterator[Iterator[np.ndarray]]:
+    """For each recording, in order, its samples: blocks int16 [n], mono, at `sample_rate` Hz. `workers` processes decode ahead, little.
+
+    A stream is to be read before the next one is asked for; what is left of it is passed over.
+
+    Raises:
+        UnreadableError: while a stream is read, where it cannot be decoded in full. The next ones can be read nevertheless.
+        UserError: decoding is impossible for any file.
+        RuntimeError: a process could not start.
+    """
+    arguments = [json.dumps({"sample_rate": sample_rate, "memory": memory})]
+    waiting = iter(recordings)
+    busy: deque[_Decoder] = deque()
+    with contextlib.ExitStack() as stack:
+        for _, recording in zip(range(workers), waiting, strict=False):  # in this order, or it would take one too many
+            busy.append(_Decoder(arguments, timeout_s))
+            stack.callback(busy[-1].close)
+            busy[-1].begin(recording)
+        while busy:
+            decoder = busy.popleft()
+            yield decoder.blocks()
+            decoder.pass_over()
+            following = next(waiting, None)
+            if following is not None:
+                decoder.begin(following)
+                busy.append(decoder)
+
+
+class _Decoder:
+    """A process, started anew whenever it has ended, and the recording it has in hand."""
+
+    def __init__(self, arguments: list[str], timeout_s: float) -> None:
+        self._arguments, self._timeout_s = arguments, timeout_s
+        self._worker: Worker | None = None
+        self._problem = ""
+        self._is_done = True
+
+    def begin(self, recording: Recording) -> None:
+        self._problem, self._is_done = "", False
+        status = file_status(recording.path)
+        if isinstance(status, str):
+            self._problem = status
+            return
+        if self._worker is None:
+            self._worker = Worker(__file__, self._arguments, self._timeout_s)
+            with contextlib.suppress(OSError):  # more than a user may have: it is then less far ahead
+                fcntl.fcntl(self._worker.process.stdout, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        self._worker.send(None, [recording.path, recording.offset, status[0] if recording.offset < 0 else recording.size])
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        if self._problem:
+            self._is_done = True
+            raise UnreadableError(self._problem)
+        while not self._is_done:
+            for answer in self._answers():
+                if "samples" in answer:
+                    yield np.frombuffer(base64.b64decode(answer["samples"]), dtype=np.int16)
+                    continue
+                self._is_done = True
+                if "fatal" in answer:
+                    raise UserError(answer["fatal"])
+                if "reason" in answer:
+                    raise UnreadableError(answer["reason"])
+
+    def pass_over(self) -> None:
+        """Make the process free for another recording."""
+        if not self._is_done:
+            self.close()  # sooner than reading hours of what nobody wants
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.stop()
+            self._worker = None
+
+    def _answers(self) -> list[Any]:
+        worker = self._worker
+        patience = max(self._timeout_s, 0.0 if worker.ready else 60.0)  # it may have waited for us meanwhile: time starts now
+        end = time.monotonic() + patience
+        while (left := end - time.monotonic()) > 0:
+            if not select.select([worker.process.stdout], [], [], left)[0]:
+                break
+            answers = worker.answers()
+            if answers is None:
+                return self._ended("")
+            if answers:
+                return answers
+        return self._ended(f"took longer than {patience:g} s")
+
+    def _ended(self, problem: str) -> list[Any]:
+        worker, self._worker = self._worker, None
+        how, complaint = worker.stop()
+        if not worker.ready:
+            raise RuntimeError(f"a process that decodes audio did not start ({problem or how}): {complaint}")
+        return [{"reason": problem or f"decoder crashed ({how})"}]
+
+
+def _stream(job: Sequence[Any], sample_rate: int, memory: int) -> Iterator[dict[str, Any]]:
+    path, offset, size = job
+    try:
+        with as_file(path, offset, size, folder=tempfile.gettempdir()) as file:
+            for samples in to_int16(decode(file, size), sample_rate):
+                for start in range(0, len(samples), _BLOCK):
+                    yield {"samples": base64.b64encode(samples[start : start + _BLOCK].tobytes()).decode("ascii")}
+        yield {"end": True}
+    except ImportError as error:
+        yield {"fatal": f"cannot import what decodes audio: {error}"}
+    except Exception as error:  # decoders' bindings raise all kinds, and one file must not end the run
+        yield {"reason": describe(error, memory)}
+
+
+def default_workers() -> int:
+    """Processes that decode beside a model: a few, and never more than there are cores."""
+    return min(4, len(os.sched_getaffinity(0)))
+
+
+if __name__ == "__main__":
+    settings = json.loads(sys.argv[1])
+    serve(settings["memory"], lambda job: _stream(job, **settings))
