@@ -49,13 +49,28 @@ setup(
         # PyPI is another project): README tells how to build it.
         "flash": ["flash-attn>=2.8; platform_system == 'Linux'"],
         "wandb": ["wandb>=0.19"],
+        # torchcodec needs FFmpeg's shared libraries; torchaudio, where it is, lends its fbank to the official way
+        "bench": ["webdataset>=1.0", "braceexpand>=0.1.7", "torchcodec>=0.13; platform_system == 'Linux'"],
         "parquet": ["pyarrow>=18"],
         "export": EXPORT,
-        "test": [*EXPORT, "pyarrow>=18", "pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.120", "ruff>=0.14"],
+        "test": [
+            *EXPORT,
+            "pyarrow>=18",
+            "webdataset>=1.0",
+            "braceexpand>=0.1.7",
+            "pytest>=8.3",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.120",
+            "ruff>=0.14",
+        ],
     },
     entry_points={
         "console_scripts": ["ssast = ssast.engine.cli:command"],
         # what rooms above the engine add to its command line
-        "ssast.verbs": ["profile = ssast.benchmarks.throughput.profile:main", "report = ssast.benchmarks.report:main"],
+        "ssast.verbs": [
+            "profile = ssast.benchmarks.throughput.profile:main",
+            "report = ssast.benchmarks.report:main",
+            "bench = ssast.benchmarks.bench:main",
+        ],
     },
 )

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ssast import configs
 from ssast.engine.errors import UserError
@@ -72,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scale", choices=SCALES, default="small", help="large: for a GPU")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else 2, help="comparisons at a time")
     parser.add_argument("--tasks", nargs="+", choices=[task.name for task in TASKS], default=[task.name for task in TASKS])
     parser.add_argument(
         "--work", type=Path, default=Path("runs/study"), help="folder of the runs; what is finished there is not done again"
@@ -95,23 +100,34 @@ def run_study(arguments: argparse.Namespace) -> None:
     clips = write_manifests(arguments.audio.resolve(), work / "manifests")
     ranks = ["--ranks", str(arguments.ranks)]
     unlabeled = work / "manifests" / "unlabeled.txt"
-    _ssast("pretrain", CONFIGS / "pretrain.yaml", *ranks, f"data.train={unlabeled}", f"run.folder={work}", *for_pretraining)
+    all_ranks = ["--ranks", str(arguments.ranks * arguments.jobs)]
+    _ssast("pretrain", CONFIGS / "pretrain.yaml", *all_ranks, f"data.train={unlabeled}", f"run.folder={work}", *for_pretraining)
     pretrained = work / "pretrain"
     seconds = read_metrics(pretrained / "metrics.jsonl")[-1]["time"] - read_metrics(pretrained / "metrics.jsonl")[0]["time"]
     print(f"pretrained on {clips} clips in {seconds / 60:.1f} min")
-    for task in TASKS:
-        if task.name not in arguments.tasks:
-            continue
-        for labels, few in (("few", [f"task.per_class={PER_CLASS}"]), ("all", [])):
-            folder = work / f"{task.name}-{labels}"
-            settings = [f"data.train={work / 'manifests' / task.name}.csv", f"run.folder={work}", f"run.name={folder.name}", *few]
-            arms = ["--compare", "scratch=none", f"pretrained={pretrained}"]
-            seeds = ["--seeds", str(arguments.seeds)]
-            _ssast("finetune", CONFIGS / f"{task.name}.yaml", *ranks, *seeds, *settings, *for_tasks, *arguments.overrides, *arms)
-            for row in measured(task, labels, folder):
-                settings = {"scale": arguments.scale, "pretraining_clips": clips, "pretraining_s": round(seconds)}
-                append_row(arguments.out, {**row, **settings, "overrides": " ".join(arguments.overrides), **environment_columns()})
-    print(f"the study took {(time.perf_counter() - began) / 60:.1f} min; its rows are in {arguments.out}")
+    jobs = [(task, labels) for task in TASKS if task.name in arguments.tasks for labels in ("few", "all")]
+
+    def compare(job: tuple[Task, str]) -> list[dict[str, Any]]:
+        task, labels = job
+        folder = work / f"{task.name}-{labels}"
+        settings = [f"data.train={work / 'manifests' / task.name}.csv", f"run.folder={work}", f"run.name={folder.name}"]
+        settings += [f"task.per_class={PER_CLASS}"] if labels == "few" else []
+        arms = ["--seeds", str(arguments.seeds), "--compare", "scratch=none", f"pretrained={pretrained}"]
+        _ssast("finetune", CONFIGS / f"{task.name}.yaml", *ranks, *settings, *for_tasks, *arguments.overrides, *arms)
+        return list(measured(task, labels, folder))
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        compared = list(pool.map(compare, jobs))
+    minutes = (time.perf_counter() - began) / 60
+    for row in (row for rows in compared for row in rows):
+        settings = {
+            "scale": arguments.scale,
+            "pretraining_clips": clips,
+            "pretraining_s": round(seconds),
+            "study_min": round(minutes, 1),
+        }
+        append_row(arguments.out, {**row, **settings, "overrides": " ".join(arguments.overrides), **environment_columns()})
+    print(f"the study took {minutes:.1f} min; its rows are in {arguments.out}")
 
 
 def measured(task: Task, labels: str, folder: Path) -> Iterator[dict[str, Any]]:
@@ -169,7 +185,8 @@ def _read_manifest(audio: Path, name: str) -> list[dict[str, str]]:
 
 
 def _ssast(*words: Any) -> None:
-    subprocess.run([sys.executable, "-m", "ssast.engine.cli", *map(str, words)], check=True)
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # small models: ranks and jobs use the cores better than threads do
+    subprocess.run([sys.executable, "-m", "ssast.engine.cli", *map(str, words)], check=True, env=environment)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from .loader import aims
 from .rows import RESULTS, read_rows
 
-DOCUMENTS = ("README.md", "docs/kernels.md", "docs/performance.md")
+DOCUMENTS = ("README.md", "docs/data.md", "docs/kernels.md", "docs/performance.md")
 UNMEASURED = "not measured yet"
 
 
@@ -205,6 +206,51 @@ def precision_table() -> str:
     return "\n".join([*lines, "", f"{last['clips']} clips; torch {last['torch']}, commit {last['commit']}, {last['date']}."])
 
 
+def loader_table() -> str:
+    """Of each machine the last run of results/loader.csv: rates by codec and cores, then what was aimed at."""
+    file = RESULTS / "loader.csv"
+    rows = read_rows(file) if file.exists() else []
+    tables = []
+    for device in dict.fromkeys((row["device"], row["cores"]) for row in rows):
+        found = [row for row in rows if (row["device"], row["cores"]) == device]
+        tables.append(_loader_lines([row for row in found if row["run"] == found[-1]["run"]]))
+    return "\n\n".join(tables) or UNMEASURED
+
+
+def _loader_lines(rows: list[Row]) -> str:
+    rates = [row for row in rows if row["metric"] == aims.RATE]
+    workers = list(dict.fromkeys(row["workers"] for row in rates))
+    heads = [f"{count} core{'s' * (count != '1')}" for count in workers]
+    lines = [f"| codec | clips/s of | from | {' | '.join(heads)} | a CPU second |", "|---|---|---|" + "---|" * (len(heads) + 1)]
+    groups: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rates:
+        groups.setdefault((row["codec"], row["contestant"], row["source"]), {})[row["workers"]] = row
+    for (codec, contestant, source), found in groups.items():
+        cells = [_loader_cell(found[n]) if n in found else "" for n in workers]
+        first = next(iter(found.values()))
+        cpu = f"{float(first['cpu_p50']):,.0f}" if first["cpu_p50"] else ""
+        lines.append(f"| {codec} | {contestant} | {source} | {' | '.join(cells)} | {cpu} |")
+    lines += ["", "| aim | measured | |", "|---|---|---|"]
+    lines += [f"| {aim} | {text} | {'met' if met else '**missed**'} |" for aim, text, met in aims.verdicts(rows)]
+    last = rates[-1]
+    notes = "; ".join(dict.fromkeys(row["note"] for row in rates if row["note"]))
+    lines += [
+        "",
+        f"Median [quartiles] of {last['rounds']} rounds in turn; {last['clips']} clips of {float(last['clip_s']):g} s "
+        f"({last['audio']} audio), batches of {last['batch']}, page cache warm; on n cores n threads or worker processes. A CPU "
+        f"second: with one core, of all processes. {notes}. {last['device']}, {last['cores']} cores, "
+        f"torch {last['torch']}, commit {last['commit']}, {last['date']}.",
+    ]
+    return "\n".join(lines)
+
+
+def _loader_cell(row: Row) -> str:
+    if not row["p50"]:
+        return "left out"
+    middle, low, high = (f"{float(row[name]):,.0f}" for name in ("p50", "p25", "p75"))
+    return f"{f'**{middle}**' if row['contestant'] == aims.OURS else middle} [{low}, {high}]"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "kernels": kernels_table,
@@ -212,6 +258,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "precision": precision_table,
     "step": step_table,
     "headline": headline_table,
+    "loader": loader_table,
 }
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 

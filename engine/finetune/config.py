@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from ssast.engine.config import DataSection, Paths, RunConfig, Section, TrainSection
+from ssast.engine.errors import UserError
 from ssast.engine.model import HEAD_DIM, WIDTHS, ModelConfig
 
 SCRATCH = "none"
@@ -84,7 +85,7 @@ class FinetuneDataSection(DataSection):
     """Draw clips so that each class comes about as often."""
     mean: float | Literal["auto"] = "auto"
     std: float | Literal["auto"] = "auto"
-    """Of the log-mel features; "auto" measures both on the training clips."""
+    """Of the log-mel features. "auto": those that the weights to start from were trained with; from scratch, measured on the clips."""
 
 
 class FinetuneTrainSection(TrainSection):
@@ -116,8 +117,8 @@ class FinetuneConfig(RunConfig):
     augment: AugmentSection = AugmentSection()
     data: FinetuneDataSection = FinetuneDataSection()
     train: FinetuneTrainSection
-    paper: dict[str, float] = Field(default_factory=dict)
-    """What the paper reports for this task, by model: printed beside our results, never mixed with them."""
+    paper: Annotated[dict[str, float], BeforeValidator(lambda value: value or {})] = Field(default_factory=dict)
+    """What the paper reports for this task, by model: printed beside our results, never mixed with them. null: nothing."""
 
     @property
     def metric(self) -> str:
@@ -145,14 +146,35 @@ class FinetuneConfig(RunConfig):
         )
 
     def timed(self, clips: int, world_size: int) -> Self:
-        """With epochs turned into steps for so many training clips."""
+        """With epochs turned into steps for so many training clips, and a warm-up that leaves steps at the full rate.
+
+        Raises:
+            UserError: no epoch of training ends with a validation, where the weights of epochs are averaged.
+        """
         micro, accumulation = self.batch_sizes(world_size)
         per_epoch = -(-clips // (micro * accumulation * world_size))
         steps = self.train.steps or self.train.epochs * per_epoch
         changes = {"steps": steps, "steps_per_epoch": per_epoch}
+        if self.train.steps is None:  # of a small data set a usual warm-up would be all there is
+            changes["warmup_steps"] = min(self.train.warmup_steps, steps // 10)
         changes["valid_every"] = self.train.valid_every or per_epoch
         changes["checkpoint_every"] = self.train.checkpoint_every or per_epoch
+        if self.task.select == "average":
+            self._check_average(steps, per_epoch, changes["valid_every"])
         return self.model_copy(update={"train": self.train.model_copy(update=changes)})
+
+    def _check_average(self, steps: int, per_epoch: int, valid_every: int) -> None:
+        """Weights are kept when an epoch ends, with its validation."""
+        if per_epoch % valid_every:
+            raise UserError(
+                f"train.valid_every: {valid_every} does not divide an epoch of {per_epoch} steps, at whose end weights are kept for "
+                "task.select=average; leave it out"
+            )
+        if steps // per_epoch < self.task.average_from:
+            raise UserError(
+                f"task.average_from: epoch {self.task.average_from} on, but {steps} steps are {steps // per_epoch} whole epochs of "
+                f"{per_epoch}: there is none to average"
+            )
 
     def named(self, *parts: str) -> Self:
         """The same run in a folder below."""
@@ -179,6 +201,9 @@ class FinetuneConfig(RunConfig):
             architecture = self.architecture
         except ValueError as error:
             raise ValueError(f"model: {error}") from None
-        if self.augment.freq_mask > architecture.num_mel_bins or self.augment.time_mask > architecture.input_frames:
-            raise ValueError("augment.freq_mask, augment.time_mask: wider than the features are")
+        if self.task.folds is not None and (self.data.valid or self.data.test):
+            raise ValueError("task.folds, data.valid, data.test: either folds or named clips say what is tested on")
+        for name, size in (("freq_mask", architecture.num_mel_bins), ("time_mask", architecture.input_frames)):
+            if (mask := getattr(self.augment, name)) > size:
+                raise ValueError(f"augment.{name}: {mask} is wider than the features, which have {size}; set it to less")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +14,9 @@ from ssast.engine.data.clips import Clips, Skipped, is_prepared, open_shards
 from ssast.engine.data.dataset import Dataset, cache_folder, feature_statistics
 from ssast.engine.errors import UserError
 
-from .config import FinetuneConfig
+from .config import FinetuneConfig, FinetuneDataSection
 from .labels import Labelled, Vocabulary, examine, of_clips, read_labelled
-from .splits import few, fold_names, split_clips
+from .splits import check_leaks, few, fold_names, read_split, split_clips
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class LabelledClips:
     clips: Clips
     known: list[Labelled]
     skipped: list[Skipped]
+    remarks: tuple[str, ...] = ()
 
     def folds(self) -> list[str]:
         """Those that the clips come in, if they do."""
@@ -58,15 +60,22 @@ def read_task(config: FinetuneConfig) -> LabelledClips:
     marked = [(data.train, ""), (data.valid, "valid"), (data.test, "test")]
     known: list[Labelled] = []
     shards: list[Clips] = []
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         for sources, split in marked:
             plain = [source for source in sources if not is_prepared(Path(source))]
             found = read_labelled(plain, layout=config.task.layout, cache_dir=cache_folder(data)) if plain else []
-            known += [replace(item, split=split) for item in found] if split else found
+            if split:
+                known += [replace(item, split=split) for item in found]
+            else:
+                known += itertools.compress(found, _kept([item.split for item in found], data))
             for source in sources:
                 if is_prepared(Path(source)):
                     clips = open_shards(Path(source))
-                    shards.append(clips if not split else replace(clips, splits=[split] * len(clips)))
+                    if split:
+                        shards.append(replace(clips, splits=[split] * len(clips)))
+                    else:
+                        shards.append(clips.subset(_kept(list(clips.splits), data)))
     _refuse_twice(known)
     entries = [item.entry for item in known]
     clips, skipped = check_clips(entries, cache_dir=cache_folder(data), min_seconds=data.min_seconds) if entries else (None, [])
@@ -77,7 +86,7 @@ def read_task(config: FinetuneConfig) -> LabelledClips:
         raise UserError(f"{', '.join(data.train)}: none of {len(entries)} audio files can be used{first}")
     if data.strict and skipped:
         raise UserError(f"{skipped[0].path}: {skipped[0].reason} (the first of {len(skipped)} unusable clips; data.strict is set)")
-    return LabelledClips(clips, of_clips(clips, known), skipped)
+    return LabelledClips(clips, of_clips(clips, known), skipped, tuple(str(warning.message) for warning in warned))
 
 
 def open_task(config: FinetuneConfig, read: LabelledClips, measured: tuple[float, float] | None = None) -> TaskData:
@@ -92,7 +101,7 @@ def open_task(config: FinetuneConfig, read: LabelledClips, measured: tuple[float
     sources = [item.path for item in known]
     given = Path(task.labels) if isinstance(task.labels, str) else task.labels
     split = split_clips(
-        [item.split for item in known] if task.fold is None else [""] * len(known),
+        [item.split for item in known],
         [item.fold for item in known],
         sources,
         [item.speaker for item in known],
@@ -106,7 +115,9 @@ def open_task(config: FinetuneConfig, read: LabelledClips, measured: tuple[float
     )
     vocabulary = Vocabulary.from_clips(texts, given)
     examined = examine(texts, sources, vocabulary, split, multi_label=task.multi_label, unseen=task.unseen, strict=data.strict)
-    split, remarks = examined.split, list(examined.remarks)
+    split = examined.split
+    speakers = [item.speaker for item in known]
+    remarks = [*read.remarks, *examined.remarks, *check_leaks(split, sources, speakers, by_speaker=task.group == "speaker")]
     if task.per_class is not None:
         split = replace(split, train=few(split.train, texts, task.per_class, config.run.seed))
     if not len(split.test):
@@ -150,6 +161,19 @@ def _balancing(targets: np.ndarray) -> np.ndarray:
     """Weight of each clip [N]: the sum over its classes of one over the class's clips, as the official code draws AudioSet."""
     counts = targets.sum(axis=0)
     return targets @ (1.0 / np.maximum(counts, 1))
+
+
+def _kept(splits: list[str], data: FinetuneDataSection) -> np.ndarray:
+    """Bool [N]: of clips of data.train those that it does not mark for validation where data.valid names others, and test likewise."""
+    kept = np.ones(len(splits), dtype=bool)
+    for name, sources in (("valid", data.valid), ("test", data.test)):
+        marked = np.array([bool(sources) and read_split(split) == name for split in splits], dtype=bool)
+        if marked.any():
+            warnings.warn(
+                f"{marked.sum()} clips of data.train are marked for {name} and left out: data.{name} names others", stacklevel=2
+            )
+        kept &= ~marked
+    return kept
 
 
 def _refuse_twice(known: list[Labelled]) -> None:

@@ -29,10 +29,10 @@ class FineTuning:
     """Cross-entropy over the classes, or a binary one for each."""
 
     metrics = ("loss",)
-    all_used = True
 
     def __init__(self, config: FinetuneConfig, data: TaskData, ranks: Ranks) -> None:
         self.config, self.data, self.device, self.ranks = config, data, ranks.device, ranks
+        self.all_used = not config.model.layer_weights  # which pass by the final norm
         self._targets = torch.from_numpy(data.train_targets).to(ranks.device)  # bool [N, C]
 
     def losses(self, engine: Callable[..., Any], batch: Batch) -> Sequence[torch.Tensor]:
@@ -122,9 +122,8 @@ def classification_loss(logits: torch.Tensor, targets: torch.Tensor, kind: str) 
 
 
 def measure(scores: np.ndarray, targets: np.ndarray, labels: Sequence[str], config: FinetuneConfig) -> dict[str, float]:
-    """Metrics of scores [N, C], with the loss that their probabilities have."""
-    metrics = class_metrics(scores, targets, labels, config.task.multi_label)
-    return {name: float(value) for name, value in metrics.items()}
+    """Metrics of scores [N, C] against targets bool [N, C]."""
+    return class_metrics(scores, targets, labels, config.task.multi_label)
 
 
 def freeze_encoder(model: SSAST) -> None:

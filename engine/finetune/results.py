@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,9 +42,12 @@ class ArmSummary:
 
 
 def read_results(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """What runs have left; those without results are left out."""
+    """What runs have left; those without results are left out. Metrics that are not finite, which JSON cannot say, are NaN."""
     files = [folder / RESULTS_FILE for folder in folders]
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    for result in results:
+        result["metrics"] = {name: math.nan if value is None else value for name, value in result["metrics"].items()}
+    return results
 
 
 def summarise(results: Sequence[dict[str, Any]]) -> list[ArmSummary]:
@@ -82,12 +86,16 @@ def table(arms: Sequence[ArmSummary], metric: str, paper: dict[str, float]) -> s
 
 def print_summary(folder: Path, folders: Sequence[Path]) -> None:
     results = read_results(folders)
-    print(f"\n{folder}: test {results[0]['metric']}, mean and deviation over {len(results)} runs")
+    print(f"\n{folder}: test {results[0]['metric']}, mean and deviation over {_runs(len(results))}")
     for arm in (arms := summarise(results)):
         gain = arm.gain(scratch_of(arms))
         spread = "" if arm.deviation is None else f" ± {100 * arm.deviation:.2f}"
         told = "" if gain is None else f"  {100 * gain:+.1f}% against scratch"
-        print(f"  {arm.arm or 'this run':16} {100 * arm.mean:6.2f}%{spread}  ({len(arm.values)} runs){told}")
+        print(f"  {arm.arm or 'this run':16} {100 * arm.mean:6.2f}%{spread}  ({_runs(len(arm.values))}){told}")
+
+
+def _runs(count: int) -> str:
+    return f"{count} run{'s' if count != 1 else ''}"
 
 
 def write_summary(config: FinetuneConfig, folders: Sequence[Path]) -> Path:

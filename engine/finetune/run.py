@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import sys
 import warnings
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -28,7 +30,7 @@ from ssast.engine.errors import UserError
 from ssast.engine.files import write_whole
 from ssast.engine.interrupt import StopRequest
 from ssast.engine.launch import count_ranks, launch, one_line_errors, supervised
-from ssast.engine.model import SSAST, WIDTHS, ModelCard, build_model, init_classifier, resize
+from ssast.engine.model import SSAST, WIDTHS, ModelCard, ModelConfig, build_model, init_classifier, resize
 from ssast.engine.ranks import Ranks, join_ranks, leave
 from ssast.engine.rundir import check_run_dir, locked, measured_statistics, prepare_run_dir
 from ssast.engine.trainer import Trainer, check_deepspeed_section
@@ -62,8 +64,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _start(arguments: argparse.Namespace) -> int:
-    arms = _arms(arguments.compare)
-    overrides = list(arguments.overrides)
+    compared = [text for text in arguments.compare if not _is_setting(text)]
+    overrides = [*arguments.overrides, *(text for text in arguments.compare if _is_setting(text))]
+    arms = _arms(compared)
+    if arms and arguments.init_from is not None:
+        raise UserError("--from, --compare: the arms say what each starts from; give one of the two")
+    if arguments.seeds < 1:
+        raise UserError(f"--seeds {arguments.seeds}: at least one is needed")
     if arguments.init_from is not None:
         overrides.append(f"model.init_from={arguments.init_from}")
     config = load_config(arguments.task, overrides, FinetuneConfig)
@@ -73,7 +80,7 @@ def _start(arguments: argparse.Namespace) -> int:
     ranks = count_ranks(arguments.ranks)
     if "RANK" not in os.environ and ranks > 1:
         given = [arguments.task, *overrides, "--seeds", str(arguments.seeds)]
-        given += ["--compare", *arguments.compare] if arguments.compare else []
+        given += ["--compare", *compared] if compared else []
         status = launch(ranks, "ssast.engine.finetune.run", given, engine=config.step.engine)
         return 0 if status is None else status
     return supervised(lambda stop_request: run_all(config, arms, arguments.seeds, stop_request))
@@ -83,10 +90,17 @@ def run_all(config: FinetuneConfig, arms: list[Arm], seeds: int, stop_request: S
     """All runs of the command on the ranks that there are, and their table."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     ranks = join_ranks(config.step.engine)
-    config.batch_sizes(ranks.world_size)
+    micro_batch, _ = config.batch_sizes(ranks.world_size)
+    if config.augment.mixup and micro_batch == 1:
+        raise UserError(
+            "augment.mixup: clips are mixed within a micro-batch, which has one clip here; make it larger, or set mixup to 0"
+        )
     check_deepspeed_section(config)
     read = ranks.once(lambda: read_task(config))
     runs = list(plan(config, arms, seeds, read))
+    ranks.once(lambda: _check_folds(runs, read))
+    if ranks.is_first and not arms and config.model.init_from is None:
+        print("note: no weights to start from are named (--from PATH): training from scratch")
     with contextlib.ExitStack() as held:
         ranks.once(lambda: held.enter_context(locked(config.run_dir)))
         for number, run in enumerate(runs, start=1):
@@ -104,13 +118,14 @@ def run_all(config: FinetuneConfig, arms: list[Arm], seeds: int, stop_request: S
 
 
 def plan(config: FinetuneConfig, arms: list[Arm], seeds: int, read: LabelledClips) -> Iterator[Run]:
-    """The runs: arms, then seeds, then folds. What there is only one of has no folder level of its own."""
+    """The runs: arms, then seeds, then folds. Where there is no comparison, there is no folder level for arms, and so for folds; the first
+    seed has none, so that more of them only add to what there is."""
     folds = [config.task.fold] if config.task.folds is None or config.task.fold is not None else _folds(config, read)
     for name, of_arm in _with_arms(config, arms) if arms else [("", config)]:
         for seed in range(config.run.seed, config.run.seed + seeds):
             for fold in folds:
                 parts = [name] if name else []
-                parts += [f"seed-{seed}"] if seeds > 1 else []
+                parts += [f"seed-{seed}"] if seed != config.run.seed else []
                 parts += [f"fold-{fold}"] if len(folds) > 1 else []
                 of_fold = of_arm.model_copy(update={"task": of_arm.task.model_copy(update={"fold": fold})})
                 one = of_fold.named(*parts)
@@ -125,28 +140,57 @@ def _folds(config: FinetuneConfig, read: LabelledClips) -> list[str]:
     return there or [str(number) for number in range(1, wanted + 1)]
 
 
+def _check_folds(runs: list[Run], read: LabelledClips) -> None:
+    """Split the clips for every fold, where there are several, before the first is trained.
+
+    Raises:
+        UserError: what `open_task` finds wrong with a fold.
+    """
+    of_fold = {run.fold: run for run in runs}
+    for fold, run in of_fold.items() if len(of_fold) > 1 else ():
+        try:
+            open_task(run.config, read, (0.0, 1.0))
+        except UserError as error:
+            raise UserError(f"fold {fold}: {error}") from None
+
+
 def _with_arms(config: FinetuneConfig, arms: list[Arm]) -> Iterator[tuple[str, FinetuneConfig]]:
-    """Each arm's config. A model from scratch is of the size of the first weights that it is compared with."""
+    """Each arm's config. A model from scratch is of the size of the first weights that it is compared with.
+
+    Raises:
+        UserError: weights that cannot be loaded or are of another patch shape, before anything is trained.
+    """
     shape: dict[str, Any] = {}
-    weights = next((path for _, path in arms if path is not None), None)
-    if weights is not None:
-        found = load_model(weights).config
+    shapes = {path: load_model(path).config for _, path in arms if path is not None}
+    for path, found in shapes.items():
+        _check_patches(config, path, found)
+    if shapes:
+        weights, found = next(iter(shapes.items()))
         size = next((name for name, width in WIDTHS.items() if width == found.width), None)
         if size is None and any(path is None for _, path in arms):
             raise UserError(f"{weights}: width {found.width} is none of {', '.join(WIDTHS)}, so no arm from scratch can be like it")
-        shape = {"size": size, "depth": found.depth, "patch_shape": found.patch_shape}
+        stride = config.model.stride or found.stride
+        shape = {"size": size, "depth": found.depth, "patch_shape": found.patch_shape, "stride": stride}
     for name, path in arms:
         changes = {"init_from": path, **(shape if path is None else {})}
         yield name, config.model_copy(update={"model": config.model.model_copy(update=changes)})
 
 
+def _statistics_of_weights(config: FinetuneConfig) -> tuple[float, float] | None:
+    """Mean and std of the features that the weights to start from know: fine-tuning on features that lie elsewhere begins worse."""
+    if config.model.init_from is None:
+        return None
+    card = load_model(config.model.init_from).card
+    return card.mean, card.std
+
+
 def _run(run: Run, read: LabelledClips, ranks: Ranks, stop_request: StopRequest) -> bool:
     """Train and test, or see that this was done; False if asked to stop before the end."""
     config = run.config
-    data = ranks.once(lambda: open_task(config, read, measured_statistics(config)))
+    data = ranks.once(lambda: open_task(config, read, measured_statistics(config) or _statistics_of_weights(config)))
     config = config.timed(len(data.train), ranks.world_size)
     ranks.once(lambda: check_run_dir(config))
-    if ranks.once((config.run_dir / RESULTS_FILE).is_file):
+    if ranks.once(lambda: _is_finished(config)):
         return True
     if ranks.is_first:
         for remark in data.remarks:
@@ -159,6 +203,21 @@ def _run(run: Run, read: LabelledClips, ranks: Ranks, stop_request: StopRequest)
     if finished:
         _test(run, config, data, ranks)
     return finished
+
+
+def _is_finished(config: FinetuneConfig) -> bool:
+    """Whether the run folder holds results of this many steps.
+
+    Raises:
+        UserError: those of more steps.
+    """
+    file = config.run_dir / RESULTS_FILE
+    steps = json.loads(file.read_text(encoding="utf-8"))["steps"] if file.is_file() else 0
+    if steps > config.train.steps:
+        raise UserError(
+            f"{config.run_dir}: holds a finished run of {steps} steps, not {config.train.steps}; choose another run.name"
+        )
+    return steps == config.train.steps
 
 
 def start_model(config: FinetuneConfig, data: TaskData) -> SSAST:
@@ -179,14 +238,10 @@ def start_model(config: FinetuneConfig, data: TaskData) -> SSAST:
             input_bins=wanted.num_mel_bins,
             position_resize=wanted.position_resize,
         )
-        if wanted.patch_shape not in (None, model.config.patch_shape):
-            ours, theirs = ("x".join(map(str, shape)) for shape in (wanted.patch_shape, model.config.patch_shape))
-            raise UserError(
-                f"{wanted.init_from}: has patches of {theirs}, this task is set up for {ours}; take a recipe for {theirs} "
-                f"({'NAME-frame' if model.config.patch_shape[0] > wanted.patch_shape[0] else 'the one without -frame'}), or set "
-                "model.patch_shape and model.stride"
-            )
+        _check_patches(config, wanted.init_from, model.config)
         init_classifier(model, torch.Generator().manual_seed(seed))
+        if model.config.layer_weights:  # of another task
+            model = resize(model, dataclasses.replace(model.config, layer_weights=False))
     if wanted.layer_weights:
         model = resize(model, dataclasses.replace(model.config, layer_weights=True))
     if wanted.train == "head":
@@ -195,9 +250,22 @@ def start_model(config: FinetuneConfig, data: TaskData) -> SSAST:
     return model
 
 
+def _check_patches(config: FinetuneConfig, path: str, found: ModelConfig) -> None:
+    wanted = config.model.patch_shape
+    if wanted not in (None, found.patch_shape):
+        ours, theirs = ("x".join(map(str, shape)) for shape in (wanted, found.patch_shape))
+        raise UserError(
+            f"{path}: has patches of {theirs}, this task is set up for {ours}; take a recipe for {theirs} "
+            f"({'NAME-frame' if found.patch_shape[0] > wanted[0] else 'the one without -frame'}), or set model.patch_shape and "
+            "model.stride"
+        )
+
+
 def _test(run: Run, config: FinetuneConfig, data: TaskData, ranks: Ranks) -> None:
     """Measure the chosen weights on the test clips, and leave them, the answers and the figures in the run folder."""
     model, chosen = _chosen_model(config)
+    if config.model.train == "head":
+        _put_back_frozen(model, start_model(config, data))
     if ranks.is_first:
         save_model(model, config.run_dir / WEIGHTS_FILE)
     objective = FineTuning(config, data, ranks)
@@ -205,6 +273,13 @@ def _test(run: Run, config: FinetuneConfig, data: TaskData, ranks: Ranks) -> Non
     scores, read = objective.scores(model, _test_batches(config, data, ranks), len(data.test))
     if not ranks.is_first:
         return
+    notes = list(data.remarks)
+    whole = read == np.arange(len(read))  # in the place of a clip that breaks after the check another one is read
+    if not whole.all():
+        lost = data.test.sources[int(np.argmin(whole))]
+        notes.append(f"{(~whole).sum()} test clips could not be read any more and are left out; the first is {lost}")
+        print(f"warning: {notes[-1]}", flush=True)
+    scores, read = scores[whole], read[whole]
     targets = data.test_targets[read]
     metrics = measure(scores, targets, data.labels, config)
     predictions = config.run_dir / f"predictions.{'npz' if scores.size > LARGE else 'csv'}"
@@ -215,16 +290,16 @@ def _test(run: Run, config: FinetuneConfig, data: TaskData, ranks: Ranks) -> Non
         "seed": run.seed,
         "fold": run.fold,
         "metric": config.metric,
-        "metrics": metrics,
+        "metrics": {name: value if math.isfinite(value) else None for name, value in metrics.items()},
         "weights": chosen,
-        "clips": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
+        "clips": {"train": len(data.train), "valid": len(data.valid), "test": len(read)},
         "steps": config.train.steps,
         "init_from": config.model.init_from,
-        "notes": list(data.remarks),
+        "notes": notes,
         "classes": per_class(scores, targets, data.labels, config.task.multi_label),
     }
-    write_whole(config.run_dir / RESULTS_FILE, json.dumps(result, indent=2) + "\n")
-    print(f"{config.run_dir}: test {config.metric} {metrics[config.metric]:.4f} on {len(data.test)} clips ({chosen})", flush=True)
+    write_whole(config.run_dir / RESULTS_FILE, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    print(f"{config.run_dir}: test {config.metric} {metrics[config.metric]:.4f} on {len(read)} clips ({chosen})", flush=True)
 
 
 def _chosen_model(config: FinetuneConfig) -> tuple[SSAST, str]:
@@ -246,6 +321,14 @@ def _chosen_model(config: FinetuneConfig) -> tuple[SSAST, str]:
     return load_model(folder / f"step-{step}"), f"last, step {step}"
 
 
+@torch.no_grad()
+def _put_back_frozen(model: SSAST, start: SSAST) -> None:
+    """Weights that were not trained, bit for bit: ZeRO has no fp32 masters of them, so that checkpoints in bf16 hold them rounded."""
+    for trained, before in zip(model.parameters(), start.parameters(), strict=True):
+        if not before.requires_grad:
+            trained.copy_(before)
+
+
 def _test_batches(config: FinetuneConfig, data: TaskData, ranks: Ranks) -> Iterator[tuple[Batch, int]]:
     """This rank's test clips."""
     micro_batch, _ = config.batch_sizes(ranks.world_size)
@@ -259,6 +342,12 @@ def _test_batches(config: FinetuneConfig, data: TaskData, ranks: Ranks) -> Itera
     with contextlib.closing(decoder):
         reader = ClipReader(decoder, None, max_bad_fraction=config.data.max_bad_fraction)
         yield from batches_of_all(reader, len(data.test), Shard(ranks.rank, ranks.world_size, micro_batch))
+
+
+def _is_setting(text: str) -> bool:
+    """Whether what follows --compare is a setting rather than an arm."""
+    section, dot, _ = text.partition("=")[0].partition(".")
+    return bool(dot) and section in FinetuneConfig.model_fields
 
 
 def _arms(compared: list[str]) -> list[Arm]:
