@@ -16,7 +16,7 @@ from pathlib import Path
 from .loader import aims
 from .rows import RESULTS, read_rows
 
-DOCUMENTS = ("README.md", "docs/data.md", "docs/kernels.md", "docs/performance.md")
+DOCUMENTS = ("README.md", "docs/data.md", "docs/kernels.md", "docs/performance.md", "docs/results.md")
 UNMEASURED = "not measured yet"
 
 
@@ -251,6 +251,46 @@ def _loader_cell(row: Row) -> str:
     return f"{f'**{middle}**' if row['contestant'] == aims.OURS else middle} [{low}, {high}]"
 
 
+def study_table() -> str:
+    """The last study of each scale: every task, few labels and all, from scratch and pretrained."""
+    file = RESULTS / "study.csv"
+    rows = read_rows(file) if file.exists() else []
+    tables = []
+    for scale in dict.fromkeys(row["scale"] for row in rows):
+        found = [row for row in rows if row["scale"] == scale]
+        last = [row for row in found if (row["date"], row["study_min"]) == (found[-1]["date"], found[-1]["study_min"])]
+        tables.append(_study_lines(last))
+    return "\n\n".join(tables) or UNMEASURED
+
+
+def _study_lines(rows: list[Row]) -> str:
+    lines = [
+        "| task | kind | clips trained on | tested | from scratch | pretrained | relative gain |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    gains: dict[str, list[float]] = {}
+    for labels in ("few", "all"):
+        for task in dict.fromkeys(row["task"] for row in rows):
+            scratch, pretrained = (
+                next(row for row in rows if (row["task"], row["labels"], row["arm"]) == (task, labels, arm))
+                for arm in ("scratch", "pretrained")
+            )
+            gains.setdefault(labels, []).append(float(pretrained["relative_gain"]))
+            cells = [f"{100 * float(row['mean']):.1f}% ± {100 * float(row['deviation']):.1f}" for row in (scratch, pretrained)]
+            counts = f"{scratch['train_clips']} ({labels}) | {scratch['test_clips']}"
+            lines.append(f"| {task} | {scratch['kind']} | {counts} | {' | '.join(cells)} | {gains[labels][-1]:+.0%} |")
+    first = rows[0]
+    means = ", ".join(f"{statistics.mean(values):+.0%} with {labels} labels" for labels, values in gains.items())
+    lines += [
+        "",
+        f"Accuracy, mean and deviation over {first['runs']} seeds; the mean of the relative gains is {means}. Pretrained on "
+        f"{first['pretraining_clips']} clips for {float(first['pretraining_s']) / 60:.0f} min, the whole study took "
+        f"{float(first['study_min']):.0f} min on {first['cores']} cores of {first['device']}; torch {first['torch']}, "
+        f"commit {first['commit']}, {first['date']}.",
+    ]
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "kernels": kernels_table,
@@ -259,6 +299,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
     "headline": headline_table,
     "loader": loader_table,
+    "study": study_table,
 }
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 
