@@ -115,7 +115,8 @@ class Trainer:
         universal = self._resume_from is not None and self._resume_from.is_universal
         settings = deepspeed_config(config, universal=universal)
         remove_waits(keeps_check=settings.get("bf16", {}).get("check_grad_overflow", False))
-        return deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)[0]
+        with contextlib.redirect_stdout(None):  # ZeRO prints a page of memory figures
+            return deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)[0]
 
     def train(self, stop_request: StopRequest) -> bool:
         """Train to the last step; return False if asked to stop before it. In either case a checkpoint is left at the last step."""

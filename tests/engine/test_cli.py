@@ -53,3 +53,11 @@ def test_short_names_are_not_importable_elsewhere(tmp_path):
     code = "import importlib.util as u; print([n for n in ('engine', 'kernels', 'benchmarks', 'configs') if u.find_spec(n)])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_reader_who_leaves_is_no_error():
+    """As in `ssast --help | head -1`."""
+    process = subprocess.Popen([sys.executable, "-m", "ssast.engine.cli", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 141 and error == b""

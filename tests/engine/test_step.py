@@ -217,7 +217,9 @@ def test_optimizers_take_the_same_steps(batch, apex, kind, backend):
     losses = {}
     for name in ("torch", backend):
         model = build_model(SHAPE)
-        optimizer, used = build_optimizer([{"params": list(model.parameters())}], {"type": kind, "params": SECTION[kind]}, name, CPU)
+        optimizer, used = build_optimizer(
+            [{"params": list(model.parameters())}], {"type": kind, "params": SECTION[kind]}, name, CPU
+        )
         assert used == name
         losses[name] = []
         for _ in range(6):
