@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +33,7 @@ FILE = RESULTS / "study.csv"
 CONFIGS = Path(configs.__path__[0]) / "study"
 UNLABELED = ("esc10", "esc50_fold4", "fsdd", "nemo", "wakeword", "speech", "music_misc")
 """Manifests that are pretrained on, less the clips marked for validation or test."""
+ARMS = ("scratch", "pretrained")
 PER_CLASS = 5
 """Training clips of each class where labels are few."""
 # What --scale adds to (pretraining, tasks).
@@ -71,7 +72,8 @@ TASKS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ssast.benchmarks.study", description=__doc__.partition("\n\n")[0])
+    manifests = f"tasks: {', '.join(f'{task.name} of {task.manifest}' for task in TASKS)}; pretrained on: {', '.join(UNLABELED)}"
+    parser = argparse.ArgumentParser(prog="python -m ssast.benchmarks.study", description=__doc__, epilog=manifests)
     parser.add_argument("audio", type=Path)
     parser.add_argument("--scale", choices=SCALES, default="small", help="large: for a GPU")
     parser.add_argument("--seeds", type=int, default=3)
@@ -96,14 +98,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_study(arguments: argparse.Namespace) -> None:
     work, (for_pretraining, for_tasks) = arguments.work / arguments.scale, SCALES[arguments.scale]
-    began = time.perf_counter()
     clips = write_manifests(arguments.audio.resolve(), work / "manifests")
     ranks = ["--ranks", str(arguments.ranks)]
     unlabeled = work / "manifests" / "unlabeled.txt"
     all_ranks = ["--ranks", str(arguments.ranks * arguments.jobs)]
     _ssast("pretrain", CONFIGS / "pretrain.yaml", *all_ranks, f"data.train={unlabeled}", f"run.folder={work}", *for_pretraining)
     pretrained = work / "pretrain"
-    seconds = read_metrics(pretrained / "metrics.jsonl")[-1]["time"] - read_metrics(pretrained / "metrics.jsonl")[0]["time"]
+    seconds = trained_seconds(pretrained)
     print(f"pretrained on {clips} clips in {seconds / 60:.1f} min")
     jobs = [(task, labels) for task in TASKS if task.name in arguments.tasks for labels in ("few", "all")]
 
@@ -112,22 +113,37 @@ def run_study(arguments: argparse.Namespace) -> None:
         folder = work / f"{task.name}-{labels}"
         settings = [f"data.train={work / 'manifests' / task.name}.csv", f"run.folder={work}", f"run.name={folder.name}"]
         settings += [f"task.per_class={PER_CLASS}"] if labels == "few" else []
-        arms = ["--seeds", str(arguments.seeds), "--compare", "scratch=none", f"pretrained={pretrained}"]
+        arms = ["--seeds", str(arguments.seeds), "--compare", f"{ARMS[0]}=none", f"{ARMS[1]}={pretrained}"]
         _ssast("finetune", CONFIGS / f"{task.name}.yaml", *ranks, *settings, *for_tasks, *arguments.overrides, *arms)
-        return list(measured(task, labels, folder))
+        found = list(measured(task, labels, folder))
+        if [row["runs"] for row in found] != [arguments.seeds] * len(ARMS):
+            raise UserError(f"{folder}: is not finished, or holds other runs; run the same command again, or in another --work")
+        return found
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         compared = list(pool.map(compare, jobs))
-    minutes = (time.perf_counter() - began) / 60
+    minutes = (seconds + sum(trained_seconds(path.parent) for path in work.rglob(RESULTS_FILE)) / arguments.jobs) / 60
+    environment = json.loads((pretrained / "environment.json").read_text(encoding="utf-8"))
+    commit = {
+        "commit": (environment["git_commit"] or "")[:12] + ("+" if environment["git_dirty"] else "")
+    }  # that ran, not that reads
     for row in (row for rows in compared for row in rows):
         settings = {
             "scale": arguments.scale,
             "pretraining_clips": clips,
             "pretraining_s": round(seconds),
-            "study_min": round(minutes, 1),
+            "training_min": round(minutes, 1),
         }
-        append_row(arguments.out, {**row, **settings, "overrides": " ".join(arguments.overrides), **environment_columns()})
-    print(f"the study took {minutes:.1f} min; its rows are in {arguments.out}")
+        append_row(
+            arguments.out, {**row, **settings, "overrides": " ".join(arguments.overrides), **environment_columns(), **commit}
+        )
+    print(f"{minutes:.1f} min of training; the rows are in {arguments.out}")
+
+
+def trained_seconds(run_dir: Path) -> float:
+    """Of a run, whose clock starts anew each time it is resumed."""
+    seconds = [row["seconds"] for row in read_metrics(run_dir / "metrics.jsonl") if row["kind"] == "train"]
+    return sum(now for now, following in zip(seconds, [*seconds[1:], 0.0], strict=True) if following < now)
 
 
 def measured(task: Task, labels: str, folder: Path) -> Iterator[dict[str, Any]]:

@@ -258,7 +258,7 @@ def study_table() -> str:
     tables = []
     for scale in dict.fromkeys(row["scale"] for row in rows):
         found = [row for row in rows if row["scale"] == scale]
-        last = [row for row in found if (row["date"], row["study_min"]) == (found[-1]["date"], found[-1]["study_min"])]
+        last = [row for row in found if (row["date"], row["training_min"]) == (found[-1]["date"], found[-1]["training_min"])]
         tables.append(_study_lines(last))
     return "\n\n".join(tables) or UNMEASURED
 
@@ -275,8 +275,11 @@ def _study_lines(rows: list[Row]) -> str:
                 next(row for row in rows if (row["task"], row["labels"], row["arm"]) == (task, labels, arm))
                 for arm in ("scratch", "pretrained")
             )
-            gains.setdefault(labels, []).append(float(pretrained["relative_gain"]))
-            cells = [f"{100 * float(row['mean']):.1f}% ± {100 * float(row['deviation']):.1f}" for row in (scratch, pretrained)]
+            gains.setdefault(labels, []).append(float(pretrained["relative_gain"] or "nan"))
+            cells = [
+                f"{100 * float(row['mean']):.1f}%" + (f" ± {100 * float(row['deviation']):.1f}" if row["deviation"] else "")
+                for row in (scratch, pretrained)
+            ]
             counts = f"{scratch['train_clips']} ({labels}) | {scratch['test_clips']}"
             lines.append(f"| {task} | {scratch['kind']} | {counts} | {' | '.join(cells)} | {gains[labels][-1]:+.0%} |")
     first = rows[0]
@@ -284,8 +287,8 @@ def _study_lines(rows: list[Row]) -> str:
     lines += [
         "",
         f"Accuracy, mean and deviation over {first['runs']} seeds; the mean of the relative gains is {means}. Pretrained on "
-        f"{first['pretraining_clips']} clips for {float(first['pretraining_s']) / 60:.0f} min, the whole study took "
-        f"{float(first['study_min']):.0f} min on {first['cores']} cores of {first['device']}; torch {first['torch']}, "
+        f"{first['pretraining_clips']} clips for {float(first['pretraining_s']) / 60:.0f} min, all training together took "
+        f"{float(first['training_min']):.0f} min on {first['cores']} cores of {first['device']}; torch {first['torch']}, "
         f"commit {first['commit']}, {first['date']}.",
     ]
     return "\n".join(lines)

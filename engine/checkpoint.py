@@ -13,7 +13,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,16 +121,8 @@ def save_best(engine: Engine, run_dir: Path, step: int, metric: str, value: floa
     weights = full_weights(engine)
     if weights is not None:
         folder = run_dir / "checkpoints" / "best"
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            save_weights(weights, _model(engine), folder / f"{WEIGHTS_FILE}.tmp")
-            os.replace(folder / f"{WEIGHTS_FILE}.tmp", folder / WEIGHTS_FILE)
-            write_whole(folder / "best.json", json.dumps({"step": step, "metric": metric, "value": value}) + "\n")
-        except Exception as error:
-            if not is_write_error(error):
-                raise
-            (folder / f"{WEIGHTS_FILE}.tmp").unlink(missing_ok=True)
-            raise UserError(f"{folder}: the best weights could not be written ({first_line(error)})", every_rank=True) from None
+        _write_weights(weights, engine, folder / WEIGHTS_FILE)
+        write_whole(folder / "best.json", json.dumps({"step": step, "metric": metric, "value": value}) + "\n")
     dist.barrier()
 
 
@@ -139,11 +130,26 @@ def save_epoch(engine: Engine, run_dir: Path, epoch: int) -> None:
     """Keep the weights at the end of an epoch in `checkpoints/epochs/`; every rank calls it."""
     weights = full_weights(engine)
     if weights is not None:
-        file = run_dir / "checkpoints" / "epochs" / f"{epoch}.safetensors"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_weights(weights, _model(engine), file.with_suffix(".tmp"))
-        os.replace(file.with_suffix(".tmp"), file)
+        _write_weights(weights, engine, run_dir / "checkpoints" / "epochs" / f"{epoch}.safetensors")
     dist.barrier()
+
+
+def _write_weights(weights: dict[str, torch.Tensor], engine: Engine, file: Path) -> None:
+    """Write a file that appears whole or not at all.
+
+    Raises:
+        UserError: it could not be written.
+    """
+    aside = file.with_suffix(".tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_weights(weights, _model(engine), aside)
+        os.replace(aside, file)
+    except Exception as error:
+        if not is_write_error(error):
+            raise
+        aside.unlink(missing_ok=True)
+        raise UserError(f"{file}: could not be written ({first_line(error)})", every_rank=True) from None
 
 
 def remove_incomplete(run_dir: Path) -> None:
@@ -154,17 +160,29 @@ def remove_incomplete(run_dir: Path) -> None:
 def full_weights(engine: Engine) -> dict[str, torch.Tensor] | None:
     """Every parameter whole and in fp32, on rank 0 (None elsewhere); every rank calls it. Taken from the optimizer's master weights
     where there are any."""
-    whole_of: Callable[[torch.Tensor], torch.Tensor | None] = lambda parameter: parameter  # noqa: E731
-    if not isinstance(engine, PlainEngine):
-        from deepspeed.utils import safe_get_full_fp32_param as whole_of
-
     weights = {}
+    whole_of = _as_it_is if isinstance(engine, PlainEngine) else _gathered
     for name, parameter in _model(engine).named_parameters():
         whole = whole_of(parameter)
         whole = parameter if whole is None else whole  # plain fp32 training has no copy
         if dist.get_rank() == 0:
             weights[name] = whole.detach().float().cpu().view(getattr(parameter, "ds_shape", parameter.shape)).clone()
     return weights if dist.get_rank() == 0 else None
+
+
+def _as_it_is(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter
+
+
+def _gathered(parameter: torch.Tensor) -> torch.Tensor | None:
+    """The fp32 master weights; of what is not trained there are none, and ZeRO 3 holds it in parts."""
+    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    if hasattr(parameter, "ds_id") and not parameter.requires_grad:
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return safe_get_full_fp32_param(parameter)
 
 
 def _model(engine: Engine) -> SSAST:

@@ -402,7 +402,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = _parse_yaml(text) if text else None
     except yaml.YAMLError:
         value = text  # a path with a colon or a bracket, say
-    if isinstance(value, str) or key in ("data.train", "data.valid", "run.name", "model.init_from"):
+    if isinstance(value, str) or key in ("data.train", "data.valid", "data.test", "run.name", "model.init_from"):
         value = text if not text.startswith("[") else value
     *parents, leaf = key.split(".")
     for depth, parent in enumerate(parents, start=1):

@@ -25,12 +25,12 @@ from .data.layouts import Recording
 from .embed import add_embedding_options, add_run_options, embedding_options, open_model, require_some, to_stderr, writing
 from .errors import UserError
 from .files import write_whole
+from .finetune.config import MAIN
 from .inference import End, class_encoder, embed_recordings, encode_recordings, prediction_windows
 from .model import SSAST
 from .sound import shard_recordings
 
 PROBES = ("knn", "linear")
-MAIN = {False: "accuracy", True: "mAP"}  # the metric of a task, by whether a clip may have several labels
 MADE_FOLDS = 5
 UNMEASURED = "classes_without_clips"  # what `class_metrics` counts beside its metrics
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)  # inverse, C of scikit-learn's LogisticRegression
@@ -151,7 +151,11 @@ def _chosen(data: Data, options: argparse.Namespace) -> tuple[Data, str]:
             raise UserError(f"there is no fold {fold}: the clips have {', '.join(fold_names(data.folds)) or 'no folds'}")
         return data.subset([number for number, name in enumerate(data.folds) if name == fold]), f"fold {fold}"
     of = [read_split(split) for split in data.splits]
-    if options.split == "all" or not any(data.splits):
+    if options.split is None and any(data.folds) and not any(data.splits):
+        raise UserError(
+            "the clips come in folds, of which the model was trained on most: name the one it was tested on by --fold, or --split all"
+        )
+    if options.split == "all" or (options.split is None and not any(data.splits)):
         return data, "all clips"
     wanted = options.split or "test"
     chosen = [number for number, name in enumerate(of) if name == wanted]

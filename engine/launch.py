@@ -41,7 +41,7 @@ def one_line_errors(work: Callable[[], int]) -> int:
         return error.exit_code
     except KeyboardInterrupt:  # before there is a step to finish and save
         if speaks_for_its_node():
-            print("ssast: stopped before the first step", file=sys.stderr, flush=True)
+            print("ssast: stopped; run the same command to go on", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
 
 
@@ -56,8 +56,8 @@ def supervised(train: Callable[[StopRequest], int]) -> int:
         return train(stop_request)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of GPU memory ({first_line(error)}); --auto-batch cuts the batch into what fits, "
-            "step.activation_checkpointing=block makes it less",
+            f"out of GPU memory ({first_line(error)}); a smaller deepspeed.train_micro_batch_size_per_gpu (`ssast pretrain --auto-batch` "
+            "finds it) or step.activation_checkpointing=block takes less",
             every_rank=True,
         ) from None
     except RuntimeError as error:

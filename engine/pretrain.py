@@ -9,15 +9,13 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
-import torch
-
 from .checkpoint import checkpoint_steps
 from .config import Config, dump_config, list_presets, load_config
 from .cost import FLOP_FORMULA, count_parameters, flops_per_clip, memory_estimate
 from .errors import UserError
 from .launch import count_ranks, launch, one_line_errors, supervised
 from .model import SSAST, ModelCard, build_model, resize
-from .ranks import join_ranks, leave
+from .ranks import be_deterministic, join_ranks, leave
 from .rundir import check_run_dir, is_finished, locked, measured_statistics, prepare_run_dir
 from .runlog import read_rows
 from .weights import load_model
@@ -63,8 +61,7 @@ def _train(config: Config, stop_request: StopRequest) -> int:
     config.batch_sizes(ranks.world_size)
     check_deepspeed_section(config)
     if config.run.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        be_deterministic()
     if ranks.once(lambda: is_finished(config)):
         if ranks.is_first:
             print(f"{config.run_dir}: already finished; the report is {config.run_dir / 'report.html'}")

@@ -87,6 +87,12 @@ def _init_deepspeed(backend: str) -> None:
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
+def be_deterministic() -> None:
+    """Only kernels that repeat to the bit; called before the first product on a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
 def speaks_for_its_node() -> bool:
     """Whether this process is the first of its machine, as the launcher's environment says before anything is joined."""
     return os.environ.get("LOCAL_RANK", "0") == "0"

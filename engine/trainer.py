@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import csv
+import io
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -77,6 +78,8 @@ class Trainer:
         regions, reason = choose_compile(
             config.step.compile, device=ranks.device, zero_stage=config.zero_stage, world_size=ranks.world_size
         )
+        if regions == "encoder" and model.config.layer_weights:
+            regions, reason = "blocks", "layer weights take what every block gives"
         self.attention = config.step.attention
         self.norm = use_norms(model, config.step.norm, device=ranks.device, compiled=regions != "off")
         model.checkpoint_activations(config.step.activation_checkpointing)
@@ -115,7 +118,7 @@ class Trainer:
         universal = self._resume_from is not None and self._resume_from.is_universal
         settings = deepspeed_config(config, universal=universal)
         remove_waits(keeps_check=settings.get("bf16", {}).get("check_grad_overflow", False))
-        with contextlib.redirect_stdout(None):  # ZeRO prints a page of memory figures
+        with contextlib.redirect_stdout(io.StringIO()):  # ZeRO prints a page of memory figures
             return deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)[0]
 
     def train(self, stop_request: StopRequest) -> bool:

@@ -76,7 +76,7 @@ def load_model(
         model.unused = extras
         if num_classes is not None and had_classes != num_classes:
             init_classifier(model)
-            model.card = dataclasses.replace(model.card, labels=None)
+            model.card = dataclasses.replace(model.card, labels=None, multi_label=False)
             log.info("%s: a fresh classifier for %d classes was added", file, num_classes)
     return model.eval()
 

@@ -41,6 +41,9 @@ class Dataset:
     draw_weights: np.ndarray | None = None
     """[N] of the training clips: they are drawn in proportion, not each once an epoch."""
 
+    def parts(self) -> tuple[Clips, ...]:
+        return self.train, self.valid
+
     def summary(self) -> dict[str, int | float]:
         return {
             "clips": len(self.train) + len(self.valid),
@@ -184,7 +187,7 @@ def _long_enough(clips: Clips, min_seconds: float) -> tuple[Clips, list[Skipped]
 
 def check_reachable(data: Dataset) -> None:
     """Raise UserError on a machine that does not see the files that the first one checked."""
-    for clips in (data.train, data.valid):
+    for clips in data.parts():
         plain = clips.subset(~clips.in_shards)
         shards = clips.subset(clips.in_shards).paths.used()
         for path in (*plain.paths[:1], *plain.paths[-1:], *plain.subset(plain.converted).paths, *shards):

@@ -12,6 +12,7 @@ from ssast.engine.errors import UserError
 from ssast.engine.model import HEAD_DIM, WIDTHS, ModelConfig
 
 SCRATCH = "none"
+MAIN = {False: "accuracy", True: "mAP"}  # the metric of a task, by whether a clip may have several labels
 
 
 class FinetuneModelSection(Section):
@@ -122,7 +123,7 @@ class FinetuneConfig(RunConfig):
 
     @property
     def metric(self) -> str:
-        return self.task.metric or ("mAP" if self.task.multi_label else "accuracy")
+        return self.task.metric or MAIN[self.task.multi_label]
 
     @property
     def loss(self) -> str:
@@ -183,10 +184,15 @@ class FinetuneConfig(RunConfig):
 
     @model_validator(mode="after")
     def _fits_the_task(self) -> Self:
-        if (self.train.steps is None) == (self.train.epochs is None):
+        is_resolved = self.train.steps_per_epoch is not None
+        if not is_resolved and (self.train.steps is None) == (self.train.epochs is None):
             raise ValueError("train.steps, train.epochs: exactly one of them says how long to train")
-        if self.data.weights is not None and self.data.balanced:
-            raise ValueError("data.weights, data.balanced: only one of them can say how clips are drawn")
+        if self.data.weights is not None:
+            raise ValueError("data.weights: is of pretraining; data.balanced draws the classes evenly here")
+        if self.step.auto_batch:
+            raise ValueError("step.auto_batch: is of pretraining; set deepspeed.train_micro_batch_size_per_gpu here")
+        if self.task.multi_label and self.task.loss == "ce":
+            raise ValueError("task.loss: bce where clips have several labels")
         if self.task.fold is not None and self.task.folds is None:
             raise ValueError("task.fold: belongs to task.folds, the number of folds")
         if self.task.select == "average" and self.train.epochs is not None and self.task.average_from > self.train.epochs:

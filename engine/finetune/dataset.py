@@ -11,7 +11,7 @@ import numpy as np
 
 from ssast.engine.data.check import check_clips
 from ssast.engine.data.clips import Clips, Skipped, is_prepared, open_shards
-from ssast.engine.data.dataset import Dataset, cache_folder, feature_statistics
+from ssast.engine.data.dataset import CONVERTED_RATE, Dataset, cache_folder, feature_statistics
 from ssast.engine.errors import UserError
 
 from .config import FinetuneConfig, FinetuneDataSection
@@ -43,6 +43,9 @@ class TaskData(Dataset):
     valid_targets: np.ndarray = None  # type: ignore[assignment]
     test_targets: np.ndarray = None  # type: ignore[assignment]
     remarks: tuple[str, ...] = ()
+
+    def parts(self) -> tuple[Clips, ...]:
+        return self.train, self.valid, self.test
 
     def summary(self) -> dict[str, int | float]:
         return super().summary() | {"test_clips": len(self.test), "classes": len(self.labels)}
@@ -134,6 +137,10 @@ def open_task(config: FinetuneConfig, read: LabelledClips, measured: tuple[float
     if not len(split.valid):
         raise UserError("no clips to validate or test on: mark some in a split column, name data.test, or set data.valid_fraction")
     train, valid, test = (read.clips.subset(part) for part in split.parts)
+    if data.sample_rate > CONVERTED_RATE and read.clips.converted.any():
+        raise UserError(
+            f"data.sample_rate: {data.sample_rate}, but some files are in formats that are converted to {CONVERTED_RATE} Hz"
+        )
     mean, std = data.mean, data.std
     if isinstance(mean, str) or isinstance(std, str):
         mean, std = measured or feature_statistics(

@@ -17,7 +17,6 @@ import numpy as np
 from ssast.engine.errors import UserError
 from ssast.engine.files import write_whole
 
-MAIN = {False: "accuracy", True: "mAP"}
 """The metric that a task goes by, by whether it is multi-label."""
 
 

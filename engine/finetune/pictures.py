@@ -27,6 +27,7 @@ NAMED_UP_TO = 50  # classes: the rows and columns have names
 ALL_UP_TO, BARS = 50, 30  # classes: beyond so many, the best and the worst half of so many
 MOST_CONFUSED = 10
 NAME_LETTERS = 24
+CURVES = ("loss", "accuracy", "mAP", "lr")  # columns of metrics.jsonl that tell of fine-tuning
 
 
 def write_pictures(folder: Path, scores: np.ndarray, targets: np.ndarray, labels: Sequence[str], multi_label: bool) -> list[Path]:

@@ -13,13 +13,10 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ssast.engine.files import write_whole
-from ssast.engine.runlog import read_rows
 
 from .config import FinetuneConfig
-from .pictures import write_learning_curve
 from .results import read_results, scratch_of, summarise
 
-CURVES = ("loss", "accuracy", "mAP", "lr")
 MOST_RUNS = 60  # rows of the table of runs
 
 
@@ -54,8 +51,6 @@ def write_report(config: FinetuneConfig, folders: Sequence[Path]) -> Path:
 
 def _pictures(folder: Path) -> list[tuple[str, str]]:
     """(what it shows, PNG as text) of a run."""
-    rows = read_rows(folder / "metrics.jsonl")
-    write_learning_curve(folder / "learning.png", rows, CURVES, x="step")
     names = {"learning.png": "Training", "confusion.png": "Confusion", "classes.png": "Classes"}
     files = [(title, folder / name) for name, title in names.items()]
     return [(title, base64.b64encode(file.read_bytes()).decode()) for title, file in files if file.is_file()]

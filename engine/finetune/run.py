@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ from safetensors.torch import load_file
 
 from ssast.engine.checkpoint import checkpoint_steps
 from ssast.engine.config import dump_config, list_presets, load_config
+from ssast.engine.data.dataset import check_reachable
 from ssast.engine.data.decode import AudioDecoder
 from ssast.engine.data.loader import Batch, ClipReader, Shard, batches_of_all
 from ssast.engine.errors import UserError
@@ -31,8 +34,9 @@ from ssast.engine.files import write_whole
 from ssast.engine.interrupt import StopRequest
 from ssast.engine.launch import count_ranks, launch, one_line_errors, supervised
 from ssast.engine.model import SSAST, WIDTHS, ModelCard, ModelConfig, build_model, init_classifier, resize
-from ssast.engine.ranks import Ranks, join_ranks, leave
+from ssast.engine.ranks import Ranks, be_deterministic, join_ranks, leave
 from ssast.engine.rundir import check_run_dir, locked, measured_statistics, prepare_run_dir
+from ssast.engine.runlog import read_rows
 from ssast.engine.trainer import Trainer, check_deepspeed_section
 from ssast.engine.weights import WEIGHTS_FILE, load_model, save_model
 
@@ -40,7 +44,7 @@ from .config import SCRATCH, FinetuneConfig
 from .dataset import LabelledClips, TaskData, open_task, read_task
 from .metrics import per_class, write_predictions
 from .objective import FineTuning, freeze_encoder, measure
-from .pictures import write_pictures
+from .pictures import CURVES, write_learning_curve, write_pictures
 from .results import RESULTS_FILE, print_summary, write_summary
 
 LARGE = 2_000_000  # scores; more are written as .npz
@@ -82,7 +86,10 @@ def _start(arguments: argparse.Namespace) -> int:
         given = [arguments.task, *overrides, "--seeds", str(arguments.seeds)]
         given += ["--compare", *compared] if compared else []
         status = launch(ranks, "ssast.engine.finetune.run", given, engine=config.step.engine)
-        return 0 if status is None else status
+        if status is None:
+            print("ssast: stopped; run the same command to go on from the last checkpoint", file=sys.stderr)
+            return 128 + signal.SIGTERM
+        return status
     return supervised(lambda stop_request: run_all(config, arms, arguments.seeds, stop_request))
 
 
@@ -90,6 +97,8 @@ def run_all(config: FinetuneConfig, arms: list[Arm], seeds: int, stop_request: S
     """All runs of the command on the ranks that there are, and their table."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     ranks = join_ranks(config.step.engine)
+    if config.run.deterministic:
+        be_deterministic()
     micro_batch, _ = config.batch_sizes(ranks.world_size)
     if config.augment.mixup and micro_batch == 1:
         raise UserError(
@@ -188,6 +197,7 @@ def _run(run: Run, read: LabelledClips, ranks: Ranks, stop_request: StopRequest)
     """Train and test, or see that this was done; False if asked to stop before the end."""
     config = run.config
     data = ranks.once(lambda: open_task(config, read, measured_statistics(config) or _statistics_of_weights(config)))
+    check_reachable(data)
     config = config.timed(len(data.train), ranks.world_size)
     ranks.once(lambda: check_run_dir(config))
     if ranks.once(lambda: _is_finished(config)):
@@ -200,6 +210,8 @@ def _run(run: Run, read: LabelledClips, ranks: Ranks, stop_request: StopRequest)
     with stop_request:
         finished = trainer.train(stop_request)
     trainer.release()
+    del trainer
+    gc.collect()  # a compiled model is in a cycle with itself, and the next one needs its memory
     if finished:
         _test(run, config, data, ranks)
     return finished
@@ -239,6 +251,10 @@ def start_model(config: FinetuneConfig, data: TaskData) -> SSAST:
             position_resize=wanted.position_resize,
         )
         _check_patches(config, wanted.init_from, model.config)
+        if model.card.sample_rate != config.data.sample_rate:
+            raise UserError(
+                f"{wanted.init_from}: is for sound at {model.card.sample_rate} Hz; set data.sample_rate={model.card.sample_rate}"
+            )
         init_classifier(model, torch.Generator().manual_seed(seed))
         if model.config.layer_weights:  # of another task
             model = resize(model, dataclasses.replace(model.config, layer_weights=False))
@@ -285,6 +301,7 @@ def _test(run: Run, config: FinetuneConfig, data: TaskData, ranks: Ranks) -> Non
     predictions = config.run_dir / f"predictions.{'npz' if scores.size > LARGE else 'csv'}"
     write_predictions(predictions, list(data.test.subset(read).sources), scores, targets, data.labels)
     write_pictures(config.run_dir, scores, targets, data.labels, config.task.multi_label)
+    write_learning_curve(config.run_dir / "learning.png", read_rows(config.run_dir / "metrics.jsonl"), CURVES, x="step")
     result = {
         "arm": run.arm,
         "seed": run.seed,
@@ -326,6 +343,10 @@ def _put_back_frozen(model: SSAST, start: SSAST) -> None:
     """Weights that were not trained, bit for bit: ZeRO has no fp32 masters of them, so that checkpoints in bf16 hold them rounded."""
     for trained, before in zip(model.parameters(), start.parameters(), strict=True):
         if not before.requires_grad:
+            if not torch.equal(trained.bfloat16(), before.bfloat16()):
+                raise UserError(
+                    "model.init_from: holds other weights than when training began; start from a file that stays as it is"
+                )
             trained.copy_(before)
 
 

@@ -541,7 +541,9 @@ def test_the_tested_weights_are_the_chosen_ones(tmp_path, finetune, monkeypatch,
     assert chosen == ["average of 3 epochs, 1 to 3", "best validation accuracy, step 3", "last, step 9"]
 
 
-@pytest.mark.parametrize("precision", [f"{PLAIN} {FP32}", "step.engine=deepspeed"])
+@pytest.mark.parametrize(
+    "precision", [f"{PLAIN} {FP32}", "step.engine=deepspeed", "step.engine=deepspeed deepspeed.zero_optimization.stage=3"]
+)
 def test_a_probe_leaves_the_encoder_as_it_was_and_learns_to_weigh_layers(precision, tmp_path, finetune, no_pictures):
     pretrained = weights(tmp_path / "pretrained.safetensors", input_frames=FRAMES)
     settings = f"data.train={tones(tmp_path / 'data')} train.epochs=2 {MASKS} {precision} model.train=head"
