@@ -13,6 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from ssast.kernels.fbank import samples_of
+
 from .data.order import block_shares
 from .errors import UserError
 from .model import HEAD_DIM, PAPER_MEAN, PAPER_STD, WIDTHS, ModelConfig
@@ -232,8 +234,7 @@ class RunConfig(Section):
     @property
     def num_samples(self) -> int:
         """Samples of the window that fill `input_frames` frames of 25 ms each 10 ms; the paper's 10 s give 998 of 1024."""
-        window, shift = int(self.data.sample_rate * 0.025), int(self.data.sample_rate * 0.010)
-        return (self.model.input_frames - 1) * shift + window
+        return samples_of(self.model.input_frames, self.data.sample_rate)
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Self:

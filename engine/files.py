@@ -25,6 +25,13 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise
 
 
+def permit_as_usual(path: Path) -> None:
+    """Give a file the permissions of any new one; safetensors keeps its files to their owner."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the files of a folder and its entries safe from a power cut."""
     for path in [*folder.iterdir(), folder]:

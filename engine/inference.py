@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from ssast.kernels import NUM_PREFIX, fbank, patchify
-from ssast.kernels.fbank import LOWEST_RATE, count_frames, frame_geometry
+from ssast.kernels.fbank import LOWEST_RATE, count_frames, frame_geometry, samples_of
 
 from .data.layouts import Recording
 from .data.resample import QUALITY
@@ -101,7 +101,7 @@ class Windows:
 
     @property
     def samples(self) -> int:
-        return frame_geometry(self.sample_rate)[0] + (self.frames - 1) * self.shift
+        return samples_of(self.frames, self.sample_rate)
 
     def seconds(self, frame: int) -> float:
         """Where a frame begins."""

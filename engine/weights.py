@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .errors import UserError, first_line
+from .files import permit_as_usual
 from .model import HEAD_DIM, NUM_PREFIX, SSAST, ModelCard, ModelConfig, init_classifier, resize
 
 log = logging.getLogger("ssast")
@@ -112,6 +113,7 @@ def save_weights(weights: dict[str, torch.Tensor], model: SSAST, path: Path) -> 
     tensors = {name: value.contiguous().cpu() for name, value in weights.items()}
     described = {"config": json.dumps(dataclasses.asdict(model.config)), "card": json.dumps(dataclasses.asdict(model.card))}
     save_file(tensors, path, metadata={"format": FORMAT, **described})
+    permit_as_usual(path)
 
 
 def is_write_error(error: Exception) -> bool:

@@ -37,6 +37,12 @@ def count_frames(samples: int | torch.Tensor, sample_rate: int) -> int | torch.T
     return 1 + (samples - window) // shift if samples >= window else 0
 
 
+def samples_of(frames: int, sample_rate: int) -> int:
+    """Samples that so many frames take: the fewest of which `count_frames` is that."""
+    window, shift, _ = frame_geometry(sample_rate)
+    return window + (frames - 1) * shift
+
+
 def mel_filters(num_mel_bins: int, fft_length: int, sample_rate: int) -> torch.Tensor:
     """[F, fft_length / 2 + 1] float64 triangles of Kaldi's mel scale, 1127 ln(1 + f / 700), in mel between neighbouring centres.
 

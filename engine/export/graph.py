@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ssast.kernels import NUM_PREFIX, fbank
-from ssast.kernels.fbank import count_frames, frame_geometry
+from ssast.kernels.fbank import count_frames, samples_of
 
 from ..errors import UserError
 from ..model import SSAST
@@ -75,8 +75,7 @@ class FromWaveform(nn.Module):
 
 def input_samples(model: SSAST) -> int:
     """Samples of the window: what the model's frames take."""
-    window, shift, _ = frame_geometry(model.card.sample_rate)
-    return window + (model.config.input_frames - 1) * shift
+    return samples_of(model.config.input_frames, model.card.sample_rate)
 
 
 def export_torch(model: SSAST, out: Path) -> float:

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..errors import UserError, first_line
+from ..files import permit_as_usual
 from ..model import SSAST, ModelCard, ModelConfig
 from ..weights import check_weights
 from .graph import FromWaveform, check_equal, example
@@ -63,6 +64,8 @@ def export_hf(model: SSAST, out: Path) -> float:
             theirs = _build(model)
             theirs.save_pretrained(aside)
             _extractor(model).save_pretrained(aside)
+            for file in aside.iterdir():
+                permit_as_usual(file)
             loaded, extractor = _load(aside)
             deviation = _check(model, loaded, extractor, out)
         if out.exists():

@@ -92,7 +92,7 @@ class FineTuning:
 
     def validate(self, engine: Callable[..., Any], batches: Iterable[tuple[Batch, int]]) -> dict[str, float]:
         scores, read = self.scores(engine, batches, len(self.data.valid))
-        return measure(scores, self.data.valid_targets[read], self.data.labels, self.config)
+        return class_metrics(scores, self.data.valid_targets[read], self.data.labels, self.config.task.multi_label)
 
     def judge(self, metrics: dict[str, float]) -> tuple[str, float]:
         return self.config.metric, metrics[self.config.metric]
@@ -119,11 +119,6 @@ def classification_loss(logits: torch.Tensor, targets: torch.Tensor, kind: str) 
     if kind == "bce":
         return functional.binary_cross_entropy_with_logits(logits, targets)
     return functional.cross_entropy(logits, targets)
-
-
-def measure(scores: np.ndarray, targets: np.ndarray, labels: Sequence[str], config: FinetuneConfig) -> dict[str, float]:
-    """Metrics of scores [N, C] against targets bool [N, C]."""
-    return class_metrics(scores, targets, labels, config.task.multi_label)
 
 
 def freeze_encoder(model: SSAST) -> None:

@@ -42,8 +42,8 @@ from ssast.engine.weights import WEIGHTS_FILE, load_model, save_model
 
 from .config import SCRATCH, FinetuneConfig
 from .dataset import LabelledClips, TaskData, open_task, read_task
-from .metrics import per_class, write_predictions
-from .objective import FineTuning, freeze_encoder, measure
+from .metrics import class_metrics, per_class, write_predictions
+from .objective import FineTuning, freeze_encoder
 from .pictures import CURVES, write_learning_curve, write_pictures
 from .results import RESULTS_FILE, print_summary, write_summary
 
@@ -297,7 +297,7 @@ def _test(run: Run, config: FinetuneConfig, data: TaskData, ranks: Ranks) -> Non
         print(f"warning: {notes[-1]}", flush=True)
     scores, read = scores[whole], read[whole]
     targets = data.test_targets[read]
-    metrics = measure(scores, targets, data.labels, config)
+    metrics = class_metrics(scores, targets, data.labels, config.task.multi_label)
     predictions = config.run_dir / f"predictions.{'npz' if scores.size > LARGE else 'csv'}"
     write_predictions(predictions, list(data.test.subset(read).sources), scores, targets, data.labels)
     write_pictures(config.run_dir, scores, targets, data.labels, config.task.multi_label)

@@ -1,6 +1,7 @@
 """Weights that do not fit are errors that name what is wrong; what fits comes back bit for bit."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from ssast.engine import ModelConfig, load_model, save_model
 from ssast.engine.errors import UserError
-from ssast.engine.model import build_model, patchify, resize_position, unpatchify
+from ssast.engine.model import ModelCard, build_model, patchify, resize_position, unpatchify
 
 PATCH = ModelConfig(width=128, heads=2, depth=2, input_frames=64)
 FRAME = ModelConfig(width=128, heads=2, depth=2, input_frames=64, patch_shape=(128, 2), stride=(128, 2))
@@ -40,6 +41,18 @@ def test_safetensors_round_trip(tmp_path, config):
     for key, value in model.state_dict().items():
         assert again.state_dict()[key].equal(value), key
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_card_goes_with_the_weights(tmp_path):
+    """And other people can read the file, as they can any other."""
+    card = ModelCard(8000, -3.0, 2.0, ("a", "b"), True, "cls")
+    model = build_model(replace(PATCH, num_classes=2, pretraining_heads=False))
+    model.card = card
+    save_model(model, tmp_path / "x.safetensors")
+    assert load_model(tmp_path / "x.safetensors").card == card
+    assert load_model(tmp_path / "x.safetensors", num_classes=3).card == replace(card, labels=None, multi_label=False)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_official_without_module_prefix(tmp_path):

@@ -4,7 +4,7 @@ import torch
 from law import assert_lawful
 
 from ssast.kernels import fbank, patchify
-from ssast.kernels.fbank import count_frames, mel_filters
+from ssast.kernels.fbank import count_frames, mel_filters, samples_of
 
 both = pytest.mark.parametrize("backend", ["torch", "triton"])
 
@@ -214,3 +214,10 @@ def test_inference_mode_leaves_nothing_behind(device):
     with torch.inference_mode():
         fbank(wave, sample_rate=2000, backend="torch")
     fbank(wave.requires_grad_(), sample_rate=2000, backend="torch").sum().backward()
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 16000, 44100])
+def test_samples_of_frames_are_the_fewest(rate):
+    for frames in (1, 2, 998, 1024):
+        assert count_frames(samples_of(frames, rate), rate) == frames
+        assert count_frames(samples_of(frames, rate) - 1, rate) == frames - 1
