@@ -19,21 +19,24 @@ $(READY): setup.py pyproject.toml constraints.txt
 	@$(BIN)/pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@
 
-# AUDIO is read from the environment, so that any name of a folder survives
+# AUDIO is read from the environment, so that any name of a folder survives. Both kinds of demo train from shards that `ssast prepare` wrote.
 demo: $(READY)
 	@if [ -n "$$AUDIO" ]; then \
-		name="demo-$$(basename -- "$$AUDIO" | tr -c 'A-Za-z0-9._\n-' '-')"; data="$$AUDIO"; \
+		name="demo-$$(basename -- "$$AUDIO" | tr -c 'A-Za-z0-9._\n-' '-')"; audio="$$AUDIO"; \
 	else \
-		$(BIN)/ssast synth data/demo || exit; name=demo; data=data/demo/manifest.csv; \
+		$(BIN)/ssast synth data/demo || exit; name=demo; audio=data/demo/manifest.csv; \
+	fi; \
+	if [ -f "$$audio/dataset.json" ]; then shards="$$audio"; else \
+		shards="data/$$name-shards"; $(BIN)/ssast prepare "$$audio" --out "$$shards" || exit; \
 	fi; \
 	ranks="$${RANKS:-$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')}"; \
-	$(BIN)/ssast pretrain demo --ranks "$$ranks" "run.name=$$name" "data.train=$$data" && \
-	$(BIN)/ssast profile demo --ranks "$$ranks" --steps 20 "run.name=$$name" "data.train=$$data" && \
+	$(BIN)/ssast pretrain demo --ranks "$$ranks" "run.name=$$name" "data.train=$$shards" && \
+	$(BIN)/ssast profile demo --ranks "$$ranks" --steps 20 "run.name=$$name" "data.train=$$shards" && \
 	$(BIN)/ssast report "runs/$$name"
 
 test: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	@$(BIN)/pytest -q -n 2 --dist loadfile
 
 # with the Python of the machine, which has torch for its GPU
 OUT ?= gpu-results

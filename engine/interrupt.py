@@ -27,6 +27,8 @@ class StopRequest:
         self._asked = launchers is None
         self._launchers = launchers or []
         self._entered = threading.Event()
+        self._interrupted = False  # by Ctrl-C before it was entered
+        self._early = signal.signal(signal.SIGINT, self._on_early_interrupt)
         if self._launchers or self._asked:
             threading.Thread(target=self._leave_with_launcher, name="launcher-watch", daemon=True).start()
 
@@ -48,7 +50,17 @@ class StopRequest:
             if self.asked:
                 os._exit(128 + signal.SIGTERM)
 
+    def close(self) -> None:
+        """Leave Ctrl-C to whom it was before."""
+        signal.signal(signal.SIGINT, self._early)
+
+    def _on_early_interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._interrupted = True
+        raise KeyboardInterrupt
+
     def __enter__(self) -> StopRequest:
+        if self._interrupted:  # a library has swallowed the exception, as Python itself does in finalizers and callbacks
+            raise KeyboardInterrupt
         self._entered.set()
         self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         return self

@@ -67,6 +67,8 @@ def supervised(train: Callable[[StopRequest], int]) -> int:
             print(f"rank {rank} leaves without saving: {first_line(error)}", file=sys.stderr)
             return 128 + signal.SIGTERM
         raise
+    finally:
+        stop_request.close()
 
 
 def launch(ranks: int, module: str, arguments: list[str], *, engine: str = "deepspeed") -> int | None:

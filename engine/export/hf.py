@@ -6,9 +6,11 @@ patch tokens comes with a file of code that pools them (`hf_mean_pool.py`).
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
+import sys
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,6 +139,7 @@ def is_hf_folder(folder: Path) -> bool:
 
 
 def _require_transformers() -> None:
+    hide_namesake()
     try:
         from transformers import ASTFeatureExtractor  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:  # OSError: a torchaudio made for another torch, which transformers loads
@@ -144,6 +147,15 @@ def _require_transformers() -> None:
             f"the Hugging Face format needs transformers ({first_line(error)}): pip install 'transformers>=5.23', and a torchaudio that "
             "fits the installed torch, or none"
         ) from None
+
+
+def hide_namesake() -> None:
+    """Where this repository is the working directory of `python -m`, `import kernels` finds its folder of that name. transformers takes it
+    for a package of Hugging Face's, and every operator would be registered a second time."""
+    try:
+        importlib.metadata.version("kernels")
+    except importlib.metadata.PackageNotFoundError:
+        sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
 
 def _check_exportable(model: SSAST) -> None:

@@ -27,6 +27,7 @@ except OSError:  # made for another torch; transformers would stumble over it
     sys.modules["torchaudio"] = None
 except ImportError:
     pass
+hf_export.hide_namesake()  # tests import transformers themselves
 HIDE_TORCHAUDIO = "import sys; sys.modules['torchaudio'] = None; " if sys.modules.get("torchaudio") is None else ""
 
 # Largest deviations allowed, of outputs up to 3 in size; docs/export.md quotes them.

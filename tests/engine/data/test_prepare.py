@@ -479,7 +479,7 @@ def test_a_file_that_changes_meanwhile(tmp_path, monkeypatch):
 
     monkeypatch.setattr(prepare, "make_plan", late)
     run(tmp_path / "out", tmp_path / "a.wav", tmp_path / "b.wav")
-    assert rejected(tmp_path / "out") == {"b.wav": "changed while it was being prepared: 64044 bytes instead of 32044"}
+    assert rejected(tmp_path / "out") == {"b.wav": "changed while it was being read: 64044 bytes instead of 32044"}
 
 
 def test_verify_finds_whatever_was_changed(tmp_path, recordings):
