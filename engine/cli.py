@@ -2,60 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import NoReturn
 
 from .errors import UserError
-
-
-def _pretrain(argv: list[str]) -> int:
-    from .pretrain import main
-
-    return main(argv)
-
-
-def _finetune(argv: list[str]) -> int:
-    from .finetune.run import main
-
-    return main(argv)
-
-
-def _evaluate(argv: list[str]) -> int:
-    from .evaluate import main
-
-    return main(argv)
-
-
-def _embed(argv: list[str]) -> int:
-    from .embed import main
-
-    return main(argv)
-
-
-def _predict(argv: list[str]) -> int:
-    from .predict import main
-
-    return main(argv)
-
-
-def _export(argv: list[str]) -> int:
-    from .export import main
-
-    return main(argv)
-
-
-def _prepare(argv: list[str]) -> int:
-    from .data.prepare import main
-
-    return main(argv)
-
-
-def _synth(argv: list[str]) -> int:
-    from .data.synth import main
-
-    return main(argv)
 
 
 def _doctor(argv: list[str]) -> int:
@@ -75,15 +28,24 @@ def _doctor(argv: list[str]) -> int:
 
 Verb = Callable[[list[str]], int]
 
+
+def _main_of(module: str) -> Verb:
+    """Imported when it is called: most verbs bring torch along."""
+    return lambda argv: importlib.import_module(module, __package__).main(argv)
+
+
 VERBS: dict[str, tuple[Verb, str]] = {
-    "pretrain": (_pretrain, "pretrain on a folder or manifest of audio"),
-    "finetune": (_finetune, "train a classifier on labelled audio, compare pretrained weights with none, and test it"),
-    "evaluate": (_evaluate, "measure a fine-tuned model, or embeddings by a probe"),
-    "embed": (_embed, "embeddings of recordings, as .npz or .parquet"),
-    "predict": (_predict, "the most probable classes of recordings"),
-    "export": (_export, "write a model for other programs: Hugging Face, ONNX, torch.export, the official code"),
-    "prepare": (_prepare, "turn recordings of any kind into a folder of shards to train on"),
-    "synth": (_synth, "write the synthetic corpus of the demo"),
+    "pretrain": (_main_of(".pretrain"), "pretrain on a folder or manifest of audio"),
+    "finetune": (
+        _main_of(".finetune.run"),
+        "train a classifier on labelled audio, compare pretrained weights with none, and test it",
+    ),
+    "evaluate": (_main_of(".evaluate"), "measure a fine-tuned model, or embeddings by a probe"),
+    "embed": (_main_of(".embed"), "embeddings of recordings, as .npz or .parquet"),
+    "predict": (_main_of(".predict"), "the most probable classes of recordings"),
+    "export": (_main_of(".export"), "write a model for other programs: Hugging Face, ONNX, torch.export, the official code"),
+    "prepare": (_main_of(".data.prepare"), "turn recordings of any kind into a folder of shards to train on"),
+    "synth": (_main_of(".data.synth"), "write the synthetic corpus of the demo"),
     "doctor": (_doctor, "show versions, devices and which optional parts are there"),
 }
 
