@@ -369,6 +369,9 @@ class StopsAfter:
     def __exit__(self, *details: object) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
 
 @pytest.mark.parametrize("engine", ["step.engine=ddp", "step.engine=deepspeed"])
 def test_an_interrupted_run_goes_on_to_the_same_bits_and_a_finished_one_is_left_alone(
