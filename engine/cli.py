@@ -67,6 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"ssast: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("ssast: stopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         sys.stdout = None  # nobody reads it any more, so there is nothing to flush at the end
         return 141
