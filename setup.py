@@ -21,7 +21,7 @@ setup(
     package_dir=package_dir,
     package_data={
         "ssast.configs": ["*.yaml", "*/*.yaml"],
-        "ssast.engine": ["*.html.j2", "*/*.html.j2"],
+        "ssast.engine": ["*/*.html.j2"],
         "ssast.benchmarks": ["results/*.csv", "*/*.j2"],
     },
     install_requires=[

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from ssast.kernels import attention, embed_patches, fbank, mspm_loss, sample_patch_mask
+from ssast.kernels.law import error_and_allowance, largest_error
 
 from . import baselines, formulas
 from .formulas import Need
-from .law import error_and_allowance, largest_error
 
 SAMPLE_RATE, SECONDS, FRAMES, MEL_BINS = 16000, 10, 1024, 128
 GRID, PATCH, K, MASKED, CLUSTER = (8, 64), (16, 16), 256, 400, (3, 4, 5)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ssast.engine.config import load_config
-from ssast.engine.runlog import read_rows as read_metrics
+from ssast.engine.training.runlog import read_rows as read_metrics
 
 from .rows import RESULTS, append_row, environment_columns
 

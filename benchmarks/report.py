@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     if bool(arguments.runs) == bool(arguments.compare):
         parser.error("name run folders, or two with --compare")
     from ssast.engine.files import PROFILE_FOLDER
-    from ssast.engine.report import write_report
+    from ssast.engine.report.run import write_report
 
     from .throughput.report import write_comparison, write_throughput_report
 

@@ -25,11 +25,11 @@ import numpy as np
 import torch
 
 from ssast.engine.config import Config, load_config
-from ssast.engine.cost import flops_per_clip
+from ssast.engine.distributed.ranks import Ranks, join_ranks
 from ssast.engine.errors import UserError, first_line
-from ssast.engine.model import build_model
-from ssast.engine.ranks import Ranks, join_ranks
-from ssast.engine.trainer import Trainer
+from ssast.engine.model.cost import flops_per_clip
+from ssast.engine.model.ssast import build_model
+from ssast.engine.training.trainer import Trainer
 
 from .deadline import Deadline, DeadlinePassed
 from .rows import RESULTS, append_row, environment_columns, read_rows

@@ -25,7 +25,7 @@ from ssast import configs
 from ssast.engine.errors import UserError
 from ssast.engine.finetune.results import RESULTS_FILE, read_results, scratch_of, summarise
 from ssast.engine.finetune.splits import read_split
-from ssast.engine.runlog import read_rows as read_metrics
+from ssast.engine.training.runlog import read_rows as read_metrics
 
 from .rows import RESULTS, append_row, environment_columns
 

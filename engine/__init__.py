@@ -9,11 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .model import SSAST, ModelConfig
-    from .weights import load_model, save_model
+    from .model.ssast import SSAST, ModelConfig
+    from .model.weights import load_model, save_model
 
 __all__ = ["SSAST", "ModelConfig", "load_model", "save_model"]
-_HOMES = {"SSAST": "model", "ModelConfig": "model", "load_model": "weights", "save_model": "weights"}
+_HOMES = {"SSAST": "model.ssast", "ModelConfig": "model.ssast", "load_model": "model.weights", "save_model": "model.weights"}
 
 
 def __getattr__(name: str) -> Any:

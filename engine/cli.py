@@ -40,10 +40,10 @@ VERBS: dict[str, tuple[Verb, str]] = {
         _main_of(".finetune.run"),
         "train a classifier on labelled audio, compare pretrained weights with none, and test it",
     ),
-    "evaluate": (_main_of(".evaluate"), "measure a fine-tuned model, or embeddings by a probe"),
-    "embed": (_main_of(".embed"), "embeddings of recordings, as .npz or .parquet"),
-    "predict": (_main_of(".predict"), "the most probable classes of recordings"),
-    "export": (_main_of(".export"), "write a model for other programs: Hugging Face, ONNX, torch.export, the official code"),
+    "evaluate": (_main_of(".inference.evaluate"), "measure a fine-tuned model, or embeddings by a probe"),
+    "embed": (_main_of(".inference.embed"), "embeddings of recordings, as .npz or .parquet"),
+    "predict": (_main_of(".inference.predict"), "the most probable classes of recordings"),
+    "export": (_main_of(".inference.export"), "write a model for other programs: Hugging Face, ONNX, torch.export, the official code"),
     "prepare": (_main_of(".data.prepare"), "turn recordings of any kind into a folder of shards to train on"),
     "synth": (_main_of(".data.synth"), "write the synthetic corpus of the demo"),
     "doctor": (_doctor, "show versions, devices and which optional parts are there"),
@@ -90,7 +90,7 @@ def _run(argv: list[str]) -> int:
 
 def command() -> NoReturn:
     """What the installed `ssast` runs."""
-    from .ranks import leave
+    from .distributed.ranks import leave
 
     try:
         status = main()

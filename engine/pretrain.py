@@ -9,20 +9,20 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
-from .checkpoint import checkpoint_steps
 from .config import Config, dump_config, list_presets, load_config
-from .cost import FLOP_FORMULA, count_parameters, flops_per_clip, memory_estimate
+from .distributed.launch import count_ranks, launch, one_line_errors, supervised
+from .distributed.ranks import be_deterministic, join_ranks, leave
 from .errors import UserError
-from .launch import count_ranks, launch, one_line_errors, supervised
-from .model import SSAST, ModelCard, build_model, resize
-from .ranks import be_deterministic, join_ranks, leave
-from .rundir import check_run_dir, is_finished, locked, measured_statistics, prepare_run_dir
-from .runlog import read_rows
-from .weights import load_model
+from .model.cost import FLOP_FORMULA, count_parameters, flops_per_clip, memory_estimate
+from .model.ssast import SSAST, ModelCard, build_model, resize
+from .model.weights import load_model
+from .training.checkpoint import checkpoint_steps
+from .training.rundir import check_run_dir, is_finished, locked, measured_statistics, prepare_run_dir
+from .training.runlog import read_rows
 
 if TYPE_CHECKING:
     from .data.dataset import Dataset
-    from .interrupt import StopRequest
+    from .distributed.interrupt import StopRequest
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,9 +52,9 @@ def run(config: Config) -> int:
 
 
 def _train(config: Config, stop_request: StopRequest) -> int:
-    from .auto_batch import find_auto_batch, with_micro_batch
     from .data.dataset import check_reachable, open_dataset
-    from .trainer import Trainer, check_deepspeed_section
+    from .training.auto_batch import find_auto_batch, with_micro_batch
+    from .training.trainer import Trainer, check_deepspeed_section
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     ranks = join_ranks(config.step.engine)
@@ -134,8 +134,8 @@ def describe_run(config: Config, world_size: int = 1) -> str:
 
 
 def _finish(config: Config, data: Dataset, step: int, done: bool) -> None:
-    from .preview import write_preview
-    from .report import write_report
+    from .report.run import write_report
+    from .training.preview import write_preview
 
     write_preview(config, data, config.run_dir, step)
     report = write_report(config.run_dir)

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from ssast.benchmarks.rows import RESULTS, append_row, environment_columns
 from ssast.engine.errors import UserError
 
-from ..rows import RESULTS, append_row, environment_columns
 from .aims import FIRST, MEMORY, OPEN, OURS, PEAK, RATE, table, verdicts
 from .contestants import CONTESTANTS
 from .corpus import FORMATS, IN_SHARDS, Corpus, make_corpus, repeat_index

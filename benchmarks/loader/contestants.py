@@ -21,11 +21,11 @@ import soundfile
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ssast.benchmarks.baselines import official_fbank
 from ssast.engine.data.decode import AudioDecoder
 from ssast.engine.data.loader import ClipReader, Prefetcher, Shard
 from ssast.engine.data.order import SampleOrder
 
-from ..baselines import official_fbank
 from .aims import ALONE, OURS
 from .corpus import IN_SHARDS, SAMPLE_RATE, Corpus
 

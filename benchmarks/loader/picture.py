@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from ssast.benchmarks.plots import GRID, INK, OTHERS, SOFT
 from ssast.engine.errors import UserError
 
-from ..plots import GRID, INK, OTHERS, SOFT
 from .aims import ALONE, OURS, RATE
 
 Row = dict[str, Any]

@@ -22,13 +22,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ssast.benchmarks.baselines import LOG_FLOOR, MEL_BINS, PRE_EMPHASIS, SAMPLE_RATE, bmm_loss, official_fbank, official_mask
 from ssast.engine.config import Config
 from ssast.engine.errors import UserError
-from ssast.engine.model import PATCH_VALUES, ModelConfig
+from ssast.engine.model.ssast import PATCH_VALUES, ModelConfig
 from ssast.kernels import NUM_PREFIX
 from ssast.kernels.fbank import frame_geometry, mel_filters
-
-from ..baselines import LOG_FLOOR, MEL_BINS, PRE_EMPHASIS, SAMPLE_RATE, bmm_loss, official_fbank, official_mask
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """q, k, v, each [B, H, N, d] -> [B, H, N, d]."""

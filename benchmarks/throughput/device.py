@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
+from ssast.benchmarks.cases import COPY, Setting, ceiling_cases
+from ssast.benchmarks.timing import Job, measure
 from ssast.engine.environment import device_names
-
-from ..cases import COPY, Setting, ceiling_cases
-from ..timing import Job, measure
 
 # Dense bf16 TFLOP/s of the vendor's datasheets, without sparsity; the first that stands as words of its own in the device's name.
 PEAKS = {
@@ -67,7 +66,7 @@ def gpu_facts(device: torch.device) -> dict[str, Any] | None:
 
 
 def device_name(device: torch.device) -> str:
-    from ..rows import environment_columns
+    from ssast.benchmarks.rows import environment_columns
 
     return device_names()[device.index or 0] if device.type == "cuda" else environment_columns()["device"]
 

@@ -23,17 +23,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ssast.engine.auto_batch import activation_bytes, find_auto_batch, with_micro_batch
 from ssast.engine.config import Config, load_config
-from ssast.engine.cost import FLOP_FORMULA, flops_per_clip
 from ssast.engine.data.clips import Clips
 from ssast.engine.data.dataset import Dataset, open_dataset
 from ssast.engine.data.loader import Batch
+from ssast.engine.distributed.ranks import Ranks, join_ranks, leave, speaks_for_its_node
 from ssast.engine.errors import UserError
 from ssast.engine.files import write_whole
-from ssast.engine.model import NUM_PREFIX, build_model
-from ssast.engine.ranks import Ranks, join_ranks, leave, speaks_for_its_node
-from ssast.engine.trainer import Clock, Trainer
+from ssast.engine.model.cost import FLOP_FORMULA, flops_per_clip
+from ssast.engine.model.ssast import NUM_PREFIX, build_model
+from ssast.engine.training.auto_batch import activation_bytes, find_auto_batch, with_micro_batch
+from ssast.engine.training.trainer import Clock, Trainer
 
 from .device import DeviceWatch, ceiling_rates, device_name, gpu_facts, peak_tflops
 from .timeline import floor_seconds, read_trace, step_parts, top_kernels
@@ -287,7 +287,7 @@ def nothing_to_read(config: Config) -> Dataset:
     """Stands for a corpus where steps are fed from memory; features are normalised with the paper's constants unless the config says."""
     import numpy as np
 
-    from ssast.engine.model import PAPER_MEAN, PAPER_STD
+    from ssast.engine.model.ssast import PAPER_MEAN, PAPER_STD
 
     none = Clips([], [], [], [], *(np.zeros(0, dtype) for dtype in (np.int64, np.int32, np.int32, np.int64, np.int64)))
     mean = PAPER_MEAN if isinstance(config.data.mean, str) else config.data.mean

@@ -12,9 +12,9 @@ from typing import NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-import ssast.engine.report
+import ssast.engine.report.run
 from ssast.engine.files import write_whole
-from ssast.engine.report import DARK, LIGHT, Theme, png
+from ssast.engine.report.run import DARK, LIGHT, Theme, png
 
 
 class Tile(NamedTuple):
@@ -92,7 +92,7 @@ def write_page(page: Page, folder: Path, name: str) -> Path:
 
 def _style_of_runs() -> str:
     """The style sheet of a run's report: the two look alike."""
-    template = Path(ssast.engine.report.__file__).with_name("report.html.j2").read_text(encoding="utf-8")
+    template = Path(ssast.engine.report.run.__file__).with_name("run.html.j2").read_text(encoding="utf-8")
     return template.partition("<style>")[2].partition("</style>")[0]
 
 

@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ssast.engine.report import DENSITY, WIDTH, Theme
+from ssast.engine.report.run import DENSITY, WIDTH, Theme
 
 from .summary import significant
 

@@ -151,7 +151,7 @@ class Children:
         return self._run(RACE, [given.config, *given.overrides, "--names", *names], 1, given.engine)
 
     def _run(self, module: str, arguments: list[str], ranks: int, engine: str, out: Path | None = None) -> Any:
-        from ssast.engine.launch import launch
+        from ssast.engine.distributed.launch import launch
 
         self._count += 1
         out = out or self.scratch / f"{self._count}.json"

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 from ssast.engine.config import load_config
+from ssast.engine.distributed.ranks import join_ranks, leave
 from ssast.engine.errors import UserError
 from ssast.engine.files import write_whole
-from ssast.engine.model import build_model
-from ssast.engine.ranks import join_ranks, leave
-from ssast.engine.trainer import Clock, Trainer
+from ssast.engine.model.ssast import build_model
+from ssast.engine.training.trainer import Clock, Trainer
 
 from .baselines import StepBaseline, step_baselines
 from .measure import in_memory, nothing_to_read, time_steps, undisturbed

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch.nn import functional
 
 from ssast.engine.data.loader import Batch
-from ssast.engine.model import SSAST
-from ssast.engine.ranks import Ranks
+from ssast.engine.distributed.ranks import Ranks
+from ssast.engine.model.ssast import SSAST
 from ssast.engine.spans import span
 from ssast.kernels import fbank
 

@@ -24,21 +24,21 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from ssast.engine.checkpoint import checkpoint_steps
 from ssast.engine.config import dump_config, list_presets, load_config
 from ssast.engine.data.dataset import check_reachable
 from ssast.engine.data.decode import AudioDecoder
 from ssast.engine.data.loader import Batch, ClipReader, Shard, batches_of_all
+from ssast.engine.distributed.interrupt import StopRequest
+from ssast.engine.distributed.launch import count_ranks, launch, one_line_errors, supervised
+from ssast.engine.distributed.ranks import Ranks, be_deterministic, join_ranks, leave
 from ssast.engine.errors import UserError
 from ssast.engine.files import write_whole
-from ssast.engine.interrupt import StopRequest
-from ssast.engine.launch import count_ranks, launch, one_line_errors, supervised
-from ssast.engine.model import SSAST, WIDTHS, ModelCard, ModelConfig, build_model, init_classifier, resize
-from ssast.engine.ranks import Ranks, be_deterministic, join_ranks, leave
-from ssast.engine.rundir import check_run_dir, locked, measured_statistics, prepare_run_dir
-from ssast.engine.runlog import read_rows
-from ssast.engine.trainer import Trainer, check_deepspeed_section
-from ssast.engine.weights import WEIGHTS_FILE, load_model, save_model
+from ssast.engine.model.ssast import SSAST, WIDTHS, ModelCard, ModelConfig, build_model, init_classifier, resize
+from ssast.engine.model.weights import WEIGHTS_FILE, load_model, save_model
+from ssast.engine.training.checkpoint import checkpoint_steps
+from ssast.engine.training.rundir import check_run_dir, locked, measured_statistics, prepare_run_dir
+from ssast.engine.training.runlog import read_rows
+from ssast.engine.training.trainer import Trainer, check_deepspeed_section
 
 from .config import SCRATCH, FinetuneConfig
 from .dataset import LabelledClips, TaskData, open_task, read_task

@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ssast.benchmarks import cases, kernels, law, plots
+from ssast.benchmarks import cases, kernels, plots
 from ssast.benchmarks.cases import OPERATORS, Provider
 from ssast.benchmarks.rows import read_rows
+from ssast.kernels import law
 
 QUICK = ["--seconds", "0.005"]
 

@@ -11,9 +11,9 @@ from ssast.benchmarks.rows import read_rows
 from ssast.benchmarks.throughput.measure import in_memory, memory_split, nothing_to_read, run_steps, trace_steps, undisturbed
 from ssast.benchmarks.throughput.timeline import busy_seconds, read_trace, step_parts, top_kernels
 from ssast.engine.config import load_config
-from ssast.engine.model import build_model
-from ssast.engine.ranks import Ranks
-from ssast.engine.trainer import Clock, Trainer
+from ssast.engine.distributed.ranks import Ranks
+from ssast.engine.model.ssast import build_model
+from ssast.engine.training.trainer import Clock, Trainer
 
 pytestmark = pytest.mark.skipif(os.environ.get("SSAST_TEST_DEVICE") != "cuda", reason="needs a GPU and SSAST_TEST_DEVICE=cuda")
 

@@ -20,9 +20,9 @@ from ssast.benchmarks.throughput import profile
 from ssast.benchmarks.throughput.device import find_peak
 from ssast.benchmarks.throughput.race import Runner, race
 from ssast.engine.config import Config
+from ssast.engine.distributed.ranks import Ranks
 from ssast.engine.errors import UserError
-from ssast.engine.ranks import Ranks
-from ssast.engine.rundir import check_run_dir
+from ssast.engine.training.rundir import check_run_dir
 
 ROOT = Path(__file__).parents[2]
 SMALL = {

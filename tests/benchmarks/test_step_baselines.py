@@ -9,7 +9,7 @@ from ssast.benchmarks.throughput.baselines import Compiled, Eager, OfficialModel
 from ssast.engine import load_model
 from ssast.engine.config import Config, load_config
 from ssast.engine.errors import UserError
-from ssast.engine.model import SSAST, build_model
+from ssast.engine.model.ssast import SSAST, build_model
 from ssast.kernels import fbank
 
 CPU = torch.device("cpu")

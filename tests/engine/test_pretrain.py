@@ -14,7 +14,7 @@ import soundfile
 import yaml
 from test_trainer import SMALL, free_port
 
-from ssast.engine.runlog import read_rows
+from ssast.engine.training.runlog import read_rows
 
 SSAST = [sys.executable, "-m", "ssast.engine.cli"]
 
@@ -72,7 +72,7 @@ def losses(run_dir: Path) -> list[tuple]:
 )
 def test_mistakes(small, tmp_path, arguments, words):
     from ssast.engine import ModelConfig, save_model
-    from ssast.engine.model import build_model
+    from ssast.engine.model.ssast import build_model
 
     for folder in ("EMPTY", "TEXT", "BROKEN", "ONE", "MIXED", "FOREIGN/small"):
         (tmp_path / folder).mkdir(parents=True)

@@ -1,8 +1,8 @@
-"""The law of tolerance (`ssast.benchmarks.law`) as an assertion."""
+"""The law of tolerance (`ssast.kernels.law`) as an assertion."""
 
 import torch
 
-from ssast.benchmarks.law import error_and_allowance
+from ssast.kernels.law import error_and_allowance
 
 
 def assert_lawful(name: str, actual: torch.Tensor, same_dtype: torch.Tensor, exact: torch.Tensor) -> None:

@@ -27,10 +27,10 @@ from ssast.engine.finetune.config import FinetuneConfig
 from ssast.engine.finetune.dataset import _balancing, open_task, read_task
 from ssast.engine.finetune.objective import FineTuning, classification_loss
 from ssast.engine.finetune.results import RESULTS_FILE, write_summary
-from ssast.engine.model import ModelConfig, build_model, resize_position
-from ssast.engine.runlog import read_rows
-from ssast.engine.schedule import Schedule
-from ssast.engine.weights import save_model
+from ssast.engine.model.ssast import ModelConfig, build_model, resize_position
+from ssast.engine.model.weights import save_model
+from ssast.engine.training.runlog import read_rows
+from ssast.engine.training.schedule import Schedule
 from ssast.kernels import fbank
 
 SECONDS, FRAMES = 0.3, 32  # of clips, which fit whole into the input
@@ -380,7 +380,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits_and_a_finished_one_is_left_
     settings = f"data.train={tones(tmp_path / 'data')} train.epochs=3 task.select=average {ALL_ON} {engine}"
     assert finetune("custom", settings, "run.name=whole") == 0
     asked = [StopsAfter(4)]
-    monkeypatch.setattr("ssast.engine.launch.StopRequest", lambda: asked.pop() if asked else StopsAfter(10**9))
+    monkeypatch.setattr("ssast.engine.distributed.launch.StopRequest", lambda: asked.pop() if asked else StopsAfter(10**9))
     assert finetune("custom", settings, "run.name=parts") == 0
     whole, parts = tmp_path / "runs" / "whole", tmp_path / "runs" / "parts"
     assert 0 < len(steps(parts)) < len(steps(whole)) and not (parts / RESULTS_FILE).exists()

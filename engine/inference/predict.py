@@ -1,0 +1,129 @@
+"""`ssast predict AUDIO... --model FINE_TUNED`: the most probable classes of recordings, of the whole or window by window.
+
+Probabilities of a recording are the mean over its windows. `--out` writes the rows that are printed as .csv or .json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from ssast.engine.data.shards import encode_text
+from ssast.engine.data.sound import find_recordings
+from ssast.engine.errors import UserError
+from ssast.engine.files import write_whole
+
+from .embed import add_audio, add_run_options, open_model, require_new, require_some, to_stderr, write_rejected, writing
+from .inference import Window, class_encoder, class_names, encode_recordings, prediction_windows
+
+
+class Row(NamedTuple):
+    """From `start` to `end` seconds."""
+
+    path: str
+    start: float
+    end: float
+    label: str
+    probability: float
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The most probable classes of recordings."""
+    parser = argparse.ArgumentParser(prog="ssast predict", description="The most probable classes of recordings.")
+    add_audio(parser)
+    add = parser.add_argument
+    add("--model", required=True, metavar="PATH", help="a fine-tuned checkpoint, ours or official, or a run folder")
+    add("--top", type=int, metavar="K", help="classes to show (default: 5; with --timeline 1)")
+    add("--timeline", type=float, metavar="HOP", help="show each window, one every HOP seconds, instead of their mean")
+    add("--out", type=Path, metavar="FILE", help="NAME.csv or NAME.json, of the same rows")
+    add("--labels", type=Path, metavar="FILE", help="names of the classes, where the model has none: a list, or AudioSet's CSV")
+    add_run_options(parser)
+    options = parser.parse_args(argv)
+    top = options.top or (1 if options.timeline else 5)
+    if top < 1:
+        raise UserError(f"--top {top}: expected at least 1")
+    if options.out is not None:
+        if options.out.suffix.lower() not in (".csv", ".json"):
+            raise UserError(f"--out {options.out}: expected a name that ends in .csv or .json")
+        require_new(options.out)
+    recordings = find_recordings(options.audio, to_stderr)
+    model = open_model(options.model, options.device, labels=options.labels)
+    labels = class_names(model)
+    rejected: list[tuple[str, str]] = []
+    rows: list[Row] = []
+    try:
+        windows, encode = prediction_windows(model, options.timeline), class_encoder(model)
+        probabilities: list[torch.Tensor] = []
+        times: list[tuple[float, float]] = []
+        events = encode_recordings(model, recordings, windows, encode, batch_size=options.batch_size, workers=options.workers)
+        for event, row in events:
+            if isinstance(event, Window):
+                probabilities.append(row)
+                times.append(
+                    (windows.seconds(event.start), windows.seconds(event.start) + len(event.samples) / windows.sample_rate)
+                )
+                continue
+            path = recordings[event.clip].source
+            if event.error:
+                rejected.append((path, event.error))
+                to_stderr(f"{path}: {event.error}")
+            else:
+                if not options.timeline:
+                    probabilities, times = [torch.stack(probabilities).mean(dim=0)], [(0.0, event.samples / windows.sample_rate)]
+                found = list(_rows(path, probabilities, times, labels, top))
+                tqdm.write(_shown(path, found, bool(options.timeline)))
+                rows += found if options.out is not None else []
+            probabilities, times = [], []
+    except ValueError as error:
+        raise error if isinstance(error, UserError) else UserError(f"{options.model}: {error}") from None
+    if options.out is None:
+        require_some(len(recordings), rejected)
+    else:
+        with writing(options.out):
+            require_some(len(recordings), rejected, write_rejected(options.out, rejected))
+            _write(options.out, rows)
+    return 1 if rejected and options.strict else 0
+
+
+def _rows(
+    path: str, probabilities: list[torch.Tensor], times: list[tuple[float, float]], labels: tuple[str, ...], top: int
+) -> Iterator[Row]:
+    for row, (start, end) in zip(probabilities, times, strict=True):
+        values, classes = row.topk(min(top, len(labels)))
+        for value, number in zip(values.tolist(), classes.tolist(), strict=True):
+            yield Row(path, start, end, labels[number], value)
+
+
+def _shown(path: str, rows: list[Row], timeline: bool) -> str:
+    lines = [path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")]
+    for row in rows:
+        time = f"{row.start:9.2f} {row.end:9.2f}  " if timeline else "  "
+        lines.append(f"{time}{row.probability:6.1%}  {row.label}")
+    return "\n".join(lines)
+
+
+def _write(path: Path, rows: list[Row]) -> None:
+    if path.suffix.lower() == ".csv":
+        table = io.StringIO(newline="")
+        csv.writer(table).writerows([Row._fields, *(_rounded(row) for row in rows)])
+        write_whole(path, encode_text(table.getvalue()))
+    else:
+        content = [dict(zip(Row._fields, _rounded(row), strict=True)) for row in rows]
+        write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def _rounded(row: Row) -> tuple[Any, ...]:
+    return row.path, round(row.start, 4), round(row.end, 4), row.label, round(row.probability, 6)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

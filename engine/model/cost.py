@@ -1,0 +1,65 @@
+"""What a model costs: parameters, floating-point operations, memory. One formula each, written out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .ssast import NUM_PREFIX, PATCH_VALUES, SSAST, ModelConfig
+
+FLOP_FORMULA = (
+    "forward per clip = 2 P K D (projection) + L (24 N D^2 + 4 N^2 D) (blocks) + heads * 2 M (D^2 + K D) + 2 M^2 K (InfoNCE); "
+    "backward = 2 x forward; a multiply-add counts 2"
+)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one clip, forward only."""
+
+    projection: int
+    blocks: int
+    heads: int
+    info_nce: int
+
+    @property
+    def forward(self) -> int:
+        return self.projection + self.blocks + self.heads + self.info_nce
+
+    @property
+    def train(self) -> int:
+        """Forward and backward: each product's backward is two of its size."""
+        return 3 * self.forward
+
+
+def flops_per_clip(model: ModelConfig, num_masked: int, *, objective: str = "joint", passes: int = 1) -> Flops:
+    """`passes`: forward passes of the encoder in a step, 2 with separate masks."""
+    width, tokens, patches = model.width, NUM_PREFIX + model.num_patches, model.num_patches
+    mlp = 4 * model.mlp_ratio * tokens * width**2
+    block = 8 * tokens * width**2 + 4 * tokens**2 * width + mlp
+    heads = (2 if objective == "joint" else 1) * 2 * num_masked * (width**2 + PATCH_VALUES * width)
+    info_nce = 0 if objective == "generative" else 2 * num_masked**2 * PATCH_VALUES
+    return Flops(passes * 2 * patches * PATCH_VALUES * width, passes * model.depth * block, heads, info_nce)
+
+
+def count_parameters(model: SSAST) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def memory_estimate(
+    model: ModelConfig, parameters: int, *, micro_batch: int, bf16: bool, stage: int, world_size: int
+) -> dict[str, int]:
+    """Bytes on each device: weights, gradients and optimizer state as the ZeRO stage holds them, without DeepSpeed's buffers.
+
+    Activations are an estimate: 17 values of the width for each token and block (inputs of the norms and products, q, k, v, both sides
+    of the GELU), attention weights not stored.
+    """
+    masters = bf16 and stage > 0  # without ZeRO the weights themselves are fp32
+    low = 2 if bf16 else 4
+    state = 12 if masters else 8  # fp32 master weights, and Adam's two moments
+    tokens = NUM_PREFIX + model.num_patches
+    return {
+        "weights": (2 if masters else 4) * parameters // (world_size if stage == 3 else 1),
+        "gradients (fp32)": 4 * parameters // (world_size if stage >= 2 else 1),
+        "optimizer state": state * parameters // (world_size if stage >= 1 else 1),
+        "activations (estimate)": 17 * tokens * model.width * model.depth * micro_batch * low,
+    }

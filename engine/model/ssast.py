@@ -1,0 +1,508 @@
+"""The Audio Spectrogram Transformer of SSAST: patch embedding, ViT encoder, two pretraining heads, and a classifier for fine-tuning.
+
+Shapes: B clips, T frames, F mel bins, f x t patch grid, P = f * t patches, K = 256 values of a patch, M masked patches, D width,
+H heads, N = 2 + P tokens, C classes. Patch p = frequency index * t + time index; tokens are [cls, dist, patches...].
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from ssast.engine.spans import span
+from ssast.kernels import NUM_PREFIX, MSPMLoss, attention, embed_patches, found_patches, fp8_linear, mspm_loss, patchify
+
+# Mean and standard deviation of the log-mel features of AudioSet-2M + LibriSpeech-960 (the paper's).
+PAPER_MEAN, PAPER_STD = -4.2677393, 4.5689974
+WIDTHS = {"tiny": 192, "small": 384, "base": 768}
+PATCH_VALUES = 256
+HEAD_DIM = 64
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes the shape of the model."""
+
+    width: int = 192
+    depth: int = 12
+    heads: int = 3
+    mlp_ratio: int = 4
+    num_mel_bins: int = 128
+    input_frames: int = 1024
+    patch_shape: tuple[int, int] = (16, 16)  # mel bins x frames
+    stride: tuple[int, int] = (16, 16)
+    num_classes: int | None = None
+    """None: no classifier."""
+    pretraining_heads: bool = True
+    layer_weights: bool = False
+    """Classify a learned weighted sum of what every block gives, as SUPERB does, instead of what the last one gives."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
+        if min(self.stride) < 1 or min(self.patch_shape) < 1:
+            raise ValueError(f"patch shape {self.patch_shape} and stride {self.stride} must be at least 1")
+        if self.num_mel_bins < self.patch_shape[0] or self.input_frames < self.patch_shape[1]:
+            raise ValueError(
+                f"an input of {self.num_mel_bins} mel bins x {self.input_frames} frames is smaller than one patch of "
+                f"{self.patch_shape[0]}x{self.patch_shape[1]}"
+            )
+        if self.pretraining_heads and self.patch_values != PATCH_VALUES:
+            raise ValueError(
+                f"patches must hold {PATCH_VALUES} values to be pretrained on, {self.patch_shape} holds {self.patch_values}"
+            )
+
+    @property
+    def patch_values(self) -> int:
+        return self.patch_shape[0] * self.patch_shape[1]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches along (frequency, time); mel bins and frames that do not fill a patch are left out."""
+        return (
+            (self.num_mel_bins - self.patch_shape[0]) // self.stride[0] + 1,
+            (self.input_frames - self.patch_shape[1]) // self.stride[1] + 1,
+        )
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What using a model takes beside its weights: how its features are made, and what its classes are."""
+
+    sample_rate: int = 16000  # Hz
+    mean: float = PAPER_MEAN
+    std: float = PAPER_STD
+    """Of the log-mel features; the model is given (x - mean) / (2 std)."""
+    labels: tuple[str, ...] | None = None
+    """Of the classes, in the order of the logits; None: not known."""
+    multi_label: bool = False
+    """A clip may have several labels: probabilities are sigmoids, otherwise a softmax."""
+    pool: str = "mean"
+    """What the classifier was trained on, as in `SSAST.classify`."""
+
+
+def unpatchify(patches: torch.Tensor, grid: tuple[int, int], patch_shape: tuple[int, int]) -> torch.Tensor:
+    """[B, P, K] -> [B, T, F] for patches that do not overlap: the inverse of `patchify`."""
+    tiles = patches.reshape(patches.shape[0], *grid, *patch_shape)  # [B, f, t, mel, frame]
+    return tiles.permute(0, 2, 4, 1, 3).reshape(patches.shape[0], grid[1] * patch_shape[1], grid[0] * patch_shape[0])
+
+
+def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """x [B, P, K], index [B, M] -> [B, M, K]."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+
+
+def _is_kept(context: Any, operator: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Of selective checkpointing: what is dear to compute again."""
+    is_dear = any(word in operator.name() for word in ("mm", "linear", "attention", "attn"))
+    return CheckpointPolicy.MUST_SAVE if is_dear else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_keep_products = functools.partial(create_selective_checkpoint_contexts, _is_kept)
+
+
+class PatchEmbedding(nn.Module):
+    """Holds what `embed_patches` needs."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.weight = nn.Parameter(torch.empty(width, config.patch_values))
+        self.bias = nn.Parameter(torch.empty(width))
+        self.position = nn.Parameter(torch.empty(NUM_PREFIX + config.num_patches, width))
+        self.prefix = nn.Parameter(torch.empty(NUM_PREFIX, width))
+        self.mask_token = nn.Parameter(torch.empty(width)) if config.pretraining_heads else None
+
+    def forward(self, patches: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return embed_patches(patches, self.weight, self.bias, self.position, self.prefix, self.mask_token, mask)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, N, D] -> [B, N, D]
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, N, d]
+        return self.proj(attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width))
+
+
+class WideLinear(nn.Linear):
+    """The layers with most of the work, which may compute it in FP8."""
+
+    fp8 = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return fp8_linear(x, self.weight, self.bias) if self.fp8 else super().forward(x)
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = WideLinear(width, hidden)
+        self.fc2 = WideLinear(hidden, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(nn.functional.gelu(self.fc1(x)))  # the exact, erf form
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=1e-6)
+        self.attn = Attention(config.width, config.heads)
+        self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
+        self.mlp = MLP(config.width, config.mlp_ratio * config.width)
+        self.activation_checkpointing = "none"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
+            return self._transform(x)
+        options = {"context_fn": _keep_products} if self.activation_checkpointing == "selective" else {}
+        return checkpoint(self._transform, x, use_reentrant=False, preserve_rng_state=False, **options)
+
+    def _transform(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class SSAST(nn.Module):
+    """The whole model."""
+
+    def __init__(self, config: ModelConfig, card: ModelCard | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.card = card or ModelCard()
+        self.unused: dict[str, torch.Tensor] = {}  # tensors of an official file that no computation uses, kept for writing it back
+        self.embedding = PatchEmbedding(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        if config.pretraining_heads:
+            self.class_head = _two_layers(config.width)
+            self.recon_head = _two_layers(config.width)
+        if config.num_classes is not None:
+            self.classifier = nn.Sequential(nn.LayerNorm(config.width, eps=1e-5), nn.Linear(config.width, config.num_classes))
+        if config.layer_weights:
+            self.layer_weights = nn.Parameter(torch.zeros(1 + config.depth))
+
+    def forward(self, *args: Any, method: str = "pretrain_patches", **kwargs: Any) -> Any:
+        """The method of that name. Engines that wrap the model, DeepSpeed's and DistributedDataParallel, have this one way in."""
+        return getattr(self, method)(*args, **kwargs)
+
+    def encode(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, T, F] normalised log-mel -> [B, 2 + P, D] tokens after the final norm; `mask` [B, M] patch numbers to hide.
+
+        Raises:
+            ValueError: features of another size than the model was built for.
+        """
+        return self._encode_patches(self._patchify(features), mask)
+
+    def pretrain(
+        self,
+        features: torch.Tensor,
+        mask: torch.Tensor,
+        recon_mask: torch.Tensor | None = None,
+        *,
+        softmax_over: str = "predictions",
+        objective: str = "joint",
+        recon_weight: float = 10.0,
+    ) -> MSPMLoss:
+        """The pretraining loss of a batch (SSAST, algorithm 1).
+
+        Args:
+            features: [B, T, F] normalised log-mel; also the target, in its own precision.
+            mask: [B, M] patch numbers.
+            recon_mask: a second mask for the reconstruction, in a forward pass of its own, as the official code does. None: one
+                forward pass and one mask for both.
+            softmax_over: see `ssast.kernels.mspm_loss`.
+            objective: "joint", "discriminative" or "generative".
+            recon_weight: lambda of the joint loss.
+
+        Raises:
+            ValueError: a model without pretraining heads, an unknown objective, or overlapping patches.
+        """
+        patches = self._patchify(features)
+        return self.pretrain_patches(
+            patches, mask, recon_mask, softmax_over=softmax_over, objective=objective, recon_weight=recon_weight
+        )
+
+    def pretrain_patches(
+        self,
+        patches: torch.Tensor,  # [B, P, K]
+        mask: torch.Tensor,
+        recon_mask: torch.Tensor | None = None,
+        *,
+        softmax_over: str = "predictions",
+        objective: str = "joint",
+        recon_weight: float = 10.0,
+    ) -> MSPMLoss:
+        """`pretrain` of features that are in patch order already, as `ssast.kernels.fbank(patch=...)` writes them."""
+        self._check_pretraining(objective)
+        if patches.ndim != 3 or patches.shape[1:] != (self.config.num_patches, self.config.patch_values):
+            raise ValueError(
+                f"patches must be [B, {self.config.num_patches}, {self.config.patch_values}] for this model, not {tuple(patches.shape)}"
+            )
+        if recon_mask is None:
+            return self._masked_loss(patches, mask, softmax_over, objective, recon_weight)
+        if objective != "joint":
+            raise ValueError(f"recon_mask belongs to the joint objective, not to the {objective} one")
+        nce_half = self._masked_loss(patches, mask, softmax_over, "discriminative", recon_weight)
+        mse_half = self._masked_loss(patches, recon_mask, softmax_over, "generative", recon_weight)
+        return MSPMLoss(nce_half.nce + recon_weight * mse_half.mse, nce_half.nce, mse_half.mse, nce_half.accuracy)
+
+    @torch.no_grad()
+    def reconstruct(
+        self, features: torch.Tensor, mask: torch.Tensor, *, softmax_over: str = "predictions"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the pretrained heads make of masked clips.
+
+        Returns:
+            [B, T', F'] the reconstruction in the masked patches and NaN elsewhere (T', F': what whole patches cover), and
+            [B, M] bool: which masked patches were found, by the rule of the pretext accuracy.
+        """
+        self._check_pretraining("joint")
+        patches = self._patchify(features)
+        tokens = self._masked_tokens(patches, mask)
+        canvas = torch.full_like(patches, float("nan"))
+        canvas.scatter_(1, mask[..., None].expand(-1, -1, patches.shape[2]), self.recon_head(tokens).to(patches.dtype))
+        found = found_patches(self.class_head(tokens).to(patches.dtype), patches, mask=mask, softmax_over=softmax_over)
+        return unpatchify(canvas, self.config.grid, self.config.patch_shape), found
+
+    def classify(self, features: torch.Tensor, pool: str | None = None) -> torch.Tensor:
+        """[B, T, F] -> [B, C] logits; pool: "mean" of the patch tokens, "cls": mean of the cls and the dist token, None: the card's.
+
+        Raises:
+            ValueError: a model without classifier, or an unknown `pool`.
+        """
+        if self.config.num_classes is None:
+            raise ValueError("this model has no classifier: load it with num_classes=...")
+        pool = self.card.pool if pool is None else pool
+        if pool not in ("mean", "cls"):
+            raise ValueError(f"pool must be 'mean' or 'cls', not {pool!r}")
+        tokens = self._weighted_layers(self._patchify(features)) if self.config.layer_weights else self.encode(features)
+        pooled = tokens[:, NUM_PREFIX:].mean(dim=1) if pool == "mean" else tokens[:, :NUM_PREFIX].mean(dim=1)
+        return self.classifier(pooled)
+
+    def _patchify(self, features: torch.Tensor) -> torch.Tensor:
+        frames, bins = self.config.input_frames, self.config.num_mel_bins
+        if features.ndim != 3 or features.shape[1:] != (frames, bins):
+            raise ValueError(
+                f"features must be [B, {frames}, {bins}] (frames x mel bins) for this model, not {tuple(features.shape)}; "
+                "load it with input_frames=... for another length"
+            )
+        return patchify(features, self.config.patch_shape, self.config.stride)
+
+    def _masked_loss(
+        self, patches: torch.Tensor, mask: torch.Tensor, softmax_over: str, objective: str, recon_weight: float
+    ) -> MSPMLoss:
+        tokens = self._encode_patches(patches, mask)
+        with span("heads + loss"):
+            return self._heads_and_loss(tokens, patches, mask, softmax_over, objective, recon_weight)
+
+    def _encode_patches(self, patches: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        with span("mask + embed"):
+            x = self.embedding(patches, mask)
+        with span("encoder forward"):
+            return self._encoder(x)
+
+    def _masked_tokens(self, patches: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return gather_rows(self._encode_patches(patches, mask), mask + NUM_PREFIX)  # [B, M, D]
+
+    def _weighted_layers(self, patches: torch.Tensor) -> torch.Tensor:  # [B, P, K] -> [B, N, D]
+        x = self.embedding(patches)
+        shares = self.layer_weights.softmax(dim=0)
+        total = shares[0] * x
+        for share, block in zip(shares[1:], self.blocks, strict=True):
+            x = block(x)
+            total = total + share * x
+        return total
+
+    def embed(self, waveform: Any, sample_rate: int, **options: Any) -> Any:
+        """Embeddings of sound of any length, rate and number of channels: `ssast.engine.inference.embed`."""
+        from ssast.engine.inference.inference import embed
+
+        return embed(self, waveform, sample_rate, **options)
+
+    def predict(self, waveform: Any, sample_rate: int, **options: Any) -> Any:
+        """Probabilities of the classes: `ssast.engine.inference.predict`."""
+        from ssast.engine.inference.inference import predict
+
+        return predict(self, waveform, sample_rate, **options)
+
+    # --- the two parts that torch.compile is given ------------------------------------------------------------------------------------
+
+    def _encoder(self, x: torch.Tensor) -> torch.Tensor:  # [B, N, D] -> [B, N, D]
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def _heads_and_loss(
+        self,
+        tokens: torch.Tensor,  # [B, N, D]
+        patches: torch.Tensor,
+        mask: torch.Tensor,
+        softmax_over: str,
+        objective: str,
+        recon_weight: float,
+    ) -> MSPMLoss:
+        masked = gather_rows(tokens, mask + NUM_PREFIX)  # [B, M, D]
+        class_pred = self.class_head(masked) if objective != "generative" else None
+        recon_pred = self.recon_head(masked) if objective != "discriminative" else None
+        return mspm_loss(class_pred, recon_pred, patches, mask=mask, softmax_over=softmax_over, recon_weight=recon_weight)
+
+    def checkpoint_activations(self, kind: str) -> None:
+        """What the backward pass computes again: "none", "selective" (all of a block but its products and attention), or "block" (all)."""
+        for block in self.blocks:
+            block.activation_checkpointing = kind
+
+    def use_fp8(self) -> None:
+        """Compute the products of the MLPs in FP8 (`ssast.kernels.fp8_linear`)."""
+        for module in self.modules():
+            if isinstance(module, WideLinear):
+                module.fp8 = True
+
+    def compile_regions(self, regions: str, **options: Any) -> None:
+        """Have torch.compile make the encoder one graph ("encoder"), or each block ("blocks": equal, they share the code of one), and
+        heads and loss another. `options` are torch.compile's."""
+        if regions == "encoder":
+            self._encoder = torch.compile(self._encoder, **options)
+        else:
+            for block in self.blocks:
+                block.compile(**options)
+        self._heads_and_loss = torch.compile(self._heads_and_loss, **options)
+
+    def _check_pretraining(self, objective: str) -> None:
+        if objective not in ("joint", "discriminative", "generative"):
+            raise ValueError(f"objective must be 'joint', 'discriminative' or 'generative', not {objective!r}")
+        if not self.config.pretraining_heads:
+            raise ValueError("this model has no pretraining heads: it was built or saved for fine-tuning")
+        if self.config.stride != self.config.patch_shape:
+            raise ValueError(f"pretraining needs patches that do not overlap, not stride {self.config.stride}")
+
+
+def _two_layers(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, PATCH_VALUES))
+
+
+def init_weights(model: SSAST, generator: torch.Generator | None = None) -> None:
+    """Initial values with the distributions of the official code (DeiT's for the encoder, PyTorch's defaults for the heads)."""
+    for name, parameter in model.named_parameters():
+        _init_parameter(name, parameter, model.config, generator)
+
+
+def init_classifier(model: SSAST, generator: torch.Generator | None = None) -> None:
+    for name, parameter in model.classifier.named_parameters(prefix="classifier"):
+        _init_parameter(name, parameter, model.config, generator)
+
+
+@torch.no_grad()
+def _init_parameter(name: str, parameter: torch.Tensor, config: ModelConfig, generator: torch.Generator | None) -> None:
+    if "norm" in name or name.startswith("classifier.0"):
+        parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+    elif name in ("embedding.position", "embedding.prefix") or (name.startswith("blocks") and name.endswith("weight")):
+        nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
+    elif name == "layer_weights":
+        parameter.zero_()  # equal shares
+    elif name == "embedding.mask_token":
+        parameter.normal_(0.0, math.sqrt(1.0 / config.width), generator=generator)  # Xavier normal of a [1, 1, D] tensor
+    elif name.startswith("blocks"):
+        parameter.zero_()
+    else:  # PyTorch's default of Linear and Conv2d
+        fan_in = config.patch_values if name.startswith("embedding") else config.width
+        bound = 1.0 / math.sqrt(fan_in)
+        parameter.uniform_(-bound, bound, generator=generator)
+
+
+def build_model(config: ModelConfig, seed: int = 0) -> SSAST:
+    """A freshly initialised model; the same weights for the same seed wherever it is built."""
+    model = SSAST(config)
+    init_weights(model, torch.Generator().manual_seed(seed))
+    return model
+
+
+def resize(model: SSAST, config: ModelConfig, position_resize: str = "exact") -> SSAST:
+    """The same weights in a model for another input size, stride or set of heads; heads that `model` lacks stay freshly initialised.
+
+    Raises:
+        ValueError: a change that weights cannot follow (width, depth, patch shape), or an unknown `position_resize`.
+    """
+    fixed = ("width", "depth", "heads", "mlp_ratio", "patch_shape")
+    changed = [key for key in fixed if getattr(config, key) != getattr(model.config, key)]
+    if changed:
+        raise ValueError(f"weights cannot follow a change of {', '.join(changed)}")
+    new = build_model(config)
+    new.card = model.card
+    weights = new.state_dict()
+    keeps_classifier = config.num_classes == model.config.num_classes
+    for key, value in model.state_dict().items():
+        if key in weights and (keeps_classifier or not key.startswith("classifier")):
+            weights[key] = value
+    weights["embedding.position"] = resize_position(weights["embedding.position"], model.config.grid, config.grid, position_resize)
+    new.load_state_dict(weights)
+    return new
+
+
+def resize_position(position: torch.Tensor, old: tuple[int, int], new: tuple[int, int], method: str = "exact") -> torch.Tensor:
+    """Fit a position embedding [2 + f t, D] to another grid: along each axis cut out the middle if shorter, interpolate if longer.
+
+    Args:
+        method: "exact" does just that. "official" reproduces the authors' code, which passes the rows through a height of 8 whenever
+            the grid is not cut in time, and cuts in frequency by the length in time.
+
+    Raises:
+        ValueError: an unknown method, or a case in which the official code fails.
+    """
+    if method not in ("exact", "official"):
+        raise ValueError(f"position_resize must be 'exact' or 'official', not {method!r}")
+    prefix, patches = position[:NUM_PREFIX], position[NUM_PREFIX:]
+    image = patches.T.reshape(1, -1, *old)  # [1, D, f, t]
+    if method == "official":
+        image = _resize_official(image, old, new)
+    else:
+        for axis in (0, 1):
+            image = _resize_axis(image, axis + 2, new[axis])
+    return torch.cat((prefix, image.reshape(image.shape[1], -1).T), dim=0)
+
+
+def _resize_axis(image: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+    old = image.shape[dim]
+    if length <= old:
+        return image.narrow(dim, old // 2 - length // 2, length)
+    size = list(image.shape[2:])
+    size[dim - 2] = length
+    return _interpolate(image, tuple(size))
+
+
+def _resize_official(image: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
+    if new[1] < old[1]:
+        image = image.narrow(3, old[1] // 2 - new[1] // 2, new[1])
+    else:
+        image = _interpolate(image, (8, new[1]))
+    if new[0] < old[0]:
+        start = old[0] // 2 - new[0] // 2
+        image = image[:, :, start : start + new[1]]
+    else:
+        image = _interpolate(image, new)
+    if image.shape[2:] != new:
+        raise ValueError(f"position_resize='official': the official code fails on a grid of {old} for {new}; use 'exact'")
+    return image
+
+
+def _interpolate(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return nn.functional.interpolate(image.float(), size=size, mode="bilinear", align_corners=False).to(image.dtype)

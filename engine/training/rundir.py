@@ -1,0 +1,145 @@
+"""The run folder: whose it is, whether its run is finished, and what is written down before the first step."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import ValidationError
+
+from ssast.engine.config import RunConfig, differences, dump_config
+from ssast.engine.environment import describe_environment, source_diff
+from ssast.engine.errors import UserError
+from ssast.engine.files import PROFILE_FOLDER, write_whole
+
+from .checkpoint import checkpoint_steps, remove_incomplete
+
+if TYPE_CHECKING:
+    from ssast.engine.data.dataset import Dataset
+
+# What may differ between the config of a run folder and that of the command that goes on with it.
+_MAY_CHANGE = """
+run.name run.folder run.wandb train.steps train.log_every train.keep_last data.num_threads data.prefetch data.cache_dir
+data.max_bad_fraction step.compile step.compile_mode step.activation_checkpointing deepspeed.steps_per_print deepspeed.wall_clock_breakdown
+"""
+LOCK_FILE = ".lock"
+LOCK_PATIENCE_S = 60.0
+MAY_CHANGE = frozenset(_MAY_CHANGE.split())
+
+
+def check_run_dir(config: RunConfig) -> None:
+    """Raise UserError if the run folder holds another run, or something that is no run."""
+    run_dir = config.run_dir
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"{run_dir}: is a file; choose another run.name or run.folder")
+    if not run_dir.is_dir() or not any(path.name not in (LOCK_FILE, PROFILE_FOLDER) for path in run_dir.iterdir()):
+        return
+    saved = run_dir / "config.yaml"
+    if saved.is_file() and (run_dir / "environment.json").is_file() and not (run_dir / "metrics.jsonl").is_file():
+        return  # a run that failed before its first step
+    if not saved.is_file() or not (run_dir / "environment.json").is_file():
+        raise UserError(
+            f"{run_dir}: holds files but no run (no config.yaml and environment.json); choose another run.name or run.folder"
+        )
+    old, new = _saved_config(saved, type(config)), config.model_dump(mode="json")
+    may_change = set(MAY_CHANGE)
+    if old.get("deepspeed", {}).get("train_batch_size") is not None:  # the batch itself stays
+        may_change |= {"deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps"}
+    changed = [f"{key} was {before}, is now {after}" for key, before, after in differences(old, new) if key not in may_change]
+    if changed:
+        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        raise UserError(
+            f"{run_dir}: holds a run with another config ({'; '.join(changed[:4])}{more}); "
+            "choose another run.name, or move that folder away"
+        )
+
+
+def _saved_config(path: Path, kind: type[RunConfig]) -> dict[str, Any]:
+    """As it was resolved, with today's defaults for keys that are younger than the run."""
+    tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        return kind.model_validate(tree).model_dump(mode="json")
+    except ValidationError:
+        return tree
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run folder holds all the steps of this config. Raises UserError if it holds something else."""
+    check_run_dir(config)
+    steps = checkpoint_steps(config.run_dir)
+    return bool(steps) and steps[-1] >= config.train.steps and (config.run_dir / "report.html").is_file()
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder for this process alone; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it for longer than ranks need that save and leave because their launcher was killed.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = open(run_dir / LOCK_FILE, "w")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise UserError(f"{run_dir}: the run folder cannot be made: {error.strerror}") from None
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    waiting = False
+    with file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not waiting:
+                    print(f"waiting for another process that is training in {run_dir}", flush=True)
+                waiting = True
+                if time.monotonic() > deadline:
+                    raise UserError(f"{run_dir}: another process is training in this run folder") from None
+                time.sleep(0.5)
+        yield
+
+
+def measured_statistics(config: RunConfig) -> tuple[float, float] | None:
+    """Mean and standard deviation that the run in this folder measured when it began: it goes on with the same."""
+    if not (config.run_dir / "metrics.jsonl").is_file():
+        return None
+    try:
+        data = json.loads((config.run_dir / "data.json").read_text(encoding="utf-8"))
+        return data["mean"], data["std"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def prepare_run_dir(config: RunConfig, data: Dataset, world_size: int) -> None:
+    """Make the run folder, clear what a killed process left half-written, and write down what the run is made of."""
+    from ssast.engine.data.check import write_skipped
+
+    check_run_dir(config)  # once more: this process may have waited while another trained
+
+    run_dir = config.run_dir
+    contents = {
+        "config.yaml": dump_config(config),
+        "environment.json": json.dumps(describe_environment(world_size), indent=2) + "\n",
+        "source.diff": source_diff(),
+        "data.json": json.dumps(data.summary(), indent=2) + "\n",
+    }
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        remove_incomplete(run_dir)
+        for name, content in contents.items():
+            write_whole(run_dir / name, content)
+        write_skipped(run_dir / "skipped.csv", data.skipped)
+    except OSError as error:
+        raise UserError(f"{run_dir}: the run folder cannot be written: {error.strerror}") from None
+    print(
+        f"{len(data.train)} clips to train on and {len(data.valid)} to validate on, {data.train.hours + data.valid.hours:.2f} h; "
+        f"mean {data.mean:.4f}, std {data.std:.4f}"
+    )
+    if data.skipped:
+        print(f"warning: {len(data.skipped)} clips cannot be used; {run_dir / 'skipped.csv'} says why")
