@@ -1,4 +1,6 @@
-"""Installs the four rooms of the repository as `ssast.engine`, `ssast.kernels`, `ssast.benchmarks` and `ssast.configs`."""
+"""Installs the four rooms of the repository as `ssast.engine`, `ssast.kernels`, `ssast.benchmarks` and
+`ssast.configs`.
+"""
 
 from setuptools import find_packages, setup
 
@@ -45,8 +47,8 @@ setup(
         "scikit-learn>=1.5",
     ],
     extras_require={
-        # flash-attn and NVIDIA apex are found at run time by the features they have. apex is on no package index (the `apex` of
-        # PyPI is another project): README tells how to build it.
+        # flash-attn and NVIDIA apex are found at run time by the features they have. apex is on no package index (the
+        # `apex` of PyPI is another project): README tells how to build it.
         "flash": ["flash-attn>=2.8; platform_system == 'Linux'"],
         "wandb": ["wandb>=0.19"],
         # torchcodec needs FFmpeg's shared libraries; torchaudio, where it is, lends its fbank to the official way

@@ -1,8 +1,8 @@
-"""What the operators are measured against besides their own references: the official training code's way of doing the same, clip by clip in
-Python, and what a practised PyTorch user would write in its place.
+"""What the operators are measured against besides their own references: the official training code's way of doing the
+same, clip by clip in Python, and what a practised PyTorch user would write in its place.
 
-The first are written anew after what the official code does, on the device that is measured; where that code does something wasteful
-that is no part of the method, they are kinder to it, and say so.
+The first are written anew after what the official code does, on the device that is measured; where that code does
+something wasteful that is no part of the method, they are kinder to it, and say so.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ def _fit_and_normalise(features: torch.Tensor, num_frames: int, mean: float, std
     return (features - mean) / (2 * std)
 
 
-def official_fbank(waveform: torch.Tensor, *, num_frames: int, mean: float, std: float, dtype: torch.dtype) -> torch.Tensor:
-    """[B, S] int16 -> [B, T, F], as the official loader prepares a clip: subtract the mean, Kaldi's filter bank, pad, normalise.
+def official_fbank(
+    waveform: torch.Tensor, *, num_frames: int, mean: float, std: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """[B, S] int16 -> [B, T, F], as the official loader prepares a clip: subtract the mean, Kaldi's filter bank, pad,
+    normalise.
 
     Kinder than the original in one thing: window and mel filters are made once, not for every clip.
     """
@@ -65,9 +68,17 @@ def stft_fbank(waveform: torch.Tensor, *, num_frames: int, mean: float, std: flo
 
 
 def official_mask(
-    batch: int, *, grid: tuple[int, int], num_masked: int, cluster: tuple[int, ...], device: torch.device, generator: random.Random
+    batch: int,
+    *,
+    grid: tuple[int, int],
+    num_masked: int,
+    cluster: tuple[int, ...],
+    device: torch.device,
+    generator: random.Random,
 ) -> torch.Tensor:
-    """[B, M] as the official model draws: squares growing right and down from random corners into a set, until it is large enough."""
+    """[B, M] as the official model draws: squares growing right and down from random corners into a set, until it is
+    large enough.
+    """
     patches, clips = grid[0] * grid[1], []
     for _ in range(batch):
         side, chosen = generator.choice(cluster), set()
@@ -101,7 +112,9 @@ def official_loss(
 def bmm_loss(
     class_pred: torch.Tensor, recon_pred: torch.Tensor, target: torch.Tensor, recon_weight: float = 10.0
 ) -> tuple[torch.Tensor, ...]:
-    """(loss, nce, mse): a batched product in the tensors' own dtype, log-softmax in float32. Meant to be compiled. No accuracy."""
+    """(loss, nce, mse): a batched product in the tensors' own dtype, log-softmax in float32. Meant to be compiled. No
+    accuracy.
+    """
     share = torch.bmm(target, class_pred.transpose(1, 2)).float().log_softmax(dim=2)
     nce = -share.diagonal(dim1=1, dim2=2).mean()
     mse = (recon_pred.float() - target.float()).square().mean()

@@ -6,7 +6,8 @@ import sys
 
 USAGE = """usage: ssast bench loader|kernels ...
 
-  loader     clips/s of the loader beside what is usual: soundfile, webdataset and torchcodec in a DataLoader, the official way
+  loader     clips/s of the loader beside what is usual: soundfile, webdataset and torchcodec in a
+             DataLoader, the official way
   kernels    times of the operators beside PyTorch's
 
 `ssast bench loader --help` and `ssast bench kernels --help` tell more."""

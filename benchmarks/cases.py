@@ -1,8 +1,9 @@
 """What is measured: each operator's shapes, inputs, exact result, and the providers that compete.
 
-A provider is one way to compute the operator: "torch" is its own reference, "triton" its kernel, "compiled" the reference under
-torch.compile in its default mode; the others are told in baselines.py. All of a case get the same tensors and must give the same result,
-within what `Case.judge` allows: kernels by the law (law.py), baselines, of which only the time is wanted, by SLACK times that.
+A provider is one way to compute the operator: "torch" is its own reference, "triton" its kernel, "compiled" the
+reference under torch.compile in its default mode; the others are told in baselines.py. All of a case get the same
+tensors and must give the same result, within what `Case.judge` allows: kernels by the law (law.py), baselines, of which
+only the time is wanted, by SLACK times that.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ GRID, PATCH, K, MASKED, CLUSTER = (8, 64), (16, 16), 256, 400, (3, 4, 5)
 P, PREFIX, HEAD_DIM = GRID[0] * GRID[1], 2, 64
 MEAN, STD = -4.2677393, 4.5689974  # of AudioSet, as the official recipe normalises
 CEILING, COPY, MATMUL = "ceiling", "copy", "matmul"
-SLACK = 8  # a baseline may sum in another order; and a scalar's error in the reference is one draw, small by luck at times
+# a baseline may sum in another order; and a scalar's error in the reference is one draw, small by luck at times
+SLACK = 8
 
 Judge = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor], tuple[float, float]]
 """(name, actual, same-dtype reference, exact) -> (error, allowed)."""
@@ -112,8 +114,12 @@ def fbank_cases(setting: Setting) -> Iterator[Case]:
 
         full_scale = 32768.0 if sample == torch.int16 else 1.0
 
-        def exact(waveform: torch.Tensor, run: Callable[..., torch.Tensor] = run, full_scale: float = full_scale) -> torch.Tensor:
-            clips = [run(clips / full_scale, dtype=torch.float64, backend="torch") for clips in waveform.double().split(16)]
+        def exact(
+            waveform: torch.Tensor, run: Callable[..., torch.Tensor] = run, full_scale: float = full_scale
+        ) -> torch.Tensor:
+            clips = [
+                run(clips / full_scale, dtype=torch.float64, backend="torch") for clips in waveform.double().split(16)
+            ]
             return torch.cat(clips)
 
         others = (
@@ -163,7 +169,14 @@ def mask_cases(setting: Setting) -> Iterator[Case]:
 
     for algorithm in ("centered", "official"):
         run = functools.partial(
-            sample_patch_mask, B, grid=GRID, num_masked=MASKED, cluster=CLUSTER, algorithm=algorithm, seed=1, device=setting.device
+            sample_patch_mask,
+            B,
+            grid=GRID,
+            num_masked=MASKED,
+            cluster=CLUSTER,
+            algorithm=algorithm,
+            seed=1,
+            device=setting.device,
         )
         loop = Provider(
             "official loop",
@@ -188,7 +201,9 @@ def mask_cases(setting: Setting) -> Iterator[Case]:
             exact=functools.partial(run, backend="torch"),
             needs=formulas.mask(B, MASKED),
             providers=(
-                *dataclasses.replace(setting, with_compiled=False).providers(  # Inductor takes over ten minutes for its generator
+                *dataclasses.replace(
+                    setting, with_compiled=False
+                ).providers(  # Inductor takes over ten minutes for its generator
                     torch=functools.partial(run, backend="torch"), triton=functools.partial(run, backend="triton")
                 ),
                 *((loop,) if algorithm == "official" else ()),
@@ -213,7 +228,11 @@ def embed_cases(setting: Setting) -> Iterator[Case]:
                 "position": draw(PREFIX + P, D, scale=0.1),
                 "prefix": draw(PREFIX, D, scale=0.1),
             }
-            return {**inputs, "mask_token": draw(D, scale=0.1), "mask": setting.draw_mask(B, seed)} if is_masked else inputs
+            return (
+                {**inputs, "mask_token": draw(D, scale=0.1), "mask": setting.draw_mask(B, seed)}
+                if is_masked
+                else inputs
+            )
 
         yield Case(
             operator="embed",
@@ -223,7 +242,8 @@ def embed_cases(setting: Setting) -> Iterator[Case]:
             exact=functools.partial(embed_patches, backend="torch"),
             needs=formulas.embed(B, P, MASKED if is_masked else 0, K, D, setting.dtype.itemsize),
             providers=setting.providers(
-                torch=functools.partial(embed_patches, backend="torch"), triton=functools.partial(embed_patches, backend="triton")
+                torch=functools.partial(embed_patches, backend="torch"),
+                triton=functools.partial(embed_patches, backend="triton"),
             ),
             learned=("weight", "bias", "position", "prefix") + (("mask_token",) if is_masked else ()),
         )
@@ -240,7 +260,9 @@ def loss_cases(setting: Setting) -> Iterator[Case]:
             hidden = target.gather(1, mask[..., None].expand(-1, -1, K)) if gathered else target
             inputs = {
                 # near enough to the targets that about half of them are found, as in the middle of training
-                "class_pred": (0.08 * hidden.float() + setting.draw(generator, B, MASKED, K, scale=0.2)).to(setting.dtype),
+                "class_pred": (0.08 * hidden.float() + setting.draw(generator, B, MASKED, K, scale=0.2)).to(
+                    setting.dtype
+                ),
                 "recon_pred": setting.draw(generator, B, MASKED, K, scale=0.5),
                 "target": target,
             }
@@ -295,7 +317,9 @@ def attention_cases(setting: Setting) -> Iterator[Case]:
             return {name: setting.draw(generator, B, H, N, HEAD_DIM) for name in "qkv"}
 
         def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            parts = zip(q.split(16), k.split(16), v.split(16), strict=True)  # all clips' float64 scores at once would be gigabytes
+            parts = zip(
+                q.split(16), k.split(16), v.split(16), strict=True
+            )  # all clips' float64 scores at once would be gigabytes
             return torch.cat([((a @ b.transpose(2, 3)) / HEAD_DIM**0.5).softmax(dim=3) @ c for a, b, c in parts])
 
         yield Case(
@@ -330,13 +354,19 @@ def ceiling_cases(setting: Setting) -> Iterator[Case]:
         size = min(size, torch.cuda.mem_get_info(setting.device)[0] // 8)
 
     def make_bytes(seed: int) -> dict[str, torch.Tensor]:
-        source = torch.randint(256, (size,), generator=setting.generator(seed), dtype=torch.uint8, device=setting.device)
+        source = torch.randint(
+            256, (size,), generator=setting.generator(seed), dtype=torch.uint8, device=setting.device
+        )
         return {"source": source, "copy": torch.empty_like(source)}
 
     def make_matrices(seed: int) -> dict[str, torch.Tensor]:
         generator = setting.generator(seed)
         draw = functools.partial(torch.randn, n, n, generator=generator, device=setting.device)
-        return {"a": draw().to(dtype), "b": draw().to(dtype), "out": torch.empty(n, n, dtype=dtype, device=setting.device)}
+        return {
+            "a": draw().to(dtype),
+            "b": draw().to(dtype),
+            "out": torch.empty(n, n, dtype=dtype, device=setting.device),
+        }
 
     def copy(source: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
         return copy.copy_(source)
@@ -344,7 +374,9 @@ def ceiling_cases(setting: Setting) -> Iterator[Case]:
     def matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         return torch.matmul(a, b, out=out)
 
-    yield Case(CEILING, f"{COPY} {size >> 20} MiB", "uint8", make_bytes, None, formulas.copy(size), (Provider("torch", copy),))
+    yield Case(
+        CEILING, f"{COPY} {size >> 20} MiB", "uint8", make_bytes, None, formulas.copy(size), (Provider("torch", copy),)
+    )
     needs = formulas.matmul(n, dtype.itemsize)
     yield Case(CEILING, f"{MATMUL} {n}^3", _name(dtype), make_matrices, None, needs, (Provider("torch", matmul),))
 

@@ -1,7 +1,8 @@
 """The kernels of another git revision against those of this tree: `python -m ssast.benchmarks.kernels --compare REV`.
 
-Both are measured by this tree's benchmark, in processes that take turns on the same machine; from REV come only `ssast.kernels` and
-`ssast.engine`, out of a temporary worktree. What is printed is the ratio within each turn: its median, and the least and greatest.
+Both are measured by this tree's benchmark, in processes that take turns on the same machine; from REV come only
+`ssast.kernels` and `ssast.engine`, out of a temporary worktree. What is printed is the ratio within each turn: its
+median, and the least and greatest.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ def compare(arguments: argparse.Namespace, root: Path = ROOT) -> int:
             for side in (0, 1) if turn % 2 == 0 else (1, 0):  # neither is always the one on the warmer machine
                 left = None if until is None else until - time.monotonic()
                 if left is not None and left <= 0:
-                    print(f"the deadline of {arguments.deadline:g} s came first: {len(turns)} of {TURNS} turns", file=sys.stderr)
+                    print(
+                        f"the deadline of {arguments.deadline:g} s came first: {len(turns)} of {TURNS} turns",
+                        file=sys.stderr,
+                    )
                     return _show(labels, turns) or 3
                 print(f"turn {turn + 1} of {TURNS}: {labels[side]}", file=sys.stderr, flush=True)
                 found[side] = _measure(sites[side], labels[side], arguments, left, Path(folder) / f"{turn}-{side}.csv")
@@ -66,7 +70,10 @@ def _worktree(root: Path, sha: str, folder: Path) -> Iterator[Path]:
     path = folder / "worktree"
     try:
         done = subprocess.run(
-            ["git", "-C", str(root), "worktree", "add", "--detach", str(path), sha], capture_output=True, text=True, check=False
+            ["git", "-C", str(root), "worktree", "add", "--detach", str(path), sha],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode != 0:
             raise UserError(f"git worktree add: {done.stderr.strip().splitlines()[-1]}")
@@ -111,13 +118,16 @@ def _measure(site: Path, label: str, arguments: argparse.Namespace, left: float 
             print(f"  {label}: {line.strip()}", file=sys.stderr)
     if not out.exists():
         raise UserError(f"{label} cannot be measured: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
-    return {tuple(row[name] for name in KEY): float(row["p50_ms"]) for row in read_rows(out) if row["operator"] != "ceiling"}
+    return {
+        tuple(row[name] for name in KEY): float(row["p50_ms"]) for row in read_rows(out) if row["operator"] != "ceiling"
+    }
 
 
 def _show(labels: tuple[str, str], turns: Sequence[tuple[Medians, Medians]]) -> int:
     """A line for each case, with how many times as fast this tree is; 1 if there is no case that both have."""
     print(
-        f"{labels[0]} against {labels[1]}: milliseconds, and how many times as fast this tree is [least, greatest of {len(turns)} turns]"
+        f"{labels[0]} against {labels[1]}: milliseconds, and how many times as fast this tree is [least, greatest of "
+        f"{len(turns)} turns]"
     )
     keys = list(dict.fromkeys(key for turn in turns for side in turn for key in side))
     shared = 0

@@ -1,12 +1,14 @@
-"""Compile every Triton kernel that the operators launch, for GPUs that are not here: `python -m ssast.benchmarks.compile_check [--save]`.
+"""Compile every Triton kernel that the operators launch, for GPUs that are not here: `python -m
+ssast.benchmarks.compile_check [--save]`.
 
-The public operators are called forward and backward with backend="triton" at the shapes of training, on CPU tensors. Each launch on the
-way goes through Triton's own specialisation of its arguments and its compiler, for every target in turn, and stops short of running: what
-is compiled is exactly what a GPU of that kind would be given. Batches are small, since nothing depends on them but whether they divide by
-16: 16 clips stand for those that do, and 24, in the first case of each operator, for those that do not. Likewise float32.
+The public operators are called forward and backward with backend="triton" at the shapes of training, on CPU tensors.
+Each launch on the way goes through Triton's own specialisation of its arguments and its compiler, for every target in
+turn, and stops short of running: what is compiled is exactly what a GPU of that kind would be given. Batches are small,
+since nothing depends on them but whether they divide by 16: 16 clips stand for those that do, and 24, in the first case
+of each operator, for those that do not. Likewise float32.
 
-It fails if a kernel spills registers, needs more shared or tensor memory than the chip has, or multiplies matrices without the chip's
-matrix instructions, and if an operator launches nothing. --save replaces results/compile.csv.
+It fails if a kernel spills registers, needs more shared or tensor memory than the chip has, or multiplies matrices
+without the chip's matrix instructions, and if an operator launches nothing. --save replaces results/compile.csv.
 """
 
 from __future__ import annotations
@@ -44,16 +46,22 @@ from .gate import as_tuple
 from .rows import RESULTS
 
 FILE = RESULTS / "compile.csv"
-ROUNDS = ((torch.bfloat16, 16, None), (torch.bfloat16, 24, 1), (torch.float32, 16, 1))  # type, clips, how many of the cases
+ROUNDS = (
+    (torch.bfloat16, 16, None),
+    (torch.bfloat16, 24, 1),
+    (torch.float32, 16, 1),
+)  # type, clips, how many of the cases
 SHARED_LIMIT = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
-"""KiB of shared memory that a block may have, by compute capability (CUDA C++ Programming Guide, "Technical Specifications")."""
+"""KiB of shared memory that a block may have, by compute capability (CUDA C++ Programming Guide, "Technical
+Specifications")."""
 TENSOR_COLUMNS = 512  # of tensor memory, on datacentre Blackwell
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel for one target, as the assembler made it. `hmma`, `hgmma`, `utchmma`: matrix instructions of Ampere, Hopper and
-    datacentre Blackwell; `ldgsts`: asynchronous copies into shared memory."""
+    """One kernel for one target, as the assembler made it. `hmma`, `hgmma`, `utchmma`: matrix instructions of Ampere,
+    Hopper and datacentre Blackwell; `ldgsts`: asynchronous copies into shared memory.
+    """
 
     kernel: str
     operator: str
@@ -79,20 +87,26 @@ class Compiled:
         """What is wrong with it, in words."""
         capability = int(self.target.removeprefix("sm_"))
         # Hopper's matrix instruction is issued by four warps together; fewer have Ampere's
-        wanted = {9: ("hgmma",) if self.warps >= 4 else ("hmma",), 10: ("utchmma", "hmma")}.get(capability // 10, ("hmma",))
+        wanted = {9: ("hgmma",) if self.warps >= 4 else ("hmma",), 10: ("utchmma", "hmma")}.get(
+            capability // 10, ("hmma",)
+        )
         found = []
         if self.spills or self.local_bytes:
             found.append(f"spills: {self.spills} instructions, {self.local_bytes} bytes of local memory a thread")
         if self.shared_bytes > SHARED_LIMIT[capability] * 1024:
-            found.append(f"{self.shared_bytes} bytes of shared memory, the chip has {SHARED_LIMIT[capability]} KiB a block")
+            found.append(
+                f"{self.shared_bytes} bytes of shared memory, the chip has {SHARED_LIMIT[capability]} KiB a block"
+            )
         if self.tensor_columns > TENSOR_COLUMNS:
-            found.append(f"{self.tensor_columns} columns of tensor memory, the chip has {TENSOR_COLUMNS}: it would trap")
+            found.append(
+                f"{self.tensor_columns} columns of tensor memory, the chip has {TENSOR_COLUMNS}: it would trap"
+            )
         elif self.has_dot and not any(getattr(self, name) for name in wanted):
             found.append(f"tl.dot without {' or '.join(name.upper() for name in wanted)}")
         return found
 
 
-# ---- launches without a GPU -----------------------------------------------------------------------------------------------------------
+# ---- launches without a GPU ------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -103,7 +117,9 @@ class Recorder:
     operator: str = ""
     case: str = ""
     launches: int = 0
-    kernels: dict[str, tuple[str, str, str, Any]] = field(default_factory=dict)  # by hash: operator, case, kernel, compiled
+    kernels: dict[str, tuple[str, str, str, Any]] = field(
+        default_factory=dict
+    )  # by hash: operator, case, kernel, compiled
     errors: dict[str, None] = field(default_factory=dict)  # a set in order
 
     def get_current_target(self) -> GPUTarget:  # from here what the compiler asks of a driver
@@ -137,7 +153,10 @@ class Recorder:
         before = JITFunction.run, Autotuner.run, driver._active, backend.INTERPRETED, backend.ASSUMED_CAPABILITY
         JITFunction.run, Autotuner.run = run, tune
         driver.set_active(self)
-        backend.INTERPRETED, backend.ASSUMED_CAPABILITY = True, divmod(self.target, 10)  # take CPU tensors for such a GPU's
+        backend.INTERPRETED, backend.ASSUMED_CAPABILITY = (
+            True,
+            divmod(self.target, 10),
+        )  # take CPU tensors for such a GPU's
         try:
             yield
         finally:
@@ -147,7 +166,9 @@ class Recorder:
         """Everything that an operator launches."""
         self.operator, before = name, self.launches
         for dtype, batch, cases in ROUNDS:
-            setting = Setting(torch.device("cpu"), dtype, production=True, with_triton=True, with_compiled=False, batch=batch)
+            setting = Setting(
+                torch.device("cpu"), dtype, production=True, with_triton=True, with_compiled=False, batch=batch
+            )
             for case in itertools.islice(OPERATORS[name].cases(setting), cases):
                 self.case = f"{case.shape} {case.dtype}"
                 try:
@@ -175,7 +196,7 @@ def _last_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
 
 
-# ---- what the assembler made ----------------------------------------------------------------------------------------------------------
+# ---- what the assembler made -----------------------------------------------------------------------------------------
 
 
 def inspect(operator: str, case: str, name: str, compiled: Any) -> Compiled:
@@ -217,7 +238,9 @@ def _arguments(source: Any) -> str:
 
 
 def has_dot(ttir: str) -> bool:
-    """Whether it multiplies matrices in a precision that the matrix units have: any but float32 without a tf32 or bf16 split."""
+    """Whether it multiplies matrices in a precision that the matrix units have: any but float32 without a tf32 or bf16
+    split.
+    """
     dots = re.findall(r"= tt\.dot.*", ttir)
     return any("inputPrecision" in dot or not re.search(r": tensor<[0-9x]+xf32>", dot) for dot in dots)
 
@@ -233,7 +256,7 @@ def _disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
     return {name: int(value) for name, value in (pair.split(":") for pair in usage[0].split())}, text
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------------------------
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 COLUMNS = {
     "kernel": "kernel",
@@ -257,13 +280,18 @@ def draw_table(kernels: Sequence[Compiled]) -> str:
     variants = tell_apart(kernels)
     for each in kernels:
         matrix = f"{each.hmma}/{each.hgmma}/{each.utchmma}" if each.has_dot else "-"
-        cells = asdict(each) | {"variant": variants[each], "shared": f"{each.shared_bytes / 1024:.1f}", "matrix": matrix}
+        cells = asdict(each) | {
+            "variant": variants[each],
+            "shared": f"{each.shared_bytes / 1024:.1f}",
+            "matrix": matrix,
+        }
         rows.append([str(cells[name]) for name in COLUMNS])
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     left = list(COLUMNS).index("target")
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if i <= left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(width) if i <= left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     )
@@ -275,7 +303,9 @@ def tell_apart(kernels: Sequence[Compiled]) -> dict[Compiled, str]:
     for each in kernels:
         groups.setdefault((each.operator, each.kernel, each.case, each.target), []).append(each)
     return {
-        each: " ".join(pair for pair in each.arguments.split() if any(pair not in other.arguments.split() for other in group))
+        each: " ".join(
+            pair for pair in each.arguments.split() if any(pair not in other.arguments.split() for other in group)
+        )
         for group in groups.values()
         for each in group
     }
@@ -283,10 +313,14 @@ def tell_apart(kernels: Sequence[Compiled]) -> dict[Compiled, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m ssast.benchmarks.compile_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m ssast.benchmarks.compile_check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"of {', '.join(OPERATORS)}; all by default")
-    parser.add_argument("--targets", type=int, nargs="+", metavar="CC", default=[80, 90, 100], help="compute capabilities")
+    parser.add_argument(
+        "--targets", type=int, nargs="+", metavar="CC", default=[80, 90, 100], help="compute capabilities"
+    )
     parser.add_argument(
         "--jobs", type=int, metavar="N", default=len(os.sched_getaffinity(0)), help="processes; the cores by default"
     )
@@ -316,20 +350,25 @@ def _check(arguments: argparse.Namespace) -> int:
         launches += count
     print(draw_table(kernels))
     failures += [
-        f"{each.operator} {each.case}: {each.kernel} for {each.target}: {fault}" for each in kernels for fault in each.faults()
+        f"{each.operator} {each.case}: {each.kernel} for {each.target}: {fault}"
+        for each in kernels
+        for fault in each.faults()
     ]
     for failure in failures:
         print(f"FAILED  {failure}")
     if arguments.save:
         _save(kernels)
     print(
-        f"\n{launches} launches, {len(kernels)} kernels for {', '.join(f'sm_{target}' for target in arguments.targets)}, "
+        f"\n{launches} launches, {len(kernels)} kernels for "
+        f"{', '.join(f'sm_{target}' for target in arguments.targets)}, "
         f"{len(failures)} failures; triton {triton.__version__}, {time.perf_counter() - began:.0f} s"
     )
     return 1 if failures else 0
 
 
-def _compile(operators: Sequence[str], targets: Sequence[int], jobs: int) -> list[tuple[list[Compiled], list[str], int]]:
+def _compile(
+    operators: Sequence[str], targets: Sequence[int], jobs: int
+) -> list[tuple[list[Compiled], list[str], int]]:
     tasks = list(itertools.product(operators, targets))
     if jobs == 1:
         return [compile_operator(*task) for task in tasks]

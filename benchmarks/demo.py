@@ -1,5 +1,6 @@
-"""How well the demo learns: `python -m ssast.benchmarks.demo [--seeds 0 1 2]` runs it once for each seed and adds rows to
-results/demo.csv."""
+"""How well the demo learns: `python -m ssast.benchmarks.demo [--seeds 0 1 2]` runs it once for each seed and adds rows
+to results/demo.csv.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +39,23 @@ def main(argv: list[str] | None = None) -> int:
                 f"run.seed={seed}",
             ]
             settings += arguments.overrides
-            command = [sys.executable, "-m", "ssast.engine.cli", "pretrain", "demo", "--ranks", str(arguments.ranks), *settings]
+            command = [
+                sys.executable,
+                "-m",
+                "ssast.engine.cli",
+                "pretrain",
+                "demo",
+                "--ranks",
+                str(arguments.ranks),
+                *settings,
+            ]
             subprocess.run(command, check=True)
             seconds = time.perf_counter() - began
             row = measure(Path(folder) / f"seed-{seed}", seed, arguments.ranks, seconds, arguments.overrides)
             append_row(arguments.out, row)
-            print(f"seed {seed}: accuracy {row['valid_accuracy']} = {row['times_chance']} x chance in {row['wall_s']} s")
+            print(
+                f"seed {seed}: accuracy {row['valid_accuracy']} = {row['times_chance']} x chance in {row['wall_s']} s"
+            )
     return 0
 
 

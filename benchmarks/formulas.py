@@ -1,13 +1,14 @@
-"""What each operator needs at least: bytes through memory and floating-point operations. Every figure in GB/s, TFLOP/s or share of a
-ceiling in the results has one of these as its numerator.
+"""What each operator needs at least: bytes through memory and floating-point operations. Every figure in GB/s, TFLOP/s
+or share of a ceiling in the results has one of these as its numerator.
 
-Bytes: every tensor that the caller hands in is read once and every one that it gets back is written once; nothing in between counts, nor
-does what another implementation happens to store. The three modes are operations of their own: `forward` maps inputs to outputs,
-`backward` maps inputs and the output's gradient to gradients, `both` maps inputs and the output's gradient to outputs and gradients.
+Bytes: every tensor that the caller hands in is read once and every one that it gets back is written once; nothing in
+between counts, nor does what another implementation happens to store. The three modes are operations of their own:
+`forward` maps inputs to outputs, `backward` maps inputs and the output's gradient to gradients, `both` maps inputs and
+the output's gradient to outputs and gradients.
 
-Operations: a multiply-add counts 2. Matrix products count, elementwise work beside them does not (it is under 2%), and recomputing in the
-backward pass what the forward pass already had does not either. Published figures of flash attention do count that: 2.5 times the forward
-pass for the backward pass, where this file counts 2.
+Operations: a multiply-add counts 2. Matrix products count, elementwise work beside them does not (it is under 2%), and
+recomputing in the backward pass what the forward pass already had does not either. Published figures of flash attention
+do count that: 2.5 times the forward pass for the backward pass, where this file counts 2.
 
 Shapes are named as in ssast.kernels. `size` is bytes an element.
 """
@@ -27,9 +28,10 @@ class Need:
 
 
 def fbank(B: int, S: int, T: int, F: int, in_size: int, out_size: int) -> dict[str, Need]:
-    """Samples in, features out. Of each whole frame: mean, its subtraction, pre-emphasis (2 each a sample, mean 1) and window (1 a
-    sample), a real FFT at the textbook 2.5 n log2 n, power (3 a bin), two mel weights a bin (4 a bin), logarithm and normalisation (3 a
-    mel bin). What a matrix product spends instead of the FFT is not needed."""
+    """Samples in, features out. Of each whole frame: mean, its subtraction, pre-emphasis (2 each a sample, mean 1) and
+    window (1 a sample), a real FFT at the textbook 2.5 n log2 n, power (3 a bin), two mel weights a bin (4 a bin),
+    logarithm and normalisation (3 a mel bin). What a matrix product spends instead of the FFT is not needed.
+    """
     frames = 1 + (S - WINDOW) // SHIFT
     fft = 5 * FFT * (FFT.bit_length() - 1) // 2
     per_frame = (1 + 1 + 2 + 1) * WINDOW + fft + (3 + 4) * (FFT // 2) + 3 * F
@@ -42,22 +44,27 @@ def mask(B: int, M: int) -> dict[str, Need]:
 
 
 def embed(B: int, P: int, M: int, K: int, D: int, size: int) -> dict[str, Need]:
-    """Of the patches only the P - M visible ones need reading and projecting: the others become the mask token. The patches are data and
-    get no gradient, so backward is one product, for the weight's."""
+    """Of the patches only the P - M visible ones need reading and projecting: the others become the mask token. The
+    patches are data and get no gradient, so backward is one product, for the weight's.
+    """
     patches = B * (P - M) * K * size + B * M * INDEX
     parameters = (D * K + D + (2 + P) * D + 2 * D + D) * size  # weight, bias, position, prefix, mask token
     tokens = B * (2 + P) * D * size
     product = 2 * B * (P - M) * K * D
     return {
         "forward": Need(patches + parameters + tokens, product),
-        "backward": Need(patches + parameters + tokens, product),  # gradients need no parameter values: written, not read
+        "backward": Need(
+            patches + parameters + tokens, product
+        ),  # gradients need no parameter values: written, not read
         "both": Need(patches + 2 * parameters + 2 * tokens, 2 * product),
     }
 
 
 def loss(B: int, M: int, K: int, size: int, gathered: bool) -> dict[str, Need]:
-    """class_pred, recon_pred and target in, four scalars out (not counted), gradients of the first two. `gathered`: the target rows are
-    picked by a mask, which is read as well. Products: scores forward; the gradient of class_pred backward (the target has none)."""
+    """class_pred, recon_pred and target in, four scalars out (not counted), gradients of the first two. `gathered`: the
+    target rows are picked by a mask, which is read as well. Products: scores forward; the gradient of class_pred
+    backward (the target has none).
+    """
     rows = B * M * K * size
     index = B * M * INDEX if gathered else 0
     product = 2 * B * M * M * K

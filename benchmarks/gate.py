@@ -42,7 +42,9 @@ class Gate:
         outputs, gradients = [], []
         for name, actual in self._results(provider.run).items():
             error, allowed = judge(name, actual, self._same_dtype[name], self._exact[name])
-            (gradients if name.startswith("gradient") else outputs).append(Verdict(name, error, allowed * provider.slack))
+            (gradients if name.startswith("gradient") else outputs).append(
+                Verdict(name, error, allowed * provider.slack)
+            )
         found = {"forward": outputs, "backward": gradients, "both": outputs + gradients}
         return {mode: max(found[mode], key=_distance) for mode in self._case.needs}
 
@@ -51,11 +53,15 @@ def _distance(verdict: Verdict) -> float:
     return verdict.error / verdict.allowed if verdict.allowed else (math.inf if verdict.is_red else 0.0)
 
 
-def _results(case: Case, run: Callable[..., Any], inputs: dict[str, Any], gradient: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def _results(
+    case: Case, run: Callable[..., Any], inputs: dict[str, Any], gradient: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
     """Outputs by name, and `gradient of NAME` for each learned input."""
     leaves = {name: value.detach().requires_grad_(name in case.learned) for name, value in inputs.items()}
     outputs = as_tuple(run(**leaves))
-    found = dict(zip(case.outputs, (output.detach() for output in outputs), strict=False))  # a baseline may lack the last ones
+    found = dict(
+        zip(case.outputs, (output.detach() for output in outputs), strict=False)
+    )  # a baseline may lack the last ones
     if case.learned:
         gradients = torch.autograd.grad(outputs[0], [leaves[name] for name in case.learned], gradient)
         found |= {f"gradient of {name}": value for name, value in zip(case.learned, gradients, strict=True)}

@@ -1,14 +1,14 @@
 """How fast the operators are: `python -m ssast.benchmarks.kernels [fbank mask embed loss attention] [options]`.
 
-Every provider of a case is first checked against the exact result in float64, outputs and gradients. One that fails is said to, is never
-timed, and makes the exit status 1. The others are timed side by side (timing.py tells how) in three modes: `forward`, `backward` (of a
-forward pass that is not timed) and `both`. Each becomes a row with all that it was measured under. Rates have the numerators of
-formulas.py; `copy_share` and `matmul_share` hold them against a large copy and a large matrix product (bfloat16 on a GPU, float32 on a
-CPU) measured in the same run, which have rows of their own.
+Every provider of a case is first checked against the exact result in float64, outputs and gradients. One that fails is
+said to, is never timed, and makes the exit status 1. The others are timed side by side (timing.py tells how) in three
+modes: `forward`, `backward` (of a forward pass that is not timed) and `both`. Each becomes a row with all that it was
+measured under. Rates have the numerators of formulas.py; `copy_share` and `matmul_share` hold them against a large copy
+and a large matrix product (bfloat16 on a GPU, float32 on a CPU) measured in the same run, which have rows of their own.
 
-The table goes to stderr as it grows; the rows go to results/kernels.csv with --save, to the file of --out, or to stdout. On a GPU the
-shapes are those of training, on a CPU small ones. Exit status: 0; 1 if a provider was wrong; 2 for a mistake on the command line; 3 if
-the deadline came first.
+The table goes to stderr as it grows; the rows go to results/kernels.csv with --save, to the file of --out, or to
+stdout. On a GPU the shapes are those of training, on a CPU small ones. Exit status: 0; 1 if a provider was wrong; 2 for
+a mistake on the command line; 3 if the deadline came first.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# ---- one case -------------------------------------------------------------------------------------------------------------------------
+# ---- one case --------------------------------------------------------------------------------------------------------
 
 
 class Bench:
@@ -55,11 +55,15 @@ class Bench:
         self.case, self.device, self.seed = case, device, seed
         first = case.make_inputs(seed)
         size = sum(value.numel() * value.element_size() for value in first.values())
-        self.sets = 1 if case.operator == CEILING else 2 if device.type == "cpu" else max(3, min(8, (4 << 30) // max(size, 1)))
+        self.sets = (
+            1 if case.operator == CEILING else 2 if device.type == "cpu" else max(3, min(8, (4 << 30) // max(size, 1)))
+        )
         self.inputs = [first, *(case.make_inputs(seed + i) for i in range(1, self.sets))]
         self.gradients: list[torch.Tensor | None] = [None] * self.sets
 
-    def judge(self, providers: Sequence[Provider], reference: Provider) -> Iterator[tuple[Provider, dict[str, Verdict] | str]]:
+    def judge(
+        self, providers: Sequence[Provider], reference: Provider
+    ) -> Iterator[tuple[Provider, dict[str, Verdict] | str]]:
         """Each provider with its verdicts, or with what it raised."""
         try:
             if self.case.learned:
@@ -86,7 +90,8 @@ class Bench:
     def job(self, provider: Provider, mode: str) -> Job:
         learned = self.case.learned
         leaves = [
-            {name: value.detach().requires_grad_(name in learned) for name, value in inputs.items()} for inputs in self.inputs
+            {name: value.detach().requires_grad_(name in learned) for name, value in inputs.items()}
+            for inputs in self.inputs
         ]
 
         def forward(i: int, _: Any = None) -> torch.Tensor:
@@ -115,7 +120,7 @@ class Bench:
         return (torch.cuda.max_memory_allocated(self.device) - before) / 2**20
 
 
-# ---- rows -----------------------------------------------------------------------------------------------------------------------------
+# ---- rows ------------------------------------------------------------------------------------------------------------
 
 
 def make_row(
@@ -207,7 +212,7 @@ class Sink:
             writer.writerows(self.rows)
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------------------------
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 
 class Run:
@@ -272,7 +277,9 @@ def say_rows(mode: str, rows: Sequence[Row]) -> None:
 
 
 def targets(rows: Sequence[Row], ceilings: dict[str, float]) -> list[str]:
-    """The project's own targets beside what was measured. They are for an H200-class GPU; other machines are not judged."""
+    """The project's own targets beside what was measured. They are for an H200-class GPU; other machines are not
+    judged.
+    """
     if not rows or "H200" not in rows[0]["device"]:
         return []
     lines = []
@@ -280,7 +287,8 @@ def targets(rows: Sequence[Row], ceilings: dict[str, float]) -> list[str]:
     def state(what: str, value: float, unit: str, limit: float, *, at_least: bool = False) -> None:
         met = value >= limit if at_least else value <= limit
         lines.append(
-            f"{'pass' if met else 'MISS'}  {what}: {value:.3g} {unit}, target {'>=' if at_least else '<='} {limit:.3g} {unit}"
+            f"{'pass' if met else 'MISS'}  {what}: {value:.3g} {unit}, target {'>=' if at_least else '<='} "
+            f"{limit:.3g} {unit}"
         )
 
     ours = [row for row in rows if row["provider"] == "triton"]
@@ -293,7 +301,9 @@ def targets(rows: Sequence[Row], ceilings: dict[str, float]) -> list[str]:
         if row["operator"] == "mask":
             state(name, micros, "us", 20)
         if row["operator"] == "loss" and row["mode"] == "both":
-            same = [other for other in rows if all(other[key] == row[key] for key in ("operator", "shape", "dtype", "mode"))]
+            same = [
+                other for other in rows if all(other[key] == row[key] for key in ("operator", "shape", "dtype", "mode"))
+            ]
             compiled = [float(other["p50_ms"]) * 1e3 for other in same if other["provider"].startswith("compiled")]
             if compiled:
                 state(f"{name}, faster than the best compiled", min(compiled) / micros, "x", 2, at_least=True)
@@ -302,14 +312,20 @@ def targets(rows: Sequence[Row], ceilings: dict[str, float]) -> list[str]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m ssast.benchmarks.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m ssast.benchmarks.kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("operators", nargs="*", metavar="OPERATOR", help=f"of {', '.join(OPERATORS)}; all by default")
     add("--save", action="store_true", help="add the rows to benchmarks/results/kernels.csv")
     add("--out", type=Path, metavar="FILE", help="add the rows to this CSV file")
     add("--plot", type=Path, metavar="DIR", help="draw bar charts and a roofline into this folder")
-    add("--compare", metavar="REV", help="time the kernels of this git revision and of this tree in turn; writes no rows")
+    add(
+        "--compare",
+        metavar="REV",
+        help="time the kernels of this git revision and of this tree in turn; writes no rows",
+    )
     add("--modes", nargs="+", choices=MODES, default=MODES)
     add("--providers", nargs="+", metavar="NAME", help="only these; all that there are by default")
     add("--dtype", choices=DTYPES, help="bfloat16 by default on a GPU, float32 on a CPU")
@@ -321,7 +337,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="S",
         help="time each case and mode for so long, all providers together; 1 on a GPU, 0.4 on a CPU",
     )
-    add("--deadline", type=float, metavar="S", help="stop after so many seconds, keep what there is, and say what is missing")
+    add(
+        "--deadline",
+        type=float,
+        metavar="S",
+        help="stop after so many seconds, keep what there is, and say what is missing",
+    )
     add("--seed", type=int, default=0, help="of the inputs")
     arguments = parser.parse_intermixed_args(argv)
     for operator in arguments.operators:

@@ -1,4 +1,6 @@
-"""Pictures of benchmark rows: a bar chart for each operator, and where everything stands under the machine's two ceilings."""
+"""Pictures of benchmark rows: a bar chart for each operator, and where everything stands under the machine's two
+ceilings.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,25 @@ from .cases import CEILING, COPY, MATMUL, OPERATORS
 Row = dict[str, Any]
 INK, SOFT, GRID = "#22272e", "#6b7480", "#e3e7ec"
 COLOURS = {"triton": "#c2410c", "torch": "#2563a8", "compiled": "#6aa5de", "official loop": "#a3acb6"}
-OTHERS = ("#3f7f5f", "#8b5fa8", "#b08d2f", "#4aa3a2", "#7f5539", "#a83254")  # for providers without a colour of their own
+OTHERS = (
+    "#3f7f5f",
+    "#8b5fa8",
+    "#b08d2f",
+    "#4aa3a2",
+    "#7f5539",
+    "#a83254",
+)  # for providers without a colour of their own
 
 
 def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Draw what the rows hold; returns the files."""
     measured = [row for row in rows if row["operator"] != CEILING]
     ceilings = {row["shape"].split()[0]: row for row in rows if row["operator"] == CEILING}
-    figures = {name: _bars(name, group) for name in OPERATORS if (group := [row for row in measured if row["operator"] == name])}
+    figures = {
+        name: _bars(name, group)
+        for name in OPERATORS
+        if (group := [row for row in measured if row["operator"] == name])
+    }
     if {COPY, MATMUL} <= set(ceilings) and any(row["tflop_per_s"] for row in measured):
         figures["roofline"] = _roofline([row for row in measured if row["tflop_per_s"]], ceilings)
     files = []
@@ -49,7 +62,9 @@ def _colours(rows: Sequence[Row]) -> dict[str, str]:
 
 def _machine(row: Row) -> str:
     size = f"{float(row['power_limit_w']):.0f} W" if row["power_limit_w"] else f"{row['cores']} cores"
-    return f"{row['device']}, {size}; torch {row['torch']}, triton {row['triton']}; commit {row['commit']}, {row['date']}"
+    return (
+        f"{row['device']}, {size}; torch {row['torch']}, triton {row['triton']}; commit {row['commit']}, {row['date']}"
+    )
 
 
 def _clean(axes: Axes, grid: str) -> None:
@@ -59,7 +74,7 @@ def _clean(axes: Axes, grid: str) -> None:
     axes.set_axisbelow(True)
 
 
-# ---- bars -----------------------------------------------------------------------------------------------------------------------------
+# ---- bars ------------------------------------------------------------------------------------------------------------
 
 ROW_HEIGHT, GAP = 0.23, 0.7  # inches of a bar; bars between two modes
 
@@ -81,7 +96,8 @@ def _bars(operator: str, rows: Sequence[Row]) -> Figure:
         axes.set_visible(False)
     return _captioned(
         figure,
-        f"{operator}, {rows[0]['dtype']}: median time of a call on a logarithmic scale; thin line: 20th to 80th percentile",
+        f"{operator}, {rows[0]['dtype']}: median time of a call on a logarithmic scale; thin line: 20th to 80th "
+        "percentile",
         rows[0],
     )
 
@@ -130,7 +146,7 @@ def _duration(milliseconds: float) -> str:
     return f"{milliseconds * 1e3:.3g} µs"
 
 
-# ---- roofline -------------------------------------------------------------------------------------------------------------------------
+# ---- roofline --------------------------------------------------------------------------------------------------------
 
 
 def _roofline(rows: Sequence[Row], ceilings: dict[str, Row]) -> Figure:
@@ -145,7 +161,12 @@ def _roofline(rows: Sequence[Row], ceilings: dict[str, Row]) -> Figure:
     axes.plot([left, ridge, right], [left * bandwidth, peak, peak], color=INK, linewidth=1.6)
     axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, top))
     axes.annotate(
-        f"matrix product {_si(peak, 'TFLOP/s')}", (right, peak), (-4, 4), textcoords="offset points", ha="right", fontsize=8
+        f"matrix product {_si(peak, 'TFLOP/s')}",
+        (right, peak),
+        (-4, 4),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
     )
     slope = {
         "rotation": math.degrees(math.atan(bandwidth)),
@@ -157,9 +178,25 @@ def _roofline(rows: Sequence[Row], ceilings: dict[str, Row]) -> Figure:
     axes.text(left * 1.1, left * 1.1 * bandwidth * 1.06, f"copy {_si(bandwidth, 'TB/s')}", **slope)
     colours = _colours(rows)
     for x, y, row in sorted(points, key=lambda point: point[2]["provider"] == "triton"):  # ours on top
-        axes.plot(x, y, "o", markersize=6.5, color=colours[row["provider"]], markeredgecolor="white", markeredgewidth=0.7, zorder=3)
+        axes.plot(
+            x,
+            y,
+            "o",
+            markersize=6.5,
+            color=colours[row["provider"]],
+            markeredgecolor="white",
+            markeredgewidth=0.7,
+            zorder=3,
+        )
     for label, x, y in _labels(points):
-        place = {"textcoords": "offset points", "rotation": 90, "ha": "center", "va": "top", "fontsize": 7.5, "color": SOFT}
+        place = {
+            "textcoords": "offset points",
+            "rotation": 90,
+            "ha": "center",
+            "va": "top",
+            "fontsize": 7.5,
+            "color": SOFT,
+        }
         axes.annotate(label, (x, y), (0, -7), **place)
     handles = [Line2D([], [], marker="o", linestyle="", color=colour, label=name) for name, colour in colours.items()]
     axes.legend(handles=handles, frameon=False, fontsize=8, labelcolor=INK, loc="lower right", handletextpad=0.2)
@@ -170,7 +207,9 @@ def _roofline(rows: Sequence[Row], ceilings: dict[str, Row]) -> Figure:
     axes.set_xlabel("needed FLOP a needed byte", fontsize=8.5, color=INK)
     axes.set_ylabel("needed TFLOP/s", fontsize=8.5, color=INK)
     _clean(axes, "both")
-    return _captioned(figure, f"Under the measured ceilings, {', '.join(dict.fromkeys(row['dtype'] for row in rows))}", rows[0])
+    return _captioned(
+        figure, f"Under the measured ceilings, {', '.join(dict.fromkeys(row['dtype'] for row in rows))}", rows[0]
+    )
 
 
 def _labels(points: Sequence[tuple[float, float, Row]]) -> list[tuple[str, float, float]]:
@@ -187,7 +226,11 @@ def _labels(points: Sequence[tuple[float, float, Row]]) -> list[tuple[str, float
             groups.append((row["operator"], [row["mode"]], [x], [y]))
     every = {operator: {row["mode"] for _, _, row in points if row["operator"] == operator} for operator, *_ in groups}
     return [
-        (operator if set(modes) == every[operator] else f"{operator} {', '.join(modes)}", math.sqrt(min(xs) * max(xs)), min(ys))
+        (
+            operator if set(modes) == every[operator] else f"{operator} {', '.join(modes)}",
+            math.sqrt(min(xs) * max(xs)),
+            min(ys),
+        )
         for operator, modes, xs, ys in groups
     ]
 

@@ -1,9 +1,9 @@
 """How exact the arithmetic of the filter banks is: `python -m ssast.benchmarks.precision [--save]`.
 
-The kernel multiplies frames by cosines on matrix units instead of taking an FFT. What it could multiply in - one product of a short type,
-or three of parts - is compared with a float32 FFT and with the kernel itself, all against float64, on synthetic clips as the data path
-delivers them (int16, 16 kHz). Matrix units round the factors and sum in float32; so do the emulations. The kernel runs on a GPU, or with
-TRITON_INTERPRET=1 in the environment on the CPU.
+The kernel multiplies frames by cosines on matrix units instead of taking an FFT. What it could multiply in - one
+product of a short type, or three of parts - is compared with a float32 FFT and with the kernel itself, all against
+float64, on synthetic clips as the data path delivers them (int16, 16 kHz). Matrix units round the factors and sum in
+float32; so do the emulations. The kernel runs on a GPU, or with TRITON_INTERPRET=1 in the environment on the CPU.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ ARITHMETIC: dict[str, Parts] = {
 
 
 def emulate(waveform: torch.Tensor, parts: Parts) -> torch.Tensor:
-    """[B, S] float32 in [-1, 1] -> [B, T, F]: the direct transform with the factors in parts, the smallest products left out."""
+    """[B, S] float32 in [-1, 1] -> [B, T, F]: the direct transform with the factors in parts, the smallest products
+    left out.
+    """
     window, shift, length = frame_geometry(16000)
     frames = waveform.unfold(1, window, shift)
     frames = frames - frames.mean(dim=2, keepdim=True)
@@ -86,12 +88,16 @@ def measure() -> list[dict[str, object]]:
     for name, features in results.items():
         errors = (features - exact).abs().flatten().sort().values
         figures = {"max": errors[-1], "p999": errors[int(0.999 * len(errors))], "mean": errors.mean()}
-        rows.append({"arithmetic": name, "clips": len(clips), **{key: f"{value:.2e}" for key, value in figures.items()}})
+        rows.append(
+            {"arithmetic": name, "clips": len(clips), **{key: f"{value:.2e}" for key, value in figures.items()}}
+        )
     return rows
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ssast.benchmarks.precision", description="errors of log-mel features in nats")
+    parser = argparse.ArgumentParser(
+        prog="python -m ssast.benchmarks.precision", description="errors of log-mel features in nats"
+    )
     parser.add_argument("--save", action="store_true", help="replace benchmarks/results/precision.csv")
     options = parser.parse_args(argv)
     rows = measure()

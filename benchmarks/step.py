@@ -1,9 +1,10 @@
 """How fast a training step is, over batch sizes and backends: `python -m ssast.benchmarks.step [--save] [options]`.
 
-Every case is a config of `ssast pretrain` with some settings of its `step` section, fed with noise from memory, on one device; beside them
-stand the baselines of benchmarks/throughput/baselines.py. Cases run one after another, each timed for a few steps after those in which
-graphs are compiled; a case that does not fit, or cannot run here, becomes a row that says so. Rows go to results/step.csv with --save, to
-the file of --out, or to stdout; MFU is model FLOP (engine/cost.py) over the datasheet's dense bf16 peak.
+Every case is a config of `ssast pretrain` with some settings of its `step` section, fed with noise from memory, on one
+device; beside them stand the baselines of benchmarks/throughput/baselines.py. Cases run one after another, each timed
+for a few steps after those in which graphs are compiled; a case that does not fit, or cannot run here, becomes a row
+that says so. Rows go to results/step.csv with --save, to the file of --out, or to stdout; MFU is model FLOP
+(engine/cost.py) over the datasheet's dense bf16 peak.
 
 Exit status: 0; 2 for a mistake on the command line; 3 if the deadline came before the last case.
 """
@@ -98,7 +99,8 @@ class StepBench:
         self.config, self.overrides, self.ranks, self.steps, self.folder = config, overrides, ranks, steps, folder
         self.peak, self.gpu = peak_tflops(ranks.device), gpu_facts(ranks.device) or {}
         self._attention: str | None = None
-        """What the first case found fastest: measured again, another might come out ahead, and graphs would be compiled anew."""
+        """What the first case found fastest: measured again, another might come out ahead, and graphs would be compiled
+        anew."""
 
     def row(self, case: StepCase) -> Row:
         """The case's row; "note" says why it has no figures, if it has none."""
@@ -121,7 +123,9 @@ class StepBench:
         return self._as_row(config, case, clips, seconds, described, peak if seconds else None, note)
 
     def _engine(self, config: Config) -> Measured:
-        trainer = Trainer(config, nothing_to_read(config), build_model(config.architecture, config.run.seed), self.ranks)
+        trainer = Trainer(
+            config, nothing_to_read(config), build_model(config.architecture, config.run.seed), self.ranks
+        )
         trainer.choose_attention()
         if config.step.attention == "auto":
             self._attention = trainer.attention
@@ -171,7 +175,10 @@ class StepBench:
             "micro_batch": clips,
             "asked_batch": case.micro_batch,
             "settings": " ".join(case.settings),
-            **{key: described.get(key, "") for key in ("engine", "precision", "compile", "attention", "optimizer", "norm")},
+            **{
+                key: described.get(key, "")
+                for key in ("engine", "precision", "compile", "attention", "optimizer", "norm")
+            },
             "steps": len(seconds),
             "p50_ms": _rounded(np.median(seconds) * 1e3) if seconds else "",
             "p95_ms": _rounded(np.quantile(seconds, 0.95) * 1e3) if seconds else "",
@@ -199,7 +206,10 @@ def main(argv: list[str] | None = None) -> int:
             ranks = join_ranks(arguments.engine)
             bench = StepBench(arguments.config, arguments.overrides, ranks, arguments.steps, Path(folder))
             done = measured_before(arguments.out, bench)
-            print(f"{'provider':14}{'batch':>6}  {'clips/s':>9}{'TFLOP/s':>9}{'MFU':>7}  {'peak':>9}  settings", file=sys.stderr)
+            print(
+                f"{'provider':14}{'batch':>6}  {'clips/s':>9}{'TFLOP/s':>9}{'MFU':>7}  {'peak':>9}  settings",
+                file=sys.stderr,
+            )
             for case in cases(arguments.batches, arguments.engine, ranks.device.type == "cuda"):
                 if (case.provider, case.micro_batch, " ".join(case.settings)) not in done:
                     row = bench.row(case)
@@ -226,7 +236,9 @@ def measured_before(file: Path | None, bench: StepBench) -> set[tuple[str, int, 
     """What a run of the same commit, machine and versions, cut off by its deadline, has measured already."""
     if file is None or not file.exists():
         return set()
-    now = {key: str(value) for key, value in {**environment_columns(), "preset": bench.config}.items() if key != "device"}
+    now = {
+        key: str(value) for key, value in {**environment_columns(), "preset": bench.config}.items() if key != "device"
+    }
     rows = [row for row in read_rows(file) if all(row[key] == value for key, value in now.items())]
     return {(row["provider"], int(row["asked_batch"]), row["settings"]) for row in rows}
 
@@ -235,7 +247,11 @@ def _show(row: Row) -> None:
     mfu = f"{float(row['mfu']):.1%}" if row["mfu"] else ""
     peak = f"{float(row['peak_gib']):.1f} GiB" if row["peak_gib"] else ""
     figures = f"{row['clips_per_s'] or '-':>9}{row['tflop_per_s'] or '-':>9}{mfu:>7}  {peak:>9}"
-    print(f"{row['provider']:14}{row['micro_batch']:6}  {figures}  {row['settings']} {row['note']}", file=sys.stderr, flush=True)
+    print(
+        f"{row['provider']:14}{row['micro_batch']:6}  {figures}  {row['settings']} {row['note']}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _rounded(value: float | None) -> float | str:
@@ -249,8 +265,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--config", default="ssast-base-patch-400" if on_gpu else "demo", help="on a GPU the base model, on a CPU demo"
     )
-    parser.add_argument("--batches", type=int, nargs="+", default=[64, 128, 256] if on_gpu else [4, 8], help="micro-batches")
-    parser.add_argument("--engine", choices=("deepspeed", "ddp"), default="deepspeed", help="step.engine of all cases but the last")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[64, 128, 256] if on_gpu else [4, 8], help="micro-batches"
+    )
+    parser.add_argument(
+        "--engine", choices=("deepspeed", "ddp"), default="deepspeed", help="step.engine of all cases but the last"
+    )
     parser.add_argument("--steps", type=int, default=20 if on_gpu else 5, help="timed steps of a case")
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="stop then; rows that are done are kept")
     group = parser.add_mutually_exclusive_group()

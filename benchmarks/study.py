@@ -1,8 +1,9 @@
-"""Does pretraining help? `python -m ssast.benchmarks.study AUDIO [--scale large]` pretrains on all clips that no task tests on, and then
-trains every task of configs/study from scratch and from the pretrained weights, with equal budgets, few labels and all, several seeds.
+"""Does pretraining help? `python -m ssast.benchmarks.study AUDIO [--scale large]` pretrains on all clips that no task
+tests on, and then trains every task of configs/study from scratch and from the pretrained weights, with equal budgets,
+few labels and all, several seeds.
 
-AUDIO holds `manifests/NAME.csv` with columns path (relative to AUDIO), label, speaker and split; NAME of a task is in TASKS. A row for each
-task, amount of labels and arm goes to results/study.csv.
+AUDIO holds `manifests/NAME.csv` with columns path (relative to AUDIO), label, speaker and split; NAME of a task is in
+TASKS. A row for each task, amount of labels and arm goes to results/study.csv.
 """
 
 from __future__ import annotations
@@ -72,16 +73,24 @@ TASKS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    manifests = f"tasks: {', '.join(f'{task.name} of {task.manifest}' for task in TASKS)}; pretrained on: {', '.join(UNLABELED)}"
+    manifests = (
+        f"tasks: {', '.join(f'{task.name} of {task.manifest}' for task in TASKS)}; pretrained on: "
+        f"{', '.join(UNLABELED)}"
+    )
     parser = argparse.ArgumentParser(prog="python -m ssast.benchmarks.study", description=__doc__, epilog=manifests)
     parser.add_argument("audio", type=Path)
     parser.add_argument("--scale", choices=SCALES, default="small", help="large: for a GPU")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else 2, help="comparisons at a time")
-    parser.add_argument("--tasks", nargs="+", choices=[task.name for task in TASKS], default=[task.name for task in TASKS])
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/study"), help="folder of the runs; what is finished there is not done again"
+        "--tasks", nargs="+", choices=[task.name for task in TASKS], default=[task.name for task in TASKS]
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("runs/study"),
+        help="folder of the runs; what is finished there is not done again",
     )
     parser.add_argument("--out", type=Path, default=FILE, help="CSV to add the rows to")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of the tasks")
@@ -102,7 +111,14 @@ def run_study(arguments: argparse.Namespace) -> None:
     ranks = ["--ranks", str(arguments.ranks)]
     unlabeled = work / "manifests" / "unlabeled.txt"
     all_ranks = ["--ranks", str(arguments.ranks * arguments.jobs)]
-    _ssast("pretrain", CONFIGS / "pretrain.yaml", *all_ranks, f"data.train={unlabeled}", f"run.folder={work}", *for_pretraining)
+    _ssast(
+        "pretrain",
+        CONFIGS / "pretrain.yaml",
+        *all_ranks,
+        f"data.train={unlabeled}",
+        f"run.folder={work}",
+        *for_pretraining,
+    )
     pretrained = work / "pretrain"
     seconds = trained_seconds(pretrained)
     print(f"pretrained on {clips} clips in {seconds / 60:.1f} min")
@@ -117,7 +133,9 @@ def run_study(arguments: argparse.Namespace) -> None:
         _ssast("finetune", CONFIGS / f"{task.name}.yaml", *ranks, *settings, *for_tasks, *arguments.overrides, *arms)
         found = list(measured(task, labels, folder))
         if [row["runs"] for row in found] != [arguments.seeds] * len(ARMS):
-            raise UserError(f"{folder}: is not finished, or holds other runs; run the same command again, or in another --work")
+            raise UserError(
+                f"{folder}: is not finished, or holds other runs; run the same command again, or in another --work"
+            )
         return found
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
@@ -135,7 +153,8 @@ def run_study(arguments: argparse.Namespace) -> None:
             "training_min": round(minutes, 1),
         }
         append_row(
-            arguments.out, {**row, **settings, "overrides": " ".join(arguments.overrides), **environment_columns(), **commit}
+            arguments.out,
+            {**row, **settings, "overrides": " ".join(arguments.overrides), **environment_columns(), **commit},
         )
     print(f"{minutes:.1f} min of training; the rows are in {arguments.out}")
 
@@ -171,7 +190,9 @@ def measured(task: Task, labels: str, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_manifests(audio: Path, out: Path) -> int:
-    """The tasks' manifests with whole paths, their marked clips for test, and a list of all others, whose number is returned."""
+    """The tasks' manifests with whole paths, their marked clips for test, and a list of all others, whose number is
+    returned.
+    """
     out.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
         rows = [
@@ -201,7 +222,10 @@ def _read_manifest(audio: Path, name: str) -> list[dict[str, str]]:
 
 
 def _ssast(*words: Any) -> None:
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # small models: ranks and jobs use the cores better than threads do
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        **os.environ,
+    }  # small models: ranks and jobs use the cores better than threads do
     subprocess.run([sys.executable, "-m", "ssast.engine.cli", *map(str, words)], check=True, env=environment)
 
 

@@ -1,7 +1,7 @@
 """Draw the documentation's tables from the rows: `python -m ssast.benchmarks.tables [--check] [--step FILE]`.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `--check` only says whether each is what its rows give. `--step` prints
-the table of other rows of ssast.benchmarks.step than the committed ones.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `--check` only says whether each is what its rows
+give. `--step` prints the table of other rows of ssast.benchmarks.step than the committed ones.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ def demo_table() -> str:
     if not file.exists():
         return UNMEASURED
     rows = read_rows(file)[-3:]
-    lines = ["| seed | pretext accuracy | x chance | InfoNCE | MSE | steps | clips/s | wall |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| seed | pretext accuracy | x chance | InfoNCE | MSE | steps | clips/s | wall |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         lines.append(
             f"| {row['seed']} | {float(row['valid_accuracy']):.1%} | {float(row['times_chance']):.1f} "
@@ -38,16 +41,19 @@ def demo_table() -> str:
     first = rows[0]
     lines += [
         "",
-        f"Mean {statistics.mean(times):.1f} x chance ({float(first['chance']):.2%}: one of {first['masked']} masked patches of "
-        f"{first['patches']}), on {first['valid_clips']} clips held out; {first['ranks']} ranks on {first['cores']} cores of "
+        f"Mean {statistics.mean(times):.1f} x chance ({float(first['chance']):.2%}: one of {first['masked']} masked "
+        "patches of "
+        f"{first['patches']}), on {first['valid_clips']} clips held out; {first['ranks']} ranks on {first['cores']} "
+        "cores of "
         f"{first['device']}, torch {first['torch']}, commit {first['commit']}, {first['date']}.",
     ]
     return "\n".join(lines)
 
 
 def kernels_table() -> str:
-    """What results/kernels.csv has from GPUs: of each GPU every case's last run. The Triton kernel leads, where it was measured; the others
-    stand beside it with how many times as long they took."""
+    """What results/kernels.csv has from GPUs: of each GPU every case's last run. The Triton kernel leads, where it was
+    measured; the others stand beside it with how many times as long they took.
+    """
     file = RESULTS / "kernels.csv"
     rows = [row for row in read_rows(file) if row["kind"] == "cuda"] if file.exists() else []
     if not rows:
@@ -63,7 +69,9 @@ def kernels_table() -> str:
             "|---|---|---|---|---|---|---|",
         ]
         lines += [_case_line(*case, found) for case, found in last.items() if case[0] != "ceiling"]
-        tables.append("\n".join(lines) + "\n\n" + _measured_on(device, [row for found in last.values() for row in found]))
+        tables.append(
+            "\n".join(lines) + "\n\n" + _measured_on(device, [row for found in last.values() for row in found])
+        )
     return "\n\n".join(tables)
 
 
@@ -97,10 +105,16 @@ def _measured_on(device: str, rows: list[Row]) -> str:
     if {"copy", "matmul"} <= set(ceilings):
         copy, product = float(ceilings["copy"]["gb_per_s"]) / 1e3, ceilings["matmul"]
         parts[0] += (
-            f"; needed bytes and operations against a large copy and a {product['dtype']} matrix product of the same run (last "
+            f"; needed bytes and operations against a large copy and a {product['dtype']} matrix product of the same "
+            "run (last "
             f"{copy:.2f} TB/s and {float(product['tflop_per_s']):.0f} TFLOP/s)"
         )
-    for name, text in (("power_limit_w", "{} W"), ("driver", "driver {}"), ("torch", "torch {}"), ("triton", "triton {}")):
+    for name, text in (
+        ("power_limit_w", "{} W"),
+        ("driver", "driver {}"),
+        ("torch", "torch {}"),
+        ("triton", "triton {}"),
+    ):
         parts.append(text.format(" and ".join(sorted({row[name] for row in rows}))))
     parts.append("commit " + " and ".join(dict.fromkeys(row["commit"] for row in rows)))
     return f"{device}. " + ", ".join([*parts, " and ".join(sorted({row["date"] for row in rows}))]) + "."
@@ -116,7 +130,9 @@ def _times(ratio: float) -> str:
 
 
 def step_table(file: Path = RESULTS / "step.csv") -> str:
-    """The training step on GPUs: of each GPU the last run, every case with its throughput as a multiple of the official way's."""
+    """The training step on GPUs: of each GPU the last run, every case with its throughput as a multiple of the official
+    way's.
+    """
     rows = [row for row in read_rows(file) if row["kind"] == "cuda"] if file.exists() else []
     return _step_lines(rows) or UNMEASURED
 
@@ -128,7 +144,9 @@ def headline_table(file: Path = RESULTS / "step.csv") -> str:
     for device in dict.fromkeys(row["device"] for row in rows):
         last = [row for row in rows if row["device"] == device and _run(row) == _run(rows[-1])]
         for provider in dict.fromkeys(row["provider"] for row in last):
-            best.append(max((row for row in last if row["provider"] == provider), key=lambda row: float(row["clips_per_s"])))
+            best.append(
+                max((row for row in last if row["provider"] == provider), key=lambda row: float(row["clips_per_s"]))
+            )
     return _step_lines(best) or UNMEASURED
 
 
@@ -137,7 +155,9 @@ def _step_lines(rows: list[Row]) -> str:
     for device in dict.fromkeys(row["device"] for row in rows):
         found = [row for row in rows if row["device"] == device]
         found = [row for row in found if _run(row) == _run(found[-1])]
-        official = [float(row["clips_per_s"]) for row in found if row["provider"] == "official way" and row["clips_per_s"]]
+        official = [
+            float(row["clips_per_s"]) for row in found if row["provider"] == "official way" and row["clips_per_s"]
+        ]
         lines = [
             "| step | micro-batch | clips/s | x official way | TFLOP/s | MFU | p50 | peak memory |",
             "|---|---|---|---|---|---|---|---|",
@@ -159,23 +179,31 @@ def _step_lines(rows: list[Row]) -> str:
         tables.append(
             "\n".join(lines)
             + f"\n\n{device}, {last['preset']}, {last['tflop_per_clip']} TFLOP a clip forward and backward, MFU of "
-            + f"{last['peak_tflops']} TFLOP/s (dense bf16); steps fed from memory. {last['power_limit_w']} W, driver {last['driver']}, "
+            + f"{last['peak_tflops']} TFLOP/s (dense bf16); steps fed from memory. {last['power_limit_w']} W, driver "
+            f"{last['driver']}, "
             + f"torch {last['torch']}, triton {last['triton']}, commit {last['commit']}, {last['date']}."
         )
     return "\n\n".join(tables)
 
 
 def compile_table() -> str:
-    """results/compile.csv, a line for each kernel as compiled for each case that needs it anew, a column for each target."""
+    """results/compile.csv, a line for each kernel as compiled for each case that needs it anew, a column for each
+    target.
+    """
     file = RESULTS / "compile.csv"
     rows = read_rows(file) if file.exists() else []
     if not rows:
         return UNMEASURED
     targets = list(dict.fromkeys(row["target"] for row in rows))
-    lines = [f"| operator | kernel | first launched at | {' | '.join(targets)} |", "|---|---|---|" + "---|" * len(targets)]
+    lines = [
+        f"| operator | kernel | first launched at | {' | '.join(targets)} |",
+        "|---|---|---|" + "---|" * len(targets),
+    ]
     groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[name] for name in ("operator", "kernel", "variant", "case")), {})[row["target"]] = row
+        groups.setdefault(tuple(row[name] for name in ("operator", "kernel", "variant", "case")), {})[row["target"]] = (
+            row
+        )
     for (operator, kernel, variant, case), found in groups.items():
         cells = [_compiled(found[target]) if target in found else "" for target in targets]
         lines.append(f"| {operator} | {kernel} {variant} | {case} | {' | '.join(cells)} |")
@@ -183,7 +211,8 @@ def compile_table() -> str:
     lines += [
         "",
         f"Registers a thread, shared memory of a block, matrix instructions. {len(rows)} kernels, "
-        f"{spilling if spilling else 'none'} of them spilling registers; triton {' and '.join(sorted({row['triton'] for row in rows}))}.",
+        f"{spilling if spilling else 'none'} of them spilling registers; triton "
+        f"{' and '.join(sorted({row['triton'] for row in rows}))}.",
     ]
     return "\n".join(lines)
 
@@ -203,7 +232,9 @@ def precision_table() -> str:
     lines = ["| arithmetic | largest error | 99.9th percentile | mean |", "|---|---|---|---|"]
     lines += [f"| {row['arithmetic']} | {row['max']} | {row['p999']} | {row['mean']} |" for row in rows]
     last = rows[-1]
-    return "\n".join([*lines, "", f"{last['clips']} clips; torch {last['torch']}, commit {last['commit']}, {last['date']}."])
+    return "\n".join(
+        [*lines, "", f"{last['clips']} clips; torch {last['torch']}, commit {last['commit']}, {last['date']}."]
+    )
 
 
 def loader_table() -> str:
@@ -221,7 +252,10 @@ def _loader_lines(rows: list[Row]) -> str:
     rates = [row for row in rows if row["metric"] == aims.RATE]
     workers = list(dict.fromkeys(row["workers"] for row in rates))
     heads = [f"{count} core{'s' * (count != '1')}" for count in workers]
-    lines = [f"| codec | clips/s of | from | {' | '.join(heads)} | a CPU second |", "|---|---|---|" + "---|" * (len(heads) + 1)]
+    lines = [
+        f"| codec | clips/s of | from | {' | '.join(heads)} | a CPU second |",
+        "|---|---|---|" + "---|" * (len(heads) + 1),
+    ]
     groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rates:
         groups.setdefault((row["codec"], row["contestant"], row["source"]), {})[row["workers"]] = row
@@ -237,7 +271,8 @@ def _loader_lines(rows: list[Row]) -> str:
     lines += [
         "",
         f"Median [quartiles] of {last['rounds']} rounds in turn; {last['clips']} clips of {float(last['clip_s']):g} s "
-        f"({last['audio']} audio), batches of {last['batch']}, page cache warm; on n cores n threads or worker processes. A CPU "
+        f"({last['audio']} audio), batches of {last['batch']}, page cache warm; on n cores n threads or worker "
+        "processes. A CPU "
         f"second: with one core, of all processes. {notes}. {last['device']}, {last['cores']} cores, "
         f"torch {last['torch']}, commit {last['commit']}, {last['date']}.",
     ]
@@ -258,7 +293,9 @@ def study_table() -> str:
     tables = []
     for scale in dict.fromkeys(row["scale"] for row in rows):
         found = [row for row in rows if row["scale"] == scale]
-        last = [row for row in found if (row["date"], row["training_min"]) == (found[-1]["date"], found[-1]["training_min"])]
+        last = [
+            row for row in found if (row["date"], row["training_min"]) == (found[-1]["date"], found[-1]["training_min"])
+        ]
         tables.append(_study_lines(last))
     return "\n\n".join(tables) or UNMEASURED
 
@@ -277,7 +314,8 @@ def _study_lines(rows: list[Row]) -> str:
             )
             gains.setdefault(labels, []).append(float(pretrained["relative_gain"] or "nan"))
             cells = [
-                f"{100 * float(row['mean']):.1f}%" + (f" ± {100 * float(row['deviation']):.1f}" if row["deviation"] else "")
+                f"{100 * float(row['mean']):.1f}%"
+                + (f" ± {100 * float(row['deviation']):.1f}" if row["deviation"] else "")
                 for row in (scratch, pretrained)
             ]
             counts = f"{scratch['train_clips']} ({labels}) | {scratch['test_clips']}"
@@ -286,9 +324,12 @@ def _study_lines(rows: list[Row]) -> str:
     means = ", ".join(f"{statistics.mean(values):+.0%} with {labels} labels" for labels, values in gains.items())
     lines += [
         "",
-        f"Accuracy, mean and deviation over {first['runs']} seeds; the mean of the relative gains is {means}. Pretrained on "
-        f"{first['pretraining_clips']} clips for {float(first['pretraining_s']) / 60:.0f} min, all training together took "
-        f"{float(first['training_min']):.0f} min on {first['cores']} cores of {first['device']}; torch {first['torch']}, "
+        f"Accuracy, mean and deviation over {first['runs']} seeds; the mean of the relative gains is {means}. "
+        "Pretrained on "
+        f"{first['pretraining_clips']} clips for {float(first['pretraining_s']) / 60:.0f} min, all training together "
+        "took "
+        f"{float(first['training_min']):.0f} min on {first['cores']} cores of {first['device']}; torch "
+        f"{first['torch']}, "
         f"commit {first['commit']}, {first['date']}.",
     ]
     return "\n".join(lines)

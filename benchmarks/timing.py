@@ -1,14 +1,14 @@
 """How long calls take, measured side by side.
 
-All jobs are timed in turn, round after round, so that what the machine does to one it does to all: clocks that rise or fall, neighbours.
-Each call works on another set of inputs than the one before.
+All jobs are timed in turn, round after round, so that what the machine does to one it does to all: clocks that rise or
+fall, neighbours. Each call works on another set of inputs than the one before.
 
-On a GPU every measurement starts with caches cold: a buffer several times the size of L2 is read first. (Read, not written: lines to be
-written back would be charged to the call.) It is read again and again until the host has had the time to queue the whole call, so that
-events around it time the device's work and not the host's. Where any job takes less than GRAPH_BELOW, all that can be are captured as CUDA
-graphs, of one call on each set of inputs, so that the start of a graph weighs little on a short call, and all are treated alike. Only jobs
-that loop in Python are timed with the host's part, which is theirs. What a call leaves in cache at its end, not yet written to memory, is
-not charged to it.
+On a GPU every measurement starts with caches cold: a buffer several times the size of L2 is read first. (Read, not
+written: lines to be written back would be charged to the call.) It is read again and again until the host has had the
+time to queue the whole call, so that events around it time the device's work and not the host's. Where any job takes
+less than GRAPH_BELOW, all that can be are captured as CUDA graphs, of one call on each set of inputs, so that the start
+of a graph weighs little on a short call, and all are treated alike. Only jobs that loop in Python are timed with the
+host's part, which is theirs. What a call leaves in cache at its end, not yet written to memory, is not charged to it.
 """
 
 from __future__ import annotations
@@ -56,9 +56,11 @@ class Timing:
 
 
 def measure(jobs: Sequence[Job], device: torch.device, seconds: float) -> dict[str, Timing]:
-    """Time the jobs in turn for about so many seconds altogether; a job slower than its share of them still gets FEWEST samples.
+    """Time the jobs in turn for about so many seconds altogether; a job slower than its share of them still gets FEWEST
+    samples.
 
-    On a GPU, a stream that is not the default one must be current, and the jobs' tensors made on it: a graph can hold no other.
+    On a GPU, a stream that is not the default one must be current, and the jobs' tensors made on it: a graph can hold
+    no other.
     """
     if device.type == "cuda":
         samplers = _cuda_samplers(jobs, device)
@@ -172,7 +174,9 @@ class _GraphSampler(_Sampler):
                 prepared = [job.prepare(i) for i in sets]
             pool = self._before.pool()
         with torch.cuda.graph(self._timed, pool=pool, stream=stream):
-            kept = [job.run(i, prepared[i]) for i in sets]  # so that no call writes over the last one's results, still in cache
+            kept = [
+                job.run(i, prepared[i]) for i in sets
+            ]  # so that no call writes over the last one's results, still in cache
         del kept
 
     def sample(self) -> float:

@@ -1,6 +1,7 @@
 """The system: config, data, model, objectives, trainer, checkpoints, command line.
 
-What it offers is imported when it is first asked for: torch takes seconds, and worker processes that decode audio do without.
+What it offers is imported when it is first asked for: torch takes seconds, and worker processes that decode audio do
+without.
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ if TYPE_CHECKING:
     from .model.weights import load_model, save_model
 
 __all__ = ["SSAST", "ModelConfig", "load_model", "save_model"]
-_HOMES = {"SSAST": "model.ssast", "ModelConfig": "model.ssast", "load_model": "model.weights", "save_model": "model.weights"}
+_HOMES = {
+    "SSAST": "model.ssast",
+    "ModelConfig": "model.ssast",
+    "load_model": "model.weights",
+    "save_model": "model.weights",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -43,7 +43,10 @@ VERBS: dict[str, tuple[Verb, str]] = {
     "evaluate": (_main_of(".inference.evaluate"), "measure a fine-tuned model, or embeddings by a probe"),
     "embed": (_main_of(".inference.embed"), "embeddings of recordings, as .npz or .parquet"),
     "predict": (_main_of(".inference.predict"), "the most probable classes of recordings"),
-    "export": (_main_of(".inference.export"), "write a model for other programs: Hugging Face, ONNX, torch.export, the official code"),
+    "export": (
+        _main_of(".inference.export"),
+        "write a model for other programs: Hugging Face, ONNX, torch.export, the official code",
+    ),
     "prepare": (_main_of(".data.prepare"), "turn recordings of any kind into a folder of shards to train on"),
     "synth": (_main_of(".data.synth"), "write the synthetic corpus of the demo"),
     "doctor": (_doctor, "show versions, devices and which optional parts are there"),
@@ -51,8 +54,9 @@ VERBS: dict[str, tuple[Verb, str]] = {
 
 
 def verbs() -> dict[str, tuple[Verb, str]]:
-    """The engine's own, and what other packages register as entry points of the group "ssast.verbs": functions like `main`, whose first
-    line of documentation says what they are for."""
+    """The engine's own, and what other packages register as entry points of the group "ssast.verbs": functions like
+    `main`, whose first line of documentation says what they are for.
+    """
     found = dict(VERBS)
     for entry in entry_points(group="ssast.verbs"):
         verb = entry.load()

@@ -24,12 +24,13 @@ VALID_MASKED_SHARE = 400 / 512
 
 # Top-level keys that DeepSpeed reads. DeepSpeed itself passes over an unknown one in silence.
 _DEEPSPEED_KEYS = """
-activation_checkpointing aio amp autotuning bf16 checkpoint comms_logger communication_data_type compile compression_training
-csv_monitor curriculum_learning data_efficiency data_types dataloader_drop_last disable_allgather dump_state elasticity eigenvalue
-flops_profiler fp16 fp32_allreduce gradient_accumulation_steps gradient_clipping gradient_predivide_factor memory_breakdown
-optimizer prescale_gradients progressive_layer_drop seq_parallel_communication_data_type sparse_gradients steps_per_print
-tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism
-wall_clock_breakdown wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+activation_checkpointing aio amp autotuning bf16 checkpoint comms_logger communication_data_type compile
+compression_training csv_monitor curriculum_learning data_efficiency data_types dataloader_drop_last disable_allgather
+dump_state elasticity eigenvalue flops_profiler fp16 fp32_allreduce gradient_accumulation_steps gradient_clipping
+gradient_predivide_factor memory_breakdown optimizer prescale_gradients progressive_layer_drop
+seq_parallel_communication_data_type sparse_gradients steps_per_print tensorboard timers torch_autocast
+train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism wall_clock_breakdown wandb
+zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
 """
 DEEPSPEED_KEYS = frozenset(_DEEPSPEED_KEYS.split())
 
@@ -68,27 +69,34 @@ class StepSection(Section):
     """How a step is computed. None of it changes what is learned, beyond rounding."""
 
     engine: Literal["deepspeed", "ddp"] = "deepspeed"
-    """ddp: plain PyTorch, DistributedDataParallel where there are several ranks; of the deepspeed section only the batch sizes, the
-    optimizer, bf16 and gradient_clipping are read. Needs no DeepSpeed installed."""
+    """ddp: plain PyTorch, DistributedDataParallel where there are several ranks; of the deepspeed section only the
+    batch sizes, the optimizer, bf16 and gradient_clipping are read. Needs no DeepSpeed installed."""
     compile: Compile = "auto"
-    """torch.compile: of the encoder as one graph, or of one block, used for all, so that gradients of late blocks are exchanged while
-    those of early ones are computed; heads and loss are a graph of their own. auto: encoder on one GPU, blocks on several, off on the
-    CPU and under ZeRO 3, whose hooks break graphs."""
+    """torch.compile: of the encoder as one graph, or of one block, used for all, so that gradients of late blocks are
+    exchanged while those of early ones are computed; heads and loss are a graph of their own. auto: encoder on one GPU,
+    blocks on several, off on the CPU and under ZeRO 3, whose hooks break graphs."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
     """torch.compile's. reduce-overhead and max-autotune replay CUDA graphs."""
-    attention: Literal["auto", "torch", "math", "flash", "cudnn", "flash-attn-2", "flash-attn-3", "flash-attn-4", "triton"] = "auto"
-    """Backend of `ssast.kernels.attention`. auto: the fastest at the run's shape, measured when a run begins on a GPU and kept when it
-    resumes; PyTorch's own choice ("torch") on the CPU and in deterministic runs."""
+    attention: Literal[
+        "auto", "torch", "math", "flash", "cudnn", "flash-attn-2", "flash-attn-3", "flash-attn-4", "triton"
+    ] = "auto"
+    """Backend of `ssast.kernels.attention`. auto: the fastest at the run's shape, measured when a run begins on a GPU
+    and kept when it resumes; PyTorch's own choice ("torch") on the CPU and in deterministic runs."""
     optimizer: Literal["auto", "torch", "torch-fused", "deepspeed-fused", "apex"] = "auto"
-    """Implementation of Adam and AdamW. auto: on a GPU NVIDIA's apex where it is installed, else torch-fused; on the CPU torch."""
+    """Implementation of Adam and AdamW. auto: on a GPU NVIDIA's apex where it is installed, else torch-fused; on the
+    CPU torch."""
     norm: Literal["auto", "torch", "apex"] = "auto"
-    """Layer norms. auto: torch, which torch.compile fuses with what stands around it; without torch.compile apex on a GPU that has it."""
+    """Layer norms. auto: torch, which torch.compile fuses with what stands around it; without torch.compile apex on a
+    GPU that has it."""
     activation_checkpointing: Literal["none", "selective", "block"] = "none"
-    """Memory for time: recompute in the backward pass all but the products and attention of each block (selective), or all (block)."""
+    """Memory for time: recompute in the backward pass all but the products and attention of each block (selective), or
+    all (block)."""
     auto_batch: bool = False
-    """Find the largest micro-batch that fits, and cut the batch into as few as possible; the batch itself stays. `--auto-batch`."""
+    """Find the largest micro-batch that fits, and cut the batch into as few as possible; the batch itself stays.
+    `--auto-batch`."""
     fp8_mlp: bool = False
-    """The products of the MLPs in FP8 with one scale a tensor; Hopper or newer, emulated on a CPU. An experiment: docs/performance.md."""
+    """The products of the MLPs in FP8 with one scale a tensor; Hopper or newer, emulated on a CPU. An experiment:
+    docs/performance.md."""
 
 
 class ModelSection(Section):
@@ -122,7 +130,8 @@ class ObjectiveSection(Section):
     recon_weight: float = Field(10.0, ge=0)
     """Lambda of the joint loss, the paper's 10."""
     masks: Literal["shared", "separate"] = "shared"
-    """shared: one forward pass and one mask for both losses (the paper's algorithm 1); separate: a pass and a mask each (their code)."""
+    """shared: one forward pass and one mask for both losses (the paper's algorithm 1); separate: a pass and a mask each
+    (their code)."""
 
 
 class DataSection(Section):
@@ -227,13 +236,16 @@ class RunConfig(Section):
 
     @property
     def uses_autocast(self) -> bool:
-        """bf16 without ZeRO: DeepSpeed would accumulate gradients in bf16 there, so weights stay in fp32 and torch.autocast computes in
-        bf16. With ZeRO the weights are bf16 and the optimizer holds fp32 masters."""
+        """bf16 without ZeRO: DeepSpeed would accumulate gradients in bf16 there, so weights stay in fp32 and
+        torch.autocast computes in bf16. With ZeRO the weights are bf16 and the optimizer holds fp32 masters.
+        """
         return self.bf16 and self.zero_stage == 0
 
     @property
     def num_samples(self) -> int:
-        """Samples of the window that fill `input_frames` frames of 25 ms each 10 ms; the paper's 10 s give 998 of 1024."""
+        """Samples of the window that fill `input_frames` frames of 25 ms each 10 ms; the paper's 10 s give 998 of
+        1024.
+        """
         return samples_of(self.model.input_frames, self.data.sample_rate)
 
     @model_validator(mode="after")
@@ -282,9 +294,13 @@ class Config(RunConfig):
         model = self.architecture
         bins, frames = self.model.patch_shape
         if self.model.input_frames % frames:
-            raise ValueError(f"model.input_frames: {self.model.input_frames} is not a multiple of the patch's {frames} frames")
+            raise ValueError(
+                f"model.input_frames: {self.model.input_frames} is not a multiple of the patch's {frames} frames"
+            )
         if self.model.num_mel_bins % bins:
-            raise ValueError(f"model.num_mel_bins: {self.model.num_mel_bins} is not a multiple of the patch's {bins} mel bins")
+            raise ValueError(
+                f"model.num_mel_bins: {self.model.num_mel_bins} is not a multiple of the patch's {bins} mel bins"
+            )
         if self.mask.num_masked >= model.num_patches:
             raise ValueError(
                 f"mask.num_masked: {self.mask.num_masked} of {model.num_patches} patches "
@@ -297,10 +313,13 @@ class Config(RunConfig):
         if self.mask.cluster is not None and (not self.mask.cluster or min(self.mask.cluster) < 1):
             raise ValueError("mask.cluster: must be null or side lengths of at least 1")
         if self.objective.masks == "separate" and self.objective.name != "joint":
-            raise ValueError(f"objective.masks: 'separate' belongs to the joint objective, not to {self.objective.name}")
+            raise ValueError(
+                f"objective.masks: 'separate' belongs to the joint objective, not to {self.objective.name}"
+            )
         if self.train.schedule != "constant" and self.train.warmup_steps >= self.train.steps:
             raise ValueError(
-                f"train.warmup_steps: {self.train.warmup_steps} of {self.train.steps} steps leaves none to train at full rate"
+                f"train.warmup_steps: {self.train.warmup_steps} of {self.train.steps} steps leaves none to train at "
+                "full rate"
             )
         return self
 
@@ -311,7 +330,8 @@ def load_config(source: str | Path, overrides: Iterable[str] = (), kind: type[C]
     A file may start from another with `extends: NAME-OR-PATH`, relative to itself.
 
     Raises:
-        UserError: no such file, not YAML, an unknown key (with the nearest known one), or settings that contradict each other.
+        UserError: no such file, not YAML, an unknown key (with the nearest known one), or settings that contradict each
+            other.
     """
     path = _find(str(source), Path("."), kind)
     tree = _read(path, (), kind)
@@ -366,7 +386,9 @@ def _find(source: str, beside: Path, kind: type[RunConfig]) -> Path:
     path = beside / source
     if path.is_file():
         return path
-    preset = Path(str(importlib.resources.files("ssast.configs"))) / kind.presets / f"{source.removesuffix('.yaml')}.yaml"
+    preset = (
+        Path(str(importlib.resources.files("ssast.configs"))) / kind.presets / f"{source.removesuffix('.yaml')}.yaml"
+    )
     if "/" not in source and preset.is_file():
         return preset
     raise UserError(f"{source}: no such config file, and no preset of that name ({', '.join(list_presets(kind))})")
@@ -440,7 +462,9 @@ def _check_weights(weights: list[float], sources: list[str]) -> None:
     except ValueError as error:
         raise ValueError(f"data.weights: {error}, not {weights}") from None
     if sources and len(weights) != len(sources):
-        raise ValueError(f"data.weights: {len(weights)} weights for {len(sources)} entries of data.train; each needs one")
+        raise ValueError(
+            f"data.weights: {len(weights)} weights for {len(sources)} entries of data.train; each needs one"
+        )
 
 
 def _check_deepspeed(section: dict[str, Any]) -> None:
@@ -460,19 +484,28 @@ def _check_deepspeed(section: dict[str, Any]) -> None:
     optimizer = section.get("optimizer", {})
     if optimizer.get("type") not in ("Adam", "AdamW"):
         raise ValueError(
-            f"deepspeed.optimizer.type: must be Adam (L2 weight decay, the paper's) or AdamW, not {optimizer.get('type')!r}"
+            "deepspeed.optimizer.type: must be Adam (L2 weight decay, the paper's) or AdamW, not "
+            f"{optimizer.get('type')!r}"
         )
     params = optimizer.get("params") or {}
     if "lr" not in params:
         raise ValueError("deepspeed.optimizer.params.lr is missing")
     for name, value in params.items():
         if name == "betas":
-            if not (isinstance(value, list) and len(value) == 2 and all(isinstance(b, int | float) and 0 <= b < 1 for b in value)):
-                raise ValueError(f"deepspeed.optimizer.params.betas: must be two numbers from 0 to below 1, not {value!r}")
+            if not (
+                isinstance(value, list)
+                and len(value) == 2
+                and all(isinstance(b, int | float) and 0 <= b < 1 for b in value)
+            ):
+                raise ValueError(
+                    f"deepspeed.optimizer.params.betas: must be two numbers from 0 to below 1, not {value!r}"
+                )
         elif not isinstance(value, int | float) or value < 0:
             raise ValueError(f"deepspeed.optimizer.params.{name}: must be a number of at least 0, not {value!r}")
     if unknown := sorted(params.keys() - set(OPTIMIZER_PARAMS)):
-        raise ValueError(f"unknown key deepspeed.optimizer.params.{unknown[0]}; there are {', '.join(OPTIMIZER_PARAMS)}")
+        raise ValueError(
+            f"unknown key deepspeed.optimizer.params.{unknown[0]}; there are {', '.join(OPTIMIZER_PARAMS)}"
+        )
     stage = section.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"deepspeed.zero_optimization.stage: must be 0, 1, 2 or 3, not {stage!r}")

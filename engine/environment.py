@@ -58,13 +58,16 @@ def device_names() -> list[str]:
 
 
 def settle_accelerator() -> str:
-    """ "cuda" or "cpu", for DeepSpeed and this engine alike; said outright, it spares DeepSpeed's guess and its warning."""
+    """ "cuda" or "cpu", for DeepSpeed and this engine alike; said outright, it spares DeepSpeed's guess and its
+    warning.
+    """
     return os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def optional_parts() -> dict[str, str]:
-    """For each optional part "yes" or why not. Judged by the feature, not by the name: `apex` and `flash_attn` on disk may be another
-    project, or a part of one."""
+    """For each optional part "yes" or why not. Judged by the feature, not by the name: `apex` and `flash_attn` on disk
+    may be another project, or a part of one.
+    """
     settle_accelerator()
     return {
         "CUDA device": "yes" if torch.cuda.is_available() else "none found: training runs on the CPU",
@@ -101,7 +104,9 @@ def _own_git(*arguments: str) -> str | None:
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, timeout=10, check=False)
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, timeout=10, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.decode("utf-8", "replace") if done.returncode == 0 else None

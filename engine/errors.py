@@ -4,8 +4,8 @@
 class UserError(ValueError):
     """Something that the user can put right: one line saying what is wrong, where, and what to do.
 
-    Command-line entry points print it without a traceback and exit with `exit_code`. Under a launcher only rank 0 prints, since all
-    ranks meet the same mistake, unless `every_rank` says that this one was met on one rank alone.
+    Command-line entry points print it without a traceback and exit with `exit_code`. Under a launcher only rank 0
+    prints, since all ranks meet the same mistake, unless `every_rank` says that this one was met on one rank alone.
     """
 
     exit_code = 2

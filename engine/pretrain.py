@@ -1,4 +1,6 @@
-"""`ssast pretrain CONFIG [key.sub=value ...]`; under a launcher: `deepspeed --module ssast.engine.pretrain CONFIG ...`, or torchrun."""
+"""`ssast pretrain CONFIG [key.sub=value ...]`; under a launcher: `deepspeed --module ssast.engine.pretrain CONFIG ...`,
+or torchrun.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,9 @@ def start_model(config: Config) -> SSAST:
         return build_model(wanted, config.run.seed)
     model = load_model(config.model.init_from, heads=wanted.heads)
     if not model.config.pretraining_heads:
-        raise UserError(f"{config.model.init_from}: is a fine-tuned model without pretraining heads; it cannot be pretrained on")
+        raise UserError(
+            f"{config.model.init_from}: is a fine-tuned model without pretraining heads; it cannot be pretrained on"
+        )
     try:
         return resize(model, wanted)
     except ValueError as error:
@@ -121,7 +125,8 @@ def describe_run(config: Config, world_size: int = 1) -> str:
         dump_config(config).rstrip(),
         "",
         f"parameters      {parameters:,}",
-        f"tokens          {model_config.num_patches + 2} ({grid[0]}x{grid[1]} patches + 2), {config.mask.num_masked} masked, "
+        f"tokens          {model_config.num_patches + 2} ({grid[0]}x{grid[1]} patches + 2), {config.mask.num_masked} "
+        "masked, "
         f"{config.valid_num_masked} in validation",
         f"window          {config.num_samples} samples, {config.num_samples / config.data.sample_rate:.2f} s",
         f"FLOPs per clip  forward {flops.forward / 1e9:.2f} G, training {flops.train / 1e9:.2f} G",
@@ -142,7 +147,10 @@ def _finish(config: Config, data: Dataset, step: int, done: bool) -> None:
     if done:
         print(f"finished {step} steps; report: {report}")
     else:
-        print(f"stopped at step {step} of {config.train.steps}, saved; run the same command to go on; report so far: {report}")
+        print(
+            f"stopped at step {step} of {config.train.steps}, saved; run the same command to go on; report so far: "
+            f"{report}"
+        )
 
 
 def _status_after_stop(config: Config) -> int:
@@ -162,7 +170,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file or the name of a preset")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="changes to the config, e.g. data.train=/audio train.steps=1000"
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="changes to the config, e.g. data.train=/audio train.steps=1000",
     )
     parser.add_argument("--ranks", type=int, help="processes on this machine; default one for each visible GPU, or one")
     parser.add_argument(
@@ -170,7 +181,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         action="store_true",
         help="cut the batch into as few micro-batches as fit into memory (step.auto_batch=true)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config, parameters, FLOPs and memory, and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved config, parameters, FLOPs and memory, and stop"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the deepspeed launcher
     arguments = parser.parse_intermixed_args(argv)
     if arguments.auto_batch:

@@ -6,5 +6,7 @@ PREFIX = "ssast::"
 
 
 def span(part: str) -> record_function:
-    """A context: what happens in it belongs to this part of the step. Costs nothing worth counting unless a profiler records."""
+    """A context: what happens in it belongs to this part of the step. Costs nothing worth counting unless a profiler
+    records.
+    """
     return record_function(PREFIX + part)

@@ -1,11 +1,13 @@
 """GPU operators of the engine. They know tensors, nothing of training, files or configs.
 
-One file an operator, read downward: the plain-PyTorch reference - exact, differentiable, running anywhere, the baseline that the kernel is
-held against - then the Triton kernels, the `torch.library` operator, the public function. docs/kernels.md explains each.
+One file an operator, read downward: the plain-PyTorch reference - exact, differentiable, running anywhere, the baseline
+that the kernel is held against - then the Triton kernels, the `torch.library` operator, the public function.
+docs/kernels.md explains each.
 
 Legend of the shapes in all files:
-    B clips   S samples   T frames   F mel bins   f, t  patch rows (frequency) and columns (time) of the grid   P = f * t patches
-    K values of a patch (256)   M masked patches   D model width   H heads   N = 2 + P tokens   d = D / H
+    B clips   S samples   T frames   F mel bins   f, t  patch rows (frequency) and columns (time) of the grid
+    P = f * t patches   K values of a patch (256)   M masked patches   D model width
+    H heads   N = 2 + P tokens   d = D / H
 """
 
 from .attention import attention, available_attention, use_attention

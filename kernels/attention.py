@@ -1,9 +1,10 @@
 """Softmax attention without mask: one door to whichever implementation serves, and a Triton kernel of our own.
 
-The kernel is FlashAttention-2 (Dao 2023) with tiles cut for 512 patches + 2 tokens. Tiles of one size waste what the last of them holds
-beyond N: at N = 514, tiles of 128 x 128 compute 640 x 640 logits, of which 64.5 % exist, and 128 x 64 compute 640 x 576, 71.7 %. Here
-whole tiles cover N // tile * tile rows and keys without any bounds check, and what is left goes into one tile of the next power of two,
-16 at least: 528 x 528 logits, 94.8 %, in the forward pass and in each product of the backward pass.
+The kernel is FlashAttention-2 (Dao 2023) with tiles cut for 512 patches + 2 tokens. Tiles of one size waste what the
+last of them holds beyond N: at N = 514, tiles of 128 x 128 compute 640 x 640 logits, of which 64.5 % exist, and 128 x
+64 compute 640 x 576, 71.7 %. Here whole tiles cover N // tile * tile rows and keys without any bounds check, and what
+is left goes into one tile of the next power of two, 16 at least: 528 x 528 logits, 94.8 %, in the forward pass and in
+each product of the backward pass.
 """
 
 import functools
@@ -22,15 +23,17 @@ from .backend import resolve_backend
 
 HEAD_DIMS = (16, 32, 64, 128)  # of the Triton kernel
 
-# Launches: rows (or keys) of which a program computes the result, keys (or rows) that it takes at a time, warps. They are fixed, not tuned
-# at run time, so that all ranks and all runs compute the same. Chosen from what the compiler says for sm_80, sm_90 and sm_100: nothing
-# spills, and on sm_90 the three kernels stay within 128 registers at d = 64, so that two programs of 8 warps share a multiprocessor.
+# Launches: rows (or keys) of which a program computes the result, keys (or rows) that it takes at a time, warps. They
+# are fixed, not tuned at run time, so that all ranks and all runs compute the same. Chosen from what the compiler says
+# for sm_80, sm_90 and sm_100: nothing spills, and on sm_90 the three kernels stay within 128 registers at d = 64, so
+# that two programs of 8 warps share a multiprocessor.
 _NARROW = {"forward": (128, 128, 8), "dq": (128, 64, 8), "dkv": (128, 32, 8)}  # bf16 and fp16, d <= 64
 # At d = 128 the accumulators take twice the registers. Nobody trains with it here: its tails spill a little.
 _WIDE = {"forward": (128, 64, 8), "dq": (128, 32, 8), "dkv": (128, 16, 8)}
 # fp32 multiplies outside the tensor cores, from registers. It is for checking: at d = 128 it spills.
 _SINGLE = {"forward": (32, 32, 8), "dq": (32, 32, 8), "dkv": (32, 32, 8)}
-_STAGES = 2  # one tile on its way while one is computed on; with a third, no second program of the forward kernel would fit beside
+# one tile on its way while one is computed on; with a third, no second program of the forward kernel would fit beside
+_STAGES = 2
 _TAIL_OTHER = 32  # a tail tile has fewer warps to hold what it takes
 _SMALLEST = 16  # rows, columns and depth of a tile that the tensor cores take
 
@@ -99,7 +102,9 @@ def _forward_kernel(
     MASKED: tl.constexpr,
     SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Rows `first` + i * ROWS ... of each head, i < tiles. Programs of one head follow each other, so its keys stay in the L2 cache."""
+    """Rows `first` + i * ROWS ... of each head, i < tiles. Programs of one head follow each other, so its keys stay in
+    the L2 cache.
+    """
     head = (tl.program_id(0) // tiles).to(tl.int64)
     first += tl.program_id(0) % tiles * ROWS
     b, h = head // H, head % H
@@ -114,9 +119,13 @@ def _forward_kernel(
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, D), tl.float32)
     for tile in tl.range(N // KEYS, disable_licm=True):  # hoisted out of the loop, q would sit in registers all along
-        acc, total, peak = _attend(acc, total, peak, q, k_ptr, v_ptr, tile * KEYS, k_row, v_row, N, KEYS, D, False, SCALE)
+        acc, total, peak = _attend(
+            acc, total, peak, q, k_ptr, v_ptr, tile * KEYS, k_row, v_row, N, KEYS, D, False, SCALE
+        )
     if TAIL > 0:
-        acc, total, peak = _attend(acc, total, peak, q, k_ptr, v_ptr, N // KEYS * KEYS, k_row, v_row, N, TAIL, D, True, SCALE)
+        acc, total, peak = _attend(
+            acc, total, peak, q, k_ptr, v_ptr, N // KEYS * KEYS, k_row, v_row, N, TAIL, D, True, SCALE
+        )
 
     _store_rows(out_ptr, acc / total[:, None], first, H * D, N, ROWS, D, MASKED)
     row = first + tl.arange(0, ROWS)
@@ -165,7 +174,9 @@ def _dq_kernel(
     MASKED: tl.constexpr,
     SCALE: tl.constexpr,
 ):  # fmt: skip
-    """dQ of the same rows as in `_forward_kernel`, and their delta: dO is at hand here, and O is needed nowhere else."""
+    """dQ of the same rows as in `_forward_kernel`, and their delta: dO is at hand here, and O is needed nowhere
+    else.
+    """
     head = (tl.program_id(0) // tiles).to(tl.int64)
     first += tl.program_id(0) % tiles * ROWS
     b, h = head // H, head % H
@@ -199,8 +210,10 @@ def _add_dkv(
     dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, first, q_row, dout_row, N,
     ROWS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Everything is transposed, keys x rows: the probabilities then go from one product into the next without leaving the registers.
-    Rows past N add nothing, their q, dO and delta being zero; keys past N may overflow, each in a row of its own that is not stored."""
+    """Everything is transposed, keys x rows: the probabilities then go from one product into the next without leaving
+    the registers. Rows past N add nothing, their q, dO and delta being zero; keys past N may overflow, each in a row of
+    its own that is not stored.
+    """
     row = first + tl.arange(0, ROWS)
     q = _load_rows(q_ptr, first, q_row, N, ROWS, D, MASKED)
     dout = _load_rows(dout_ptr, first, dout_row, N, ROWS, D, MASKED)
@@ -261,10 +274,27 @@ def _dkv_kernel(
     dk = tl.zeros((KEYS, D), tl.float32)
     dv = tl.zeros((KEYS, D), tl.float32)
     for tile in tl.range(N // ROWS, disable_licm=True):
-        dk, dv = _add_dkv(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, tile * ROWS, q_row, dout_row, N, ROWS, D, False, SCALE)
+        dk, dv = _add_dkv(
+            dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, tile * ROWS, q_row, dout_row, N, ROWS, D, False, SCALE
+        )
     if TAIL > 0:
         dk, dv = _add_dkv(
-            dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, N // ROWS * ROWS, q_row, dout_row, N, TAIL, D, True, SCALE
+            dk,
+            dv,
+            k,
+            v,
+            q_ptr,
+            dout_ptr,
+            lse_ptr,
+            delta_ptr,
+            N // ROWS * ROWS,
+            q_row,
+            dout_row,
+            N,
+            TAIL,
+            D,
+            True,
+            SCALE,
         )
     _store_rows(dk_ptr, dk * SCALE, first, 3 * H * D, N, KEYS, D, MASKED)
     _store_rows(dv_ptr, dv, first, 3 * H * D, N, KEYS, D, MASKED)
@@ -282,7 +312,9 @@ class _Launch(NamedTuple):
 
 
 def _launches(kernel: str, N: int, D: int, dtype: torch.dtype) -> Iterator[_Launch]:
-    """The whole tiles, then the tail: a launch of its own, because among eight warps each would compute the same 16 rows again."""
+    """The whole tiles, then the tail: a launch of its own, because among eight warps each would compute the same 16
+    rows again.
+    """
     is_single = dtype == torch.float32
     own, other, warps = (_SINGLE if is_single else _NARROW if D <= 64 else _WIDE)[kernel]
     whole, rest = divmod(N, own)
@@ -290,7 +322,9 @@ def _launches(kernel: str, N: int, D: int, dtype: torch.dtype) -> Iterator[_Laun
         yield _Launch(0, whole, own, other, False, warps)
     if rest:
         tail = _tail(rest)
-        yield _Launch(whole * own, 1, tail, min(other, _TAIL_OTHER), True, warps if is_single else min(warps, tail // _SMALLEST))
+        yield _Launch(
+            whole * own, 1, tail, min(other, _TAIL_OTHER), True, warps if is_single else min(warps, tail // _SMALLEST)
+        )
 
 
 def _tail(length: int) -> int:
@@ -298,7 +332,9 @@ def _tail(length: int) -> int:
 
 
 def _run(kernel: triton.JITFunction, name: str, strided: tuple[torch.Tensor, ...], *others: torch.Tensor) -> None:
-    """`strided` are [B, H, N, d] with any strides of the first three dimensions; they come first among the kernel's arguments."""
+    """`strided` are [B, H, N, d] with any strides of the first three dimensions; they come first among the kernel's
+    arguments.
+    """
     q = strided[-1]
     B, H, N, D = q.shape
     strides = [stride for tensor in strided for stride in tensor.stride()[:3]]
@@ -445,7 +481,11 @@ BACKENDS = {
     "flash-attn-4": _flash_attn_4,
     "triton": _triton,
 }
-_FLASH_ATTN_MODULES = {"flash-attn-2": "flash_attn", "flash-attn-3": "flash_attn_interface", "flash-attn-4": "flash_attn.cute"}
+_FLASH_ATTN_MODULES = {
+    "flash-attn-2": "flash_attn",
+    "flash-attn-3": "flash_attn_interface",
+    "flash-attn-4": "flash_attn.cute",
+}
 
 _chosen = "torch"
 
@@ -461,12 +501,14 @@ def attention(
 
     Args:
         q, k, v: of one shape and dtype; strided as they come, views of one projection included.
-        backend: None is what `use_attention` or `choose_attention` set for this process, and "torch" where neither was called.
+        backend: None is what `use_attention` or `choose_attention` set for this process, and "torch" where neither was
+            called.
             "torch"   PyTorch's scaled_dot_product_attention, which chooses among its own kernels: the reference
             "math", "flash", "cudnn"    one of those kernels
             "flash-attn-2", "flash-attn-3", "flash-attn-4"    the installed package of that generation
-            "triton"  the kernel of this file: bf16, fp16 or fp32 with fp32 sums; d of 16, 32, 64 or 128; no atomics, so the same bits
-                      in every run. None never means it unasked, in Triton's interpreter neither: it must first win a measurement.
+            "triton"  the kernel of this file: bf16, fp16 or fp32 with fp32 sums; d of 16, 32, 64 or 128; no atomics, so
+                      the same bits in every run. None never means it unasked, in Triton's interpreter neither:
+                      it must first win a measurement.
 
     Returns:
         In the dtype of q. Most backends lay it out as [B, N, H, d], so that joining the heads moves nothing.
@@ -493,7 +535,8 @@ def use_attention(name: str) -> None:
     """Let `attention(..., backend=None)` use this backend from now on, in this process.
 
     Raises:
-        ValueError: an unknown backend. Whether a known one can run shows in the first call: that depends on the tensors.
+        ValueError: an unknown backend. Whether a known one can run shows in the first call: that depends on the
+            tensors.
     """
     global _chosen
     if name not in BACKENDS:
@@ -531,13 +574,26 @@ def _cuda_obstacle(name: str, device: torch.device, dtype: torch.dtype, head_dim
     if name in _FLASH_ATTN_MODULES:
         return _flash_attn_obstacle(name, torch.cuda.get_device_capability(device), dtype)
     x = torch.empty(1, 1, 128, head_dim, dtype=dtype, device=device, requires_grad=True)
-    can_use = {"flash": torch.backends.cuda.can_use_flash_attention, "cudnn": torch.backends.cuda.can_use_cudnn_attention}[name]
-    return None if can_use(torch.backends.cuda.SDPAParams(x, x, x, None, 0.0, False, False)) else "is refused by PyTorch here"
+    can_use = {
+        "flash": torch.backends.cuda.can_use_flash_attention,
+        "cudnn": torch.backends.cuda.can_use_cudnn_attention,
+    }[name]
+    return (
+        None
+        if can_use(torch.backends.cuda.SDPAParams(x, x, x, None, 0.0, False, False))
+        else "is refused by PyTorch here"
+    )
 
 
 def _flash_attn_obstacle(name: str, capability: tuple[int, int], dtype: torch.dtype) -> str | None:
-    """The packages share names, so each is known by the function it has: `import flash_attn` also works where only 4 is installed."""
-    oldest, newest = {"flash-attn-2": ((8, 0), (99, 0)), "flash-attn-3": ((9, 0), (9, 0)), "flash-attn-4": ((9, 0), (99, 0))}[name]
+    """The packages share names, so each is known by the function it has: `import flash_attn` also works where only 4 is
+    installed.
+    """
+    oldest, newest = {
+        "flash-attn-2": ((8, 0), (99, 0)),
+        "flash-attn-3": ((9, 0), (9, 0)),
+        "flash-attn-4": ((9, 0), (99, 0)),
+    }[name]
     if not oldest <= capability <= newest:
         return f"is not made for compute capability {capability[0]}.{capability[1]}"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -546,7 +602,9 @@ def _flash_attn_obstacle(name: str, capability: tuple[int, int], dtype: torch.dt
         module = importlib.import_module(_FLASH_ATTN_MODULES[name])
     except Exception as error:  # whatever a half-working installation raises
         return f"is not installed ({type(error).__name__}: {first_line(error)})"
-    return None if hasattr(module, "flash_attn_func") else f"is not installed ({module.__name__} has no flash_attn_func)"
+    return (
+        None if hasattr(module, "flash_attn_func") else f"is not installed ({module.__name__} has no flash_attn_func)"
+    )
 
 
 def first_line(error: Exception) -> str:

@@ -4,7 +4,8 @@ import torch
 from triton import knobs
 
 INTERPRETED = knobs.runtime.interpret
-"""Whether Triton kernels run in its interpreter, on CPU tensors: TRITON_INTERPRET=1 in the environment before triton is imported."""
+"""Whether Triton kernels run in its interpreter, on CPU tensors: TRITON_INTERPRET=1 in the environment before triton is
+imported."""
 
 ASSUMED_CAPABILITY = (9, 0)
 """Of the GPU that CPU tensors stand for, in the interpreter and where kernels are compiled without a GPU."""
@@ -18,8 +19,8 @@ def capability(device: torch.device) -> tuple[int, int]:
 def resolve_backend(name: str | None, *tensors: torch.Tensor | torch.device | None) -> str:
     """Return "torch" or "triton" for an operator on these tensors (or on a device).
 
-    None picks Triton on CUDA devices and, under TRITON_INTERPRET=1, on the CPU; else PyTorch. float64 tensors always pick PyTorch: the
-    kernels compute in float32, and whoever asks for float64 wants the reference.
+    None picks Triton on CUDA devices and, under TRITON_INTERPRET=1, on the CPU; else PyTorch. float64 tensors always
+    pick PyTorch: the kernels compute in float32, and whoever asks for float64 wants the reference.
 
     Raises:
         ValueError: an unknown name, or "triton" where no Triton kernel can run. Never a silent fall-back.
@@ -33,7 +34,9 @@ def resolve_backend(name: str | None, *tensors: torch.Tensor | torch.device | No
     can_run = all(device.type == "cuda" or (INTERPRETED and device.type == "cpu") for device in devices)
     has_double = any(isinstance(each, torch.Tensor) and each.dtype == torch.float64 for each in given)
     if name == "triton" and not can_run:
-        raise ValueError("backend='triton' needs tensors on a CUDA device, or TRITON_INTERPRET=1 in the environment from the start")
+        raise ValueError(
+            "backend='triton' needs tensors on a CUDA device, or TRITON_INTERPRET=1 in the environment from the start"
+        )
     if name == "triton" and has_double:
         raise ValueError("backend='triton' computes in float32; for float64 use backend='torch'")
     return "triton" if can_run and not has_double else "torch"

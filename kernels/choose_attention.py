@@ -1,4 +1,6 @@
-"""Which implementation of attention serves a run best: measured on the GPU that will run it, at the shape that it will have."""
+"""Which implementation of attention serves a run best: measured on the GPU that will run it, at the shape that it will
+have.
+"""
 
 import functools
 import math
@@ -29,8 +31,9 @@ def choose_attention(
 ) -> AttentionChoice:
     """Measure the backends at the shape of a run and let `attention(..., backend=None)` use the fastest from now on.
 
-    Every backend first has to agree with float64 on the last clip of a whole batch, output and gradients, within twice the error of
-    plain PyTorch in `dtype` and 2 ulp. Timings differ from rank to rank: measure on one, and `use_attention` its choice on the others.
+    Every backend first has to agree with float64 on the last clip of a whole batch, output and gradients, within twice
+    the error of plain PyTorch in `dtype` and 2 ulp. Timings differ from rank to rank: measure on one, and
+    `use_attention` its choice on the others.
 
     Args:
         shape: [B, H, N, d] of q. As much memory as attention takes there must be free.
@@ -73,7 +76,9 @@ def choose_attention(
 def _example(
     shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k, v as the model gives them, views of one projection [B, N, 3, H, d], and dO as it comes back, [B, N, H * d]."""
+    """q, k, v as the model gives them, views of one projection [B, N, 3, H, d], and dO as it comes back, [B, N, H *
+    d].
+    """
     B, H, N, D = shape
     generator = torch.Generator(device).manual_seed(0)
     qkv = torch.randn(B, N, 3, H, D, dtype=dtype, device=device, generator=generator)
@@ -110,7 +115,9 @@ def _definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tens
 
 
 def _measure(steps: dict[str, Callable[[], object]], warm_up: int = 3, rounds: int = 10) -> dict[str, float]:
-    """Median milliseconds on the GPU. The steps take turns, so that a clock that changes meanwhile is the same to all."""
+    """Median milliseconds on the GPU. The steps take turns, so that a clock that changes meanwhile is the same to
+    all.
+    """
     times = {name: [] for name in steps}
     for turn in range(warm_up + rounds):
         for name, step in steps.items():

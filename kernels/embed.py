@@ -32,20 +32,23 @@ def _reference(
     return torch.cat((prefix, tokens), dim=1) + position
 
 
-# --- the kernels --------------------------------------------------------------------------------------------------------------------
+# --- the kernels ------------------------------------------------------------------------------------------------------
 #
-# Masked patches, 400 of 512, need no projection: forward and backward multiply the rows of visible patches only, gathered by their
-# numbers. Every token is written once, with everything added to it; gradients are sums over clips of what is read once.
+# Masked patches, 400 of 512, need no projection: forward and backward multiply the rows of visible patches only,
+# gathered by their numbers. Every token is written once, with everything added to it; gradients are sums over clips of
+# what is read once.
 
-_ROWS = 64  # tokens a program: a tile of visible patches is the left factor of a product, of which Hopper takes no fewer rows
+# tokens a program: a tile of visible patches is the left factor of a product, of which Hopper takes no fewer rows
+_ROWS = 64
 _SUM_ROWS = 16  # tokens a program in the sums over clips
 _SUM_COLUMNS = 128  # of the width D
 _PROGRAMS = 128  # about one for each multiprocessor: into how many the sums over clips are split
 
 
 def _tiles(compute: torch.dtype) -> dict[str, dict[str, int]]:
-    """Rows and columns of the products' results, and how much of the dimension that is summed over at a time. float32 is multiplied
-    outside the matrix units, which takes all factors from registers: small tiles."""
+    """Rows and columns of the products' results, and how much of the dimension that is summed over at a time. float32
+    is multiplied outside the matrix units, which takes all factors from registers: small tiles.
+    """
     if compute == torch.float32:
         return {"tokens": {"BR": 32, "BD": 32, "BK": 32}, "weight": {"BD": 32, "BK": 32, "BR": 32}}
     return {"tokens": {"BR": _ROWS, "BD": 128, "BK": 64}, "weight": {"BD": 128, "BK": 256, "BR": 64}}
@@ -97,8 +100,9 @@ def _embed_kernel(
     BD: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """One program for BR tokens of one clip, all of their width: first tiles of visible patches, then of masked ones; the first program
-    of a clip writes its prefix tokens too."""
+    """One program for BR tokens of one clip, all of their width: first tiles of visible patches, then of masked ones;
+    the first program of a clip writes its prefix tokens too.
+    """
     clip = tl.program_id(1).to(tl.int64)
     tile = tl.program_id(0)
     VISIBLE: tl.constexpr = P - M
@@ -116,8 +120,12 @@ def _embed_kernel(
             tokens = tl.zeros((BR, BD), tl.float32)
             for k0 in range(0, K, BK):
                 k = k0 + tl.arange(0, BK)
-                patches = tl.load(patch_ptr[:, None] + k[None, :], mask=is_row[:, None] & (k < K)[None, :], other=0.0)  # [BR, BK]
-                weight = tl.load(weight_ptr + d[None, :] * K + k[:, None], mask=(d < D)[None, :] & (k < K)[:, None], other=0.0)
+                patches = tl.load(
+                    patch_ptr[:, None] + k[None, :], mask=is_row[:, None] & (k < K)[None, :], other=0.0
+                )  # [BR, BK]
+                weight = tl.load(
+                    weight_ptr + d[None, :] * K + k[:, None], mask=(d < D)[None, :] & (k < K)[:, None], other=0.0
+                )
                 tokens = tl.dot(patches.to(COMPUTE), weight.to(COMPUTE), tokens, input_precision=PRECISION)
             tokens += tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
             place = (2 + number)[:, None] * D + d[None, :]
@@ -213,9 +221,13 @@ def _weight_sums_kernel(
             if visible_ptr is not None:
                 number = tl.load(visible_ptr + tl.cast(clip, tl.int64) * VISIBLE + row, mask=row < VISIBLE, other=0)
             grad_ptrs = clip_grad_ptr + (2 + number)[:, None] * D + d[None, :]
-            grad = tl.load(grad_ptrs, mask=(row < VISIBLE)[:, None] & (d < D)[None, :], other=0.0).to(COMPUTE)  # [BR, BD]
+            grad = tl.load(grad_ptrs, mask=(row < VISIBLE)[:, None] & (d < D)[None, :], other=0.0).to(
+                COMPUTE
+            )  # [BR, BD]
             patch_ptrs = clip_patches_ptr + number.to(tl.int64)[:, None] * patch_stride + k[None, :]
-            patches = tl.load(patch_ptrs, mask=(row < VISIBLE)[:, None] & (k < K)[None, :], other=0.0).to(COMPUTE)  # [BR, BK]
+            patches = tl.load(patch_ptrs, mask=(row < VISIBLE)[:, None] & (k < K)[None, :], other=0.0).to(
+                COMPUTE
+            )  # [BR, BK]
             total = tl.dot(tl.trans(grad), patches, total, input_precision=PRECISION)
     keep = (d < D)[:, None] & (k < K)[None, :]
     tl.store(out_ptr + tl.cast(split, tl.int64) * D * K + d[:, None] * K + k[None, :], total, mask=keep)
@@ -243,7 +255,9 @@ def _sum_parts(parts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    return "ieee" if dtype == torch.float32 else "tf32"  # of float32 factors; the others are multiplied exactly in any case
+    return (
+        "ieee" if dtype == torch.float32 else "tf32"
+    )  # of float32 factors; the others are multiplied exactly in any case
 
 
 _TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -260,7 +274,9 @@ def _embed_op(
     mask: torch.Tensor | None,
     compute: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, and for the backward pass: numbers of the visible patches, and which are masked (both empty without a mask)."""
+    """Tokens, and for the backward pass: numbers of the visible patches, and which are masked (both empty without a
+    mask).
+    """
     tokens, visible, is_masked = _new_outputs(patches, weight, position, mask, compute)
     batch, num_patches, values = patches.shape
     num_masked = 0 if mask is None else mask.shape[1]
@@ -272,7 +288,13 @@ def _embed_op(
             mask = mask.contiguous()
             num_patches_2 = triton.next_power_of_2(num_patches)
             _partition_kernel[(batch,)](
-                mask, visible, is_masked, P=num_patches, M=num_masked, P_2=num_patches_2, num_warps=max(4, num_patches_2 // 256)
+                mask,
+                visible,
+                is_masked,
+                P=num_patches,
+                M=num_masked,
+                P_2=num_patches_2,
+                num_warps=max(4, num_patches_2 // 256),
             )
         blocks = _tiles(compute)["tokens"]
         tiles = triton.cdiv(num_patches - num_masked, blocks["BR"]) + triton.cdiv(num_masked, blocks["BR"])
@@ -407,7 +429,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad, _grad_visible, _grad_is_masked):
     patches, weight, bias, position, prefix, mask_token, visible, is_masked = ctx.saved_tensors
-    grads = _embed_backward_op(grad, patches, weight, bias, position, prefix, mask_token, visible, is_masked, ctx.compute)
+    grads = _embed_backward_op(
+        grad, patches, weight, bias, position, prefix, mask_token, visible, is_masked, ctx.compute
+    )
     grad_weight, grad_bias, grad_position, grad_prefix, grad_mask_token = grads
     grad_patches = None
     if ctx.needs_input_grad[0]:  # never in training: patches are data
@@ -416,7 +440,16 @@ def _backward(ctx, grad, _grad_visible, _grad_is_masked):
             grad_patches = grad_patches.masked_fill(is_masked[..., None] != 0, 0.0)
         grad_patches = grad_patches.to(patches.dtype)
     has_mask = is_masked.shape[1] > 0
-    return grad_patches, grad_weight, grad_bias, grad_position, grad_prefix, grad_mask_token if has_mask else None, None, None
+    return (
+        grad_patches,
+        grad_weight,
+        grad_bias,
+        grad_position,
+        grad_prefix,
+        grad_mask_token if has_mask else None,
+        None,
+        None,
+    )
 
 
 _embed_op.register_autograd(_backward, setup_context=_setup_context)
@@ -433,10 +466,11 @@ def embed_patches(
     *,
     backend: str | None = None,
 ) -> torch.Tensor:  # [B, 2 + P, D]
-    """Tokens [cls, dist, patch 0, patch 1, ...] of SSAST, section "Patch embedding": E_i + P_i, with E_mask in place of masked E_i.
+    """Tokens [cls, dist, patch 0, patch 1, ...] of SSAST, section "Patch embedding": E_i + P_i, with E_mask in place of
+    masked E_i.
 
-    The projection's factors are taken in the dtype of `weight`, under autocast in the autocast dtype. The kernel sums everything in
-    float32 and rounds once, to the wider of that dtype and the one of `position`.
+    The projection's factors are taken in the dtype of `weight`, under autocast in the autocast dtype. The kernel sums
+    everything in float32 and rounds once, to the wider of that dtype and the one of `position`.
 
     Args:
         patches: flattened patches, value index = frequency offset * patch width in frames + frame offset.
@@ -444,8 +478,8 @@ def embed_patches(
         position: trained position embedding, its first two rows belong to the prefix tokens.
         prefix: the cls and the dist token.
         mask_token: learned embedding that stands in for masked patches.
-        mask: int64 patch numbers without the offset of the prefix tokens, in any order. Numbers outside [0, P) and repeats are not
-            looked for, and what comes of them is undefined. None masks nothing.
+        mask: int64 patch numbers without the offset of the prefix tokens, in any order. Numbers outside [0, P) and
+            repeats are not looked for, and what comes of them is undefined. None masks nothing.
         backend: None, "torch" or "triton".
 
     Raises:
@@ -454,14 +488,20 @@ def embed_patches(
     if mask is not None and mask_token is None:
         raise ValueError("mask was given without mask_token")
     width, num_tokens = weight.shape[0], NUM_PREFIX + patches.shape[1]
-    wanted = {"weight": (width, patches.shape[2]), "bias": (width,), "position": (num_tokens, width), "prefix": (NUM_PREFIX, width)}
+    wanted = {
+        "weight": (width, patches.shape[2]),
+        "bias": (width,),
+        "position": (num_tokens, width),
+        "prefix": (NUM_PREFIX, width),
+    }
     given = {"weight": weight, "bias": bias, "position": position, "prefix": prefix}
     if mask_token is not None:
         wanted["mask_token"], given["mask_token"] = (width,), mask_token
     for name, shape in wanted.items():
         if given[name].shape != shape:
             raise ValueError(
-                f"{name} is {tuple(given[name].shape)} and must be {shape}: {patches.shape[1]} patches of {patches.shape[2]} values, "
+                f"{name} is {tuple(given[name].shape)} and must be {shape}: {patches.shape[1]} patches of "
+                f"{patches.shape[2]} values, "
                 f"{NUM_PREFIX} prefix tokens, width {width}"
             )
     if mask is not None and (mask.shape[0] != patches.shape[0] or not 0 < mask.shape[1] < patches.shape[1]):
@@ -471,5 +511,7 @@ def embed_patches(
 
     device_type = patches.device.type
     compute = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
-    tokens, _, _ = _embed_op(patches, weight, bias, position, prefix, mask_token if mask is not None else None, mask, compute)
+    tokens, _, _ = _embed_op(
+        patches, weight, bias, position, prefix, mask_token if mask is not None else None, mask, compute
+    )
     return tokens

@@ -1,9 +1,10 @@
 """Kaldi-compatible log-mel filter banks of a whole batch.
 
-What is computed, and where each step comes from: Kaldi's `compute-fbank-feats` as torchaudio's `compliance.kaldi.fbank` exposes it,
-with the options of SSAST: 25 ms Hann window, 10 ms shift, per-frame DC removal, pre-emphasis 0.97, no dither, no energy, the waveform
-left in [-1, 1], natural logarithm floored at float32 epsilon, `snip_edges` (only whole frames), mel range 20 Hz to the Nyquist
-frequency. The loader's mean subtraction is not repeated: per-frame DC removal makes it immaterial.
+What is computed, and where each step comes from: Kaldi's `compute-fbank-feats` as torchaudio's `compliance.kaldi.fbank`
+exposes it, with the options of SSAST: 25 ms Hann window, 10 ms shift, per-frame DC removal, pre-emphasis 0.97, no
+dither, no energy, the waveform left in [-1, 1], natural logarithm floored at float32 epsilon, `snip_edges` (only whole
+frames), mel range 20 Hz to the Nyquist frequency. The loader's mean subtraction is not repeated: per-frame DC removal
+makes it immaterial.
 """
 
 import functools
@@ -44,9 +45,11 @@ def samples_of(frames: int, sample_rate: int) -> int:
 
 
 def mel_filters(num_mel_bins: int, fft_length: int, sample_rate: int) -> torch.Tensor:
-    """[F, fft_length / 2 + 1] float64 triangles of Kaldi's mel scale, 1127 ln(1 + f / 700), in mel between neighbouring centres.
+    """[F, fft_length / 2 + 1] float64 triangles of Kaldi's mel scale, 1127 ln(1 + f / 700), in mel between neighbouring
+    centres.
 
-    The Nyquist bin feeds no filter. Narrow filters may hold no FFT bin at all (filter 3 of 128 at 16 kHz): their output is the floor.
+    The Nyquist bin feeds no filter. Narrow filters may hold no FFT bin at all (filter 3 of 128 at 16 kHz): their output
+    is the floor.
     """
     edges_mel = torch.linspace(_mel(LOW_HZ), _mel(sample_rate / 2), num_mel_bins + 2, dtype=torch.float64)
     bin_mel = torch.tensor([_mel(k * sample_rate / fft_length) for k in range(fft_length // 2)], dtype=torch.float64)
@@ -82,7 +85,9 @@ def _reference(
 
 @functools.lru_cache(maxsize=16)
 @torch.inference_mode(False)  # they are kept, and may be needed for a gradient later
-def _constants(sample_rate: int, num_mel_bins: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _constants(
+    sample_rate: int, num_mel_bins: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     window, _, fft_length = frame_geometry(sample_rate)
     hann = torch.hann_window(window, periodic=False, dtype=torch.float64)
     filters = mel_filters(num_mel_bins, fft_length, sample_rate)
@@ -114,26 +119,29 @@ def _fit_frames(
     return torch.nn.functional.pad(features, (0, 0, 0, num_frames - frames))  # negative padding cuts
 
 
-# --- the kernel ---------------------------------------------------------------------------------------------------------------------
+# --- the kernel -------------------------------------------------------------------------------------------------------
 #
-# The power spectrum does not change when a frame is shifted in time, so the phase is counted from the middle of the frame: the cosines
-# then see only the even half y[c + m] + y[c - 1 - m] of the windowed frame, the sines only the odd half. About m = N / 4 the cosine of
-# bin k is even for even k and odd for odd k, the sine the other way round: a second fold. What is left are four products of
-# [frames, N / 4] by [N / 4, N / 4] (even and odd bins, cosines and sines), a quarter of the direct transform.
+# The power spectrum does not change when a frame is shifted in time, so the phase is counted from the middle of the
+# frame: the cosines then see only the even half y[c + m] + y[c - 1 - m] of the windowed frame, the sines only the odd
+# half. About m = N / 4 the cosine of bin k is even for even k and odd for odd k, the sine the other way round: a second
+# fold. What is left are four products of [frames, N / 4] by [N / 4, N / 4] (even and odd bins, cosines and sines), a
+# quarter of the direct transform.
 #
-# The products run on matrix units in float16 without losing float32's accuracy: frame = high + low and cosine = high + low, each pair
-# exact to 22 bits or more, and three of the four products are summed in float32 (low x low is below the last bit). Each frame is scaled
-# so that it fills float16's range, whatever its level.
+# The products run on matrix units in float16 without losing float32's accuracy: frame = high + low and cosine = high +
+# low, each pair exact to 22 bits or more, and three of the four products are summed in float32 (low x low is below the
+# last bit). Each frame is scaled so that it fills float16's range, whatever its level.
 
 _BIN_TILE = 128  # even (and as many odd) bins at a time: all of a 512-point transform
-_SUM_TILE = 16  # of the folded frame, the dimension that is summed over; 32 spills registers where S is no multiple of 16
+# of the folded frame, the dimension that is summed over; 32 spills registers where S is no multiple of 16
+_SUM_TILE = 16
 _WARPS, _STAGES = 8, 2
 
 
 def _frame_tile(waveform: torch.Tensor, fft_length: int) -> int:
-    """Frames a program. 64 fill the registers with four accumulators of [128, 64], beside 16-bit samples and one block of bins; float32
-    samples and longer transforms leave room for 32. On Blackwell accumulators live in tensor memory, where each product of a chain gets
-    one of its own, and 32 fill its 512 columns."""
+    """Frames a program. 64 fill the registers with four accumulators of [128, 64], beside 16-bit samples and one block
+    of bins; float32 samples and longer transforms leave room for 32. On Blackwell accumulators live in tensor memory,
+    where each product of a chain gets one of its own, and 32 fill its 512 columns.
+    """
     has_room = waveform.dtype == torch.int16 and fft_length <= 4 * _BIN_TILE and capability(waveform.device) < (10, 0)
     return 64 if has_room else 32
 
@@ -167,8 +175,9 @@ def _fbank_kernel(
     BJ: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """One program for BT frames of one clip, all mel bins. Frames are columns: the basis is then the left factor of the products, whose
-    rows are never fewer than the matrix instruction takes."""
+    """One program for BT frames of one clip, all mel bins. Frames are columns: the basis is then the left factor of the
+    products, whose rows are never fewer than the matrix instruction takes.
+    """
     MIDDLE: tl.constexpr = (WINDOW + 1) // 2
     clip = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * BT + tl.arange(0, BT)
@@ -195,8 +204,12 @@ def _fbank_kernel(
                 right = _windowed(clip_ptr, start, is_frame, dc, gain, hann_ptr, MIDDLE + m, WINDOW, PRE)
                 left = _windowed(clip_ptr, start, is_frame, dc, gain, hann_ptr, MIDDLE - 1 - m, WINDOW, PRE)
                 # where the second fold lays m' = N / 2 - 1 - m over m
-                right_far = _windowed(clip_ptr, start, is_frame, dc, gain, hann_ptr, MIDDLE + 2 * QUARTER - 1 - m, WINDOW, PRE)
-                left_far = _windowed(clip_ptr, start, is_frame, dc, gain, hann_ptr, MIDDLE - 2 * QUARTER + m, WINDOW, PRE)
+                right_far = _windowed(
+                    clip_ptr, start, is_frame, dc, gain, hann_ptr, MIDDLE + 2 * QUARTER - 1 - m, WINDOW, PRE
+                )
+                left_far = _windowed(
+                    clip_ptr, start, is_frame, dc, gain, hann_ptr, MIDDLE - 2 * QUARTER + m, WINDOW, PRE
+                )
                 even, even_far = right + left, right_far + left_far
                 odd, odd_far = right - left, right_far - left_far
                 place = (j0 + tl.arange(0, BJ))[:, None] * Q + m[None, :]  # [BJ, BM]
@@ -206,7 +219,9 @@ def _fbank_kernel(
                 im_odd = _dot_split(basis_ptr + 6 * Q * Q, place, odd + odd_far, im_odd, Q)
             filters = filters_ptr + tl.arange(0, F_2)[:, None] * Q + (j0 + tl.arange(0, BJ))[None, :]  # [F_2, BJ]
             mel = tl.dot(tl.load(filters), re_even * re_even + im_even * im_even, mel, input_precision=MEL_PRECISION)
-            mel = tl.dot(tl.load(filters + Q * F_2), re_odd * re_odd + im_odd * im_odd, mel, input_precision=MEL_PRECISION)
+            mel = tl.dot(
+                tl.load(filters + Q * F_2), re_odd * re_odd + im_odd * im_odd, mel, input_precision=MEL_PRECISION
+            )
 
     mel = mel * power_unit[None, :] * power_unit[None, :]
     log_mel = tl.log(tl.maximum(mel, FLOOR, propagate_nan=tl.PropagateNan.ALL))
@@ -229,12 +244,16 @@ def _fbank_kernel(
 
 @triton.jit
 def _level(clip_ptr, start, is_frame, WINDOW: tl.constexpr):
-    """Of each frame [BT]: its mean, the power of two that brings its largest sample to between 2048 and 4096, and the inverse of that.
+    """Of each frame [BT]: its mean, the power of two that brings its largest sample to between 2048 and 4096, and the
+    inverse of that.
 
-    Folded, such samples stay below float16's 65504: four of them, each up to 2 x 1.97 after DC removal and pre-emphasis, under window
-    values that sum to at most 2."""
+    Folded, such samples stay below float16's 65504: four of them, each up to 2 x 1.97 after DC removal and
+    pre-emphasis, under window values that sum to at most 2.
+    """
     CHUNK: tl.constexpr = 128
-    first = tl.load(clip_ptr + start, mask=is_frame, other=0).to(tl.float32)  # what differs from it is summed: exact for a large DC
+    first = tl.load(clip_ptr + start, mask=is_frame, other=0).to(
+        tl.float32
+    )  # what differs from it is summed: exact for a large DC
     total = tl.zeros((CHUNK, start.shape[0]), tl.float32)
     largest = tl.zeros((CHUNK, start.shape[0]), tl.float32)
     for n0 in range(0, WINDOW, CHUNK):
@@ -246,12 +265,18 @@ def _level(clip_ptr, start, is_frame, WINDOW: tl.constexpr):
     exponent = tl.max(largest, axis=0).to(tl.int32, bitcast=True) >> 23
     exponent = tl.minimum(tl.maximum(exponent, 27), 253)  # from 2**-100: below, all is silence
     gain, inverse = ((127 + 11 + 127 - exponent) << 23), ((exponent - 11) << 23)
-    return first + tl.sum(total, axis=0) / WINDOW, gain.to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)
+    return (
+        first + tl.sum(total, axis=0) / WINDOW,
+        gain.to(tl.float32, bitcast=True),
+        inverse.to(tl.float32, bitcast=True),
+    )
 
 
 @triton.jit
 def _windowed(clip_ptr, start, is_frame, dc, gain, hann_ptr, n, WINDOW: tl.constexpr, PRE: tl.constexpr):
-    """Samples n [BM] of the frames without DC, pre-emphasised, scaled and under the window: [BM, BT], zero where n is outside."""
+    """Samples n [BM] of the frames without DC, pre-emphasised, scaled and under the window: [BM, BT], zero where n is
+    outside.
+    """
     inside = (n >= 0) & (n < WINDOW)
     mask = inside[:, None] & is_frame[None, :]
     x = tl.load(clip_ptr + (n[:, None] + start[None, :]), mask=mask, other=0).to(tl.float32)
@@ -263,7 +288,9 @@ def _windowed(clip_ptr, start, is_frame, dc, gain, hann_ptr, n, WINDOW: tl.const
 
 @triton.jit
 def _dot_split(basis_ptr, place, x, accumulator, Q: tl.constexpr):
-    """accumulator + basis @ x in three float16 products; `basis_ptr` points to the high part, the low part lies Q * Q further."""
+    """accumulator + basis @ x in three float16 products; `basis_ptr` points to the high part, the low part lies Q * Q
+    further.
+    """
     x_high = x.to(tl.float16)
     x_low = (x - x_high.to(tl.float32)).to(tl.float16)
     high, low = tl.load(basis_ptr + place), tl.load(basis_ptr + Q * Q + place)
@@ -273,7 +300,9 @@ def _dot_split(basis_ptr, place, x, accumulator, Q: tl.constexpr):
 
 
 @functools.lru_cache(maxsize=16)
-def _kernel_constants(sample_rate: int, num_mel_bins: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _kernel_constants(
+    sample_rate: int, num_mel_bins: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Window, cosines and sines, mel filters as the kernel wants them, computed in float64."""
     window, _, fft_length = frame_geometry(sample_rate)
     quarter = fft_length // 4
@@ -286,7 +315,9 @@ def _kernel_constants(sample_rate: int, num_mel_bins: int, device: torch.device)
             high = values.to(torch.float16)
             basis[parity, part, 0, :quarter, :quarter] = high
             basis[parity, part, 1, :quarter, :quarter] = (values - high.double()).to(torch.float16)
-    by_bin = mel_filters(num_mel_bins, fft_length, sample_rate)[:, :-1]  # [F, bins] without the Nyquist bin, which feeds no filter
+    by_bin = mel_filters(num_mel_bins, fft_length, sample_rate)[
+        :, :-1
+    ]  # [F, bins] without the Nyquist bin, which feeds no filter
     filters = torch.zeros(2, _mel_width(num_mel_bins), size)
     for parity in (0, 1):
         filters[parity, :num_mel_bins, :quarter] = by_bin[:, parity::2]
@@ -341,7 +372,9 @@ def _fbank_op(
             PATCH_T=patch[1] if patch else 0,
             PRE=PRE_EMPHASIS,
             FLOOR=LOG_FLOOR,
-            MEL_PRECISION="tf32" if dtype.itemsize == 2 else "ieee",  # tf32's 11 bits are as many as float16 keeps of the result
+            MEL_PRECISION="tf32"
+            if dtype.itemsize == 2
+            else "ieee",  # tf32's 11 bits are as many as float16 keeps of the result
             BT=frame_tile,
             BJ=min(_BIN_TILE, size),
             BM=_SUM_TILE,
@@ -356,7 +389,9 @@ def _(waveform, lengths, sample_rate, num_mel_bins, num_frames, mean, std, dtype
     return _new_output(waveform, num_mel_bins, num_frames, dtype, patch)
 
 
-def _new_output(waveform: torch.Tensor, num_mel_bins: int, num_frames: int, dtype: torch.dtype, patch: list[int]) -> torch.Tensor:
+def _new_output(
+    waveform: torch.Tensor, num_mel_bins: int, num_frames: int, dtype: torch.dtype, patch: list[int]
+) -> torch.Tensor:
     batch = waveform.shape[0]
     if not patch:
         return waveform.new_empty(batch, num_frames, num_mel_bins, dtype=dtype)
@@ -383,20 +418,24 @@ def fbank(
         waveform: [B, S] float32 in [-1, 1], or int16 (divided by 32768).
         sample_rate: in Hz; window and shift in samples are rounded down, the FFT length up to a power of two.
         num_mel_bins: F.
-        lengths: [B] samples of each clip that are sound; frames that reach past the end are zero rows. None: all S samples.
+        lengths: [B] samples of each clip that are sound; frames that reach past the end are zero rows. None: all S
+            samples.
         num_frames: T; rows past what S gives are zero, surplus rows are cut. None: what S gives.
-        mean, std: normalise to (x - mean) / (2 std). The zero rows are put in before, as the official loader does, so after it they
-            hold -mean / (2 std).
+        mean, std: normalise to (x - mean) / (2 std). The zero rows are put in before, as the official loader does, so
+            after it they hold -mean / (2 std).
         dtype: of the result. All arithmetic is as accurate as float32 (float64 for a float64 waveform).
-        patch: (mel bins, frames) of a patch: the result comes in patch order, as `ssast.kernels.patchify` would give it.
-        backend: None, "torch" or "triton". The kernel has no gradient; None picks PyTorch for a waveform that requires one.
+        patch: (mel bins, frames) of a patch: the result comes in patch order, as `ssast.kernels.patchify` would give
+            it.
+        backend: None, "torch" or "triton". The kernel has no gradient; None picks PyTorch for a waveform that requires
+            one.
 
     Returns:
-        [B, T, F], or [B, P, K] with `patch`, on the waveform's device. A clip shorter than one window has only zero rows.
+        [B, T, F], or [B, P, K] with `patch`, on the waveform's device. A clip shorter than one window has only zero
+        rows.
 
     Raises:
-        ValueError: a waveform of another shape or type, one of `mean` and `std` without the other, a negative `num_frames`, a
-            patch that no frame can fill, or backend="triton" for a waveform that requires a gradient.
+        ValueError: a waveform of another shape or type, one of `mean` and `std` without the other, a negative
+            `num_frames`, a patch that no frame can fill, or backend="triton" for a waveform that requires a gradient.
     """
     if waveform.ndim != 2:
         raise ValueError(f"waveform must be [B, S], not of shape {tuple(waveform.shape)}")

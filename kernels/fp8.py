@@ -1,18 +1,21 @@
 """A linear layer whose three matrix products are computed in FP8: y = x W^T + b, dx = dy W and dw = dy^T x.
 
-Each factor gets one scale, found anew in every call: s = largest magnitude / largest number of the format, stored value = factor / s,
-rounded to nearest. x and W become e4m3 (4 exponent and 3 mantissa bits, up to 448), dy becomes e5m2 (5 and 2, up to 57344), as in "FP8
-Formats for Deep Learning" (Micikevicius et al. 2022). Gradients spread over more powers of two than activations and weights do, and what
-falls out of the format's range becomes zero: e5m2 keeps its precision down to 2^-30 of the largest magnitude, e4m3 down to 2^-15.
+Each factor gets one scale, found anew in every call: s = largest magnitude / largest number of the format, stored value
+= factor / s, rounded to nearest. x and W become e4m3 (4 exponent and 3 mantissa bits, up to 448), dy becomes e5m2 (5
+and 2, up to 57344), as in "FP8 Formats for Deep Learning" (Micikevicius et al. 2022). Gradients spread over more powers
+of two than activations and weights do, and what falls out of the format's range becomes zero: e5m2 keeps its precision
+down to 2^-30 of the largest magnitude, e4m3 down to 2^-15.
 
-The cost in accuracy, for normally distributed values: rounding to e4m3 adds noise of 2.6% (RMS), to e5m2 of 5.3%, so y errs by 3.7% of its
-RMS, dx and dw by 5.9%. A scale is shared by a whole tensor, but precision is relative: an outlier takes none from the rest until it is
-2^15 (in a gradient 2^30) times larger than they are. From there on it does, and 2^4 (2^3) further they are zero.
+The cost in accuracy, for normally distributed values: rounding to e4m3 adds noise of 2.6% (RMS), to e5m2 of 5.3%, so y
+errs by 3.7% of its RMS, dx and dw by 5.9%. A scale is shared by a whole tensor, but precision is relative: an outlier
+takes none from the rest until it is 2^15 (in a gradient 2^30) times larger than they are. From there on it does, and
+2^4 (2^3) further they are zero.
 
-All but the products is plain PyTorch in a `torch.autograd.Function`, through which torch.compile traces; an operator of `torch.library`
-would be opaque to it. So Inductor finds the largest magnitude in the kernel that makes x (LayerNorm, GELU) or dy (GELU's backward pass),
-computes GELU again where it casts instead of writing it out, and casts and transposes in one pass. Uncompiled, each of these is a pass
-over memory of its own. Whether FP8 gains anything at a model's widths has to be measured.
+All but the products is plain PyTorch in a `torch.autograd.Function`, through which torch.compile traces; an operator of
+`torch.library` would be opaque to it. So Inductor finds the largest magnitude in the kernel that makes x (LayerNorm,
+GELU) or dy (GELU's backward pass), computes GELU again where it casts instead of writing it out, and casts and
+transposes in one pass. Uncompiled, each of these is a pass over memory of its own. Whether FP8 gains anything at a
+model's widths has to be measured.
 """
 
 import torch
@@ -20,7 +23,9 @@ import torch
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 _MULTIPLE = 16  # of which both widths, and the rows that dw is summed over, must be multiples: cuBLASLt's rule
-_LEAST_PEAK = 2.0**-100  # far below any gradient; from here on no scale, nor its inverse, leaves the normal numbers of float32
+_LEAST_PEAK = (
+    2.0**-100
+)  # far below any gradient; from here on no scale, nor its inverse, leaves the normal numbers of float32
 
 
 @torch.compiler.assume_constant_result
@@ -53,12 +58,15 @@ def _resolve(name: str | None, x: torch.Tensor) -> str:
 def _quantise(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """[rows, n] -> [rows, n] contiguous, in FP8, and the scale (float32, no dimensions) that multiplies it back.
 
-    No clamp: formats round to their largest number all that is up to 1.03 times larger, and no product comes to more, also when compiled
-    code compares values rounded to bf16 and casts them unrounded. A NaN or an infinity makes the scale NaN or infinite and, as zero times
-    infinity, its own stored value NaN; from there it reaches every product. A diverged run must not look sound.
+    No clamp: formats round to their largest number all that is up to 1.03 times larger, and no product comes to more,
+    also when compiled code compares values rounded to bf16 and casts them unrounded. A NaN or an infinity makes the
+    scale NaN or infinite and, as zero times infinity, its own stored value NaN; from there it reaches every product. A
+    diverged run must not look sound.
     """
     peak = tensor.abs().amax(dim=1).amax()  # rows first: so Inductor can join it to a kernel that works on rows
-    peak = peak.double().clamp(min=_LEAST_PEAK)  # in float64, as compiled code divides float32 inexactly and would round otherwise
+    peak = peak.double().clamp(
+        min=_LEAST_PEAK
+    )  # in float64, as compiled code divides float32 inexactly and would round otherwise
     largest = torch.finfo(dtype).max
     stored = (tensor.float() * (largest / peak).float()).to(dtype)
     return stored.contiguous(), (peak / largest).float()
@@ -96,8 +104,9 @@ def _product(
 
 
 class _FP8Linear(torch.autograd.Function):
-    """Keeps what the backward pass multiplies as the forward pass stored it: in FP8, transposed. When compiled, Inductor may keep what
-    it was made of instead and make it anew."""
+    """Keeps what the backward pass multiplies as the forward pass stored it: in FP8, transposed. When compiled,
+    Inductor may keep what it was made of instead and make it anew.
+    """
 
     @staticmethod
     def forward(
@@ -130,22 +139,25 @@ def fp8_linear(
     *,
     backend: str | None = None,
 ) -> torch.Tensor:  # [..., out]
-    """x W^T + b with FP8 products in both directions, differentiable once. The top of this file says what is rounded to what.
+    """x W^T + b with FP8 products in both directions, differentiable once. The top of this file says what is rounded to
+    what.
 
     Args:
-        x: bf16 or fp32, of any strides; float64 is quantised the same way and multiplied in float64. Under autocast it is cast first.
-        weight, bias: of any of these dtypes. The bias and its gradient are never quantised; that gradient is summed in float32.
+        x: bf16 or fp32, of any strides; float64 is quantised the same way and multiplied in float64. Under autocast it
+            is cast first.
+        weight, bias: of any of these dtypes. The bias and its gradient are never quantised; that gradient is summed in
+            float32.
         backend: None is "scaled_mm" on a GPU that multiplies in FP8 (see `fp8_obstacle`), "torch" elsewhere.
             "torch"      the reference: multiplies the same stored values in float32
             "scaled_mm"  torch._scaled_mm: cuBLASLt on a GPU, an emulation on the CPU
 
     Returns:
-        In the dtype of x, under autocast in the autocast dtype. A NaN or an infinity in x or weight makes all of it NaN, one in its
-        gradient all of their gradients.
+        In the dtype of x, under autocast in the autocast dtype. A NaN or an infinity in x or weight makes all of it
+        NaN, one in its gradient all of their gradients.
 
     Raises:
-        ValueError: widths that are no multiples of 16, shapes that do not belong together, an empty x, or a backend that is unknown or
-            cannot run here.
+        ValueError: widths that are no multiples of 16, shapes that do not belong together, an empty x, or a backend
+            that is unknown or cannot run here.
     """
     if weight.ndim != 2 or x.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
         given = ", ".join(str(None if each is None else tuple(each.shape)) for each in (x, weight, bias))

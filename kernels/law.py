@@ -1,7 +1,8 @@
-"""The law of tolerance, in numbers: a kernel may err at most twice as much as PyTorch does in the same dtype, plus 2 ulp.
+"""The law of tolerance, in numbers: a kernel may err at most twice as much as PyTorch does in the same dtype, plus 2
+ulp.
 
-Both errors are the largest over all elements, against the same computation in float64; an ulp is that of the dtype at the largest
-magnitude of the exact result. The rule is flash-attention's.
+Both errors are the largest over all elements, against the same computation in float64; an ulp is that of the dtype at
+the largest magnitude of the exact result. The rule is flash-attention's.
 """
 
 from __future__ import annotations

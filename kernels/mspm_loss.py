@@ -1,11 +1,11 @@
 """Masked spectrogram patch modelling: InfoNCE among the masked patches of one clip, and their reconstruction.
 
-S[j, i] = x_j . c_i of one clip, with targets x and predictions c, is an M x M matrix that the kernels make block by block and never
-store. Per clip of M = 400 patches of K = 256 values it takes 2 M^2 K = 82 MFLOP a time:
+S[j, i] = x_j . c_i of one clip, with targets x and predictions c, is an M x M matrix that the kernels make block by
+block and never store. Per clip of M = 400 patches of K = 256 values it takes 2 M^2 K = 82 MFLOP a time:
 
-    forward   softmax over predictions: one launch over rows of targets (normaliser and loss), then one over rows of predictions
-              (accuracy needs every normaliser first). Softmax over targets: one launch over rows of predictions gives all.
-              At last one program sums up.
+    forward   softmax over predictions: one launch over rows of targets (normaliser and loss), then one over rows of
+              predictions (accuracy needs every normaliser first). Softmax over targets: one launch over rows of
+              predictions gives all. At last one program sums up.
     backward  one launch over rows of predictions: S again, then the product of its softmax with the targets.
 
 The squared error of the second head rides along in the first launch, its gradient in the backward one.
@@ -24,7 +24,8 @@ _MAX_VALUES = 512  # of a patch: with more, 32 rows and 32 columns in fp32 no lo
 
 
 class MSPMLoss(NamedTuple):
-    """Scalars. `loss`, `nce` and `mse` have gradients; `accuracy` is the share of masked patches found, by the official rule.
+    """Scalars. `loss`, `nce` and `mse` have gradients; `accuracy` is the share of masked patches found, by the official
+    rule.
 
     A half of the objective that was not asked for is NaN.
     """
@@ -96,8 +97,10 @@ def _scores_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRODUCT: tl.constexpr,  # type of the factors
-    TARGET_ROWS: tl.constexpr,  # rows are targets, columns predictions; else the other way round, and predictions are looked for
-    IS_NORMALISED: tl.constexpr,  # `highest` and `log_sum` are those of the columns and known; else those of the rows, to be found
+    # rows are targets, columns predictions; else the other way round, and predictions are looked for
+    TARGET_ROWS: tl.constexpr,
+    # `highest` and `log_sum` are those of the columns and known; else those of the rows, to be found
+    IS_NORMALISED: tl.constexpr,
 ):
     """One program for ROWS rows of S (or of its transpose) against all columns.
 
@@ -152,8 +155,12 @@ def _scores_kernel(
             tl.store(highest_ptr + row, highest, mask=is_row)
             tl.store(log_sum_ptr + row, log_sum, mask=is_row)
             tl.store(partial_ptr + program, tl.sum(tl.where(is_row, (highest - true) + log_sum, 0.0)))
-        if not TARGET_ROWS:  # the first of equals is the best: the true one must beat those before it and match those after it
-            is_found = (tl.max(before, axis=1) < true) & (tl.max(after, axis=1) <= true)  # beyond M `true` is -inf and beats none
+        if (
+            not TARGET_ROWS
+        ):  # the first of equals is the best: the true one must beat those before it and match those after it
+            is_found = (tl.max(before, axis=1) < true) & (
+                tl.max(after, axis=1) <= true
+            )  # beyond M `true` is -inf and beats none
             tl.store(partial_ptr + tl.num_programs(0) + program, tl.sum(is_found.to(tl.float32)))
 
     if recon_ptr is not None:
@@ -165,7 +172,9 @@ def _scores_kernel(
 
 @triton.jit
 def _pointers(ptr, mask_ptr, row, stride, M: tl.constexpr):
-    """[R] pointers to the masked patches `row` [R] of a clip: rows of a tensor, picked through the mask where there is one."""
+    """[R] pointers to the masked patches `row` [R] of a clip: rows of a tensor, picked through the mask where there is
+    one.
+    """
     if mask_ptr is not None:
         row = tl.load(mask_ptr + row, mask=row < M, other=0)
     return ptr + row.to(tl.int64) * stride
@@ -200,7 +209,9 @@ def _finish_kernel(
     HAS_CLASS: tl.constexpr,
     HAS_RECON: tl.constexpr,
 ):
-    """One program, so that the order of the sums is fixed; in float64, so that it hardly matters and counts are exact."""
+    """One program, so that the order of the sums is fixed; in float64, so that it hardly matters and counts are
+    exact.
+    """
     nan = float("nan")
     if HAS_CLASS:
         nce = _sum(partial_ptr, programs) / count.to(tl.float64)
@@ -259,7 +270,8 @@ def _gradients_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRODUCT: tl.constexpr,
-    OVER_PREDICTIONS: tl.constexpr,  # `highest` and `log_sum` belong to the targets, which are the columns; else to the rows
+    # `highest` and `log_sum` belong to the targets, which are the columns; else to the rows
+    OVER_PREDICTIONS: tl.constexpr,
 ):
     """One program for ROWS predictions of a clip: d c_i = scale * sum over j of (softmax[j, i] - [i == j]) x_j."""
     BLOCKS: tl.constexpr = (M + ROWS - 1) // ROWS
@@ -286,7 +298,8 @@ def _gradients_kernel(
             if OVER_PREDICTIONS:
                 highest = tl.load(highest_ptr + column, mask=is_column, other=0.0)[None, :]
                 log_sum = tl.load(log_sum_ptr + column, mask=is_column, other=0.0)[None, :]
-            # Columns past M: exp(0 - highest) can be infinite, and infinite times a target of zero is no longer nothing.
+            # Columns past M: exp(0 - highest) can be infinite, and infinite times a target of zero is no longer
+            # nothing.
             share = tl.exp(tl.where(is_column[None, :], (score - highest) - log_sum, float("-inf")))
             # Less one before it is rounded to PRODUCT: next to one, bf16 would leave nothing of a small difference.
             share = tl.where(column[None, :] == row[:, None], share - 1.0, share)
@@ -304,7 +317,9 @@ def _gradients_kernel(
 
 @triton.jit
 def _upstream(d_loss_ptr, weight, d_part_ptr):
-    """Gradient of one part of the loss: what came for the loss, times the weight of the part in it, and what came for the part."""
+    """Gradient of one part of the loss: what came for the loss, times the weight of the part in it, and what came for
+    the part.
+    """
     total = 0.0
     if d_loss_ptr is not None:
         total += weight * tl.load(d_loss_ptr)
@@ -314,12 +329,14 @@ def _upstream(d_loss_ptr, weight, d_part_ptr):
 
 
 def _blocks(product: torch.dtype, values_2: int, *, is_backward: bool) -> dict[str, int]:
-    """The launch. Fixed, so that every rank computes the same bits. At K = 256 in bf16 it spills no registers on compute capability
-    8.0, 9.0 and 10.0 and leaves room for two programs on a multiprocessor of 9.0, so that one multiplies while the other reduces.
+    """The launch. Fixed, so that every rank computes the same bits. At K = 256 in bf16 it spills no registers on
+    compute capability 8.0, 9.0 and 10.0 and leaves room for two programs on a multiprocessor of 9.0, so that one
+    multiplies while the other reduces.
 
-    Many rows, since every program reads all columns of its clip: 205 KB at M = 400 in bf16. Few columns, which waste least of M and
-    keep a stage of the pipeline small (16 KB). The backward pass also holds sums [ROWS, K] in registers: half the rows. Products in
-    fp32 run on the ordinary units, which take all their factors from registers: small blocks.
+    Many rows, since every program reads all columns of its clip: 205 KB at M = 400 in bf16. Few columns, which waste
+    least of M and keep a stage of the pipeline small (16 KB). The backward pass also holds sums [ROWS, K] in registers:
+    half the rows. Products in fp32 run on the ordinary units, which take all their factors from registers: small
+    blocks.
     """
     if product == torch.float32:
         rows, columns, warps, stages = 32, 32, 8, 1
@@ -356,8 +373,8 @@ def _forward_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss, nce, mse, accuracy, and the normaliser of each softmax [2, B, M]: highest score and logarithm of the sum.
 
-    These two stay apart. PyTorch's log_softmax takes them off one after the other, too; with scores in the hundreds their sum would
-    round away what is left of a softmax that is all but one.
+    These two stay apart. PyTorch's log_softmax takes them off one after the other, too; with scores in the hundreds
+    their sum would round away what is left of a softmax that is all but one.
     """
     class_pred, recon_pred, target = _with_rows(class_pred), _with_rows(recon_pred), _with_rows(target)
     mask = None if mask is None else mask.contiguous()
@@ -493,45 +510,50 @@ def mspm_loss(
 ) -> MSPMLoss:
     """L = L_d + lambda L_g of SSAST, equations 1 to 3.
 
-    With c_i = class_pred, r_i = recon_pred, x_i = target of one clip and S[j, i] = x_j . c_i (no temperature, no normalisation,
-    negatives from the same clip only):
+    With c_i = class_pred, r_i = recon_pred, x_i = target of one clip and S[j, i] = x_j . c_i (no temperature, no
+    normalisation, negatives from the same clip only):
 
-        predictions  L_d = -mean_i log( exp S[i, i] / sum_k exp S[i, k] ): for each target, a softmax over the predictions; what the
-                     official code computes and the published weights were trained with
-        targets      L_d = -mean_i log( exp S[i, i] / sum_j exp S[j, i] ): for each prediction, a softmax over the targets;
-                     equation 1
+        predictions  L_d = -mean_i log( exp S[i, i] / sum_k exp S[i, k] ): for each target, a softmax over the
+                     predictions; what the official code computes and the published weights were trained with
+        targets      L_d = -mean_i log( exp S[i, i] / sum_j exp S[j, i] ): for each prediction, a softmax over the
+                     targets; equation 1
 
-    L_g is the mean square error over all elements. Accuracy is the share of predictions i whose largest entry over the targets j of
-    the softmax (in the direction chosen) is j = i; ties go to the first.
+    L_g is the mean square error over all elements. Accuracy is the share of predictions i whose largest entry over the
+    targets j of the softmax (in the direction chosen) is j = i; ties go to the first.
 
-    The result is float32 (float64 for float64 targets), each gradient of the type of its prediction. The reference computes in that
-    precision throughout. The kernels take bf16, fp16 and fp32 in any mixture and sum in fp32: S from products in the wider type of
-    class_pred and target (fp32 does without the matrix units), its softmax rounded to that type for the gradient. They are
-    differentiable once.
+    The result is float32 (float64 for float64 targets), each gradient of the type of its prediction. The reference
+    computes in that precision throughout. The kernels take bf16, fp16 and fp32 in any mixture and sum in fp32: S from
+    products in the wider type of class_pred and target (fp32 does without the matrix units), its softmax rounded to
+    that type for the gradient. They are differentiable once.
 
     Args:
         class_pred: None leaves L_d out (generative only: loss = L_g).
         recon_pred: None leaves L_g out (discriminative only: loss = L_d).
         target: raw normalised patches; never receives a gradient.
-        mask: int64 patch numbers in [0, P): x_i of clip b is target[b, mask[b, i]], and `target` holds all patches of the clips.
+        mask: int64 patch numbers in [0, P): x_i of clip b is target[b, mask[b, i]], and `target` holds all patches of
+            the clips.
         softmax_over: "predictions" or "targets".
         recon_weight: lambda.
         backend: None, "torch" or "triton".
 
     Raises:
-        ValueError: neither prediction, shapes that differ, an unknown `softmax_over`, or what the kernels do not take: K above 512,
-            other types.
+        ValueError: neither prediction, shapes that differ, an unknown `softmax_over`, or what the kernels do not take:
+            K above 512, other types.
     """
     _check(class_pred, recon_pred, target, mask, softmax_over)
     if class_pred is None and recon_pred is None:
         raise ValueError("class_pred and recon_pred are both None: nothing to learn")
     if resolve_backend(backend, class_pred, recon_pred, target, mask) == "torch":
         return _reference(class_pred, recon_pred, target, mask, softmax_over, recon_weight)
-    if target.shape[2] > _MAX_VALUES or any(x is not None and x.dtype not in _PRODUCT for x in (class_pred, recon_pred, target)):
+    if target.shape[2] > _MAX_VALUES or any(
+        x is not None and x.dtype not in _PRODUCT for x in (class_pred, recon_pred, target)
+    ):
         raise ValueError(
             f"the kernels take up to {_MAX_VALUES} values a patch of bf16, fp16 or fp32; for others use backend='torch'"
         )
-    return MSPMLoss(*_forward_op(class_pred, recon_pred, target, mask, softmax_over == "predictions", float(recon_weight))[:4])
+    return MSPMLoss(
+        *_forward_op(class_pred, recon_pred, target, mask, softmax_over == "predictions", float(recon_weight))[:4]
+    )
 
 
 def found_patches(

@@ -1,10 +1,10 @@
 """Which patches of each clip are masked.
 
-Every clip draws its squares from its own counters, so a mask depends on (seed, offset + index of the clip) alone, never on the batch
-size, the device or what was drawn before; reference and kernel draw the same bits and give the same masks.
+Every clip draws its squares from its own counters, so a mask depends on (seed, offset + index of the clip) alone, never
+on the batch size, the device or what was drawn before; reference and kernel draw the same bits and give the same masks.
 
-All three algorithms share one vectorised idea with no loop that depends on the data: draw surely enough squares at once, give every
-patch the index of the first square that covers it, and keep the N patches covered earliest.
+All three algorithms share one vectorised idea with no loop that depends on the data: draw surely enough squares at
+once, give every patch the index of the first square that covers it, and keep the N patches covered earliest.
 """
 
 import functools
@@ -37,20 +37,25 @@ def _reference(
         return _keep_smallest(tie * patches + torch.arange(patches, device=device), num_masked)
 
     squares = num_squares(grid, num_masked, min(cluster))
-    covered_by = _first_square(grid, cluster, algorithm, _words(seed, clip, squares, _STREAM_SQUARES))  # [B, P] in [0, squares]
+    covered_by = _first_square(
+        grid, cluster, algorithm, _words(seed, clip, squares, _STREAM_SQUARES)
+    )  # [B, P] in [0, squares]
     if algorithm == "centered":
         return _keep_smallest(covered_by << 32 | tie, num_masked)
-    # official: all patches of the squares up to the one that takes the count past num_masked, then the lowest numbers of those
+    # official: all patches of the squares up to the one that takes the count past num_masked, then the lowest numbers
+    # of those
     last_square = covered_by.sort(dim=1).values[:, num_masked : num_masked + 1]
     number = torch.arange(patches, device=device)
     return _keep_smallest(torch.where(covered_by <= last_square, number, number + patches), num_masked)
 
 
 def num_squares(grid: tuple[int, int], num_masked: int, side: int) -> int:
-    """Squares to draw so that too few to cover `num_masked` patches is all but impossible (three quarters of them were enough in
-    each of 400 draws of the paper's settings, a test says). Patches then still missing are filled up at random: the count is exact.
+    """Squares to draw so that too few to cover `num_masked` patches is all but impossible (three quarters of them were
+    enough in each of 400 draws of the paper's settings, a test says). Patches then still missing are filled up at
+    random: the count is exact.
 
-    A patch stays free after n squares with probability about exp(-n * side**2 / P) inside the grid, less so at the edges.
+    A patch stays free after n squares with probability about exp(-n * side**2 / P) inside the grid, less so at the
+    edges.
     """
     patches = grid[0] * grid[1]
     expected = patches / side**2 * math.log(patches / max(patches - num_masked, 1))
@@ -63,18 +68,24 @@ def _words(seed: int, clip: torch.Tensor, count: int, stream: int) -> tuple[torc
     return philox(seed, index, (clip & 0xFFFFFFFF)[:, None], (clip >> 32)[:, None], torch.full_like(index, stream))
 
 
-def _first_square(grid: tuple[int, int], cluster: tuple[int, ...], algorithm: str, words: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def _first_square(
+    grid: tuple[int, int], cluster: tuple[int, ...], algorithm: str, words: tuple[torch.Tensor, ...]
+) -> torch.Tensor:
     """[B, P] index of the first square that covers each patch, or the number of squares where none does."""
     rows, columns = grid
     place, size_word, parity, _ = words  # each [B, squares]
     device, squares = place.device, place.shape[1]
-    side = _sides(cluster, device)[below(size_word[:, :1], len(cluster))]  # [B, 1]: one side a clip, from its first counter
+    side = _sides(cluster, device)[
+        below(size_word[:, :1], len(cluster))
+    ]  # [B, 1]: one side a clip, from its first counter
     start = below(place, rows * columns)  # [B, squares]
     cell = torch.arange(max(cluster) ** 2, device=device)  # of the largest square, row by row
     down, right = cell // max(cluster), cell % max(cluster)
     inside = (down < side[..., None]) & (right < side[..., None])  # [B, 1, cells]
     if algorithm == "centered":
-        lead = (side - 1) // 2  # patches before the centre; for even sides one more on a coin toss, apart for rows and columns
+        lead = (
+            side - 1
+        ) // 2  # patches before the centre; for even sides one more on a coin toss, apart for rows and columns
         even = (side + 1) % 2
         row = (start // columns - lead - even * (parity & 1))[..., None] + down  # [B, squares, cells]
         column = (start % columns - lead - even * (parity >> 1 & 1))[..., None] + right
@@ -96,7 +107,9 @@ def _first_square(grid: tuple[int, int], cluster: tuple[int, ...], algorithm: st
 @functools.lru_cache(maxsize=16)
 @torch.inference_mode(False)  # kept, and may be asked for in another mode later
 def _sides(cluster: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(cluster, dtype=torch.int64, device=device)  # kept: copying it each time would make the host wait
+    return torch.tensor(
+        cluster, dtype=torch.int64, device=device
+    )  # kept: copying it each time would make the host wait
 
 
 def _keep_smallest(key: torch.Tensor, count: int) -> torch.Tensor:
@@ -124,8 +137,10 @@ def _mask_kernel(
     STREAM_SQUARES: tl.constexpr,
     STREAM_TIES: tl.constexpr,
 ):
-    """One program a clip. Squares come 32 at a time: a word of 32 bits for each row and each column says which of them cover it, so a
-    patch's word is the `and` of its row's and its column's, and the lowest bit of it is the first square there."""
+    """One program a clip. Squares come 32 at a time: a word of 32 bits for each row and each column says which of them
+    cover it, so a patch's word is the `and` of its row's and its column's, and the lowest bit of it is the first square
+    there.
+    """
     P: tl.constexpr = ROWS * COLUMNS
     clip = offset.to(tl.int64) + tl.program_id(0)
     clip_low, clip_high = (clip & 0xFFFFFFFF).to(tl.uint32), (clip >> 32).to(tl.uint32)
@@ -150,7 +165,8 @@ def _mask_kernel(
             covers = tl.zeros((ROWS_2, COLUMNS_2), tl.int32)
             for wrap in tl.static_range(WRAPS + 1):
                 covers |= (
-                    _covered_bits(row, top + wrap, side)[:, None] & _covered_bits(column, left - wrap * COLUMNS, side)[None, :]
+                    _covered_bits(row, top + wrap, side)[:, None]
+                    & _covered_bits(column, left - wrap * COLUMNS, side)[None, :]
                 )
             # the lowest bit alone is a power of two, and its exponent as a float32 the bit's number
             lowest = (covers & -covers).to(tl.float32).to(tl.int32, bitcast=True)
@@ -184,7 +200,9 @@ def _mask_kernel(
 
 @triton.jit
 def _covered_bits(line, start, side):
-    """line [L] rows or columns, start [32] of the squares -> [L] words whose bit i says that square i covers the line."""
+    """line [L] rows or columns, start [32] of the squares -> [L] words whose bit i says that square i covers the
+    line.
+    """
     distance = line[:, None] - start[None, :]
     inside = (distance >= 0) & (distance < side)
     return tl.sum(inside.to(tl.int32) << tl.arange(0, 32)[None, :], axis=1)
@@ -200,7 +218,9 @@ def _is_among_smallest(key, count, BITS: tl.constexpr):
 
 @triton.jit
 def _nth_smallest(key, n, BITS: tl.constexpr):
-    """The n-th smallest, from 1, of int64 keys in [0, 2**BITS): the largest value that fewer than n keys are below, bit by bit."""
+    """The n-th smallest, from 1, of int64 keys in [0, 2**BITS): the largest value that fewer than n keys are below, bit
+    by bit.
+    """
     value = tl.zeros((), tl.int64)
     for step in range(BITS):
         candidate = value | (tl.full((), 1, tl.int64) << (BITS - 1 - step))
@@ -274,15 +294,16 @@ def sample_patch_mask(
         batch: number of clips B.
         grid: patches along (frequency, time); patch number p = frequency index * grid[1] + time index.
         num_masked: patches to mask in every clip, 0 < num_masked < P.
-        cluster: side lengths in patches; each clip draws one of them, all its squares have that side. None masks uniformly at random.
-        algorithm: "centered" - the paper: squares centred on patches drawn uniformly, clipped at the edges of the grid, until
-            `num_masked` patches are covered; the surplus of the last square is dropped at random. An even side has no middle patch, so
-            which of the four middle ones is the centre is drawn too.
-            "official" - what the authors' code does: squares grow right and down from a uniform corner in *patch number*, so they run
-            over the right edge into the next row; patch 0 is never masked; drawing stops when more than `num_masked` patches are
-            covered, and the highest patch numbers are dropped. (Their set comes out ascending in CPython when it is large enough,
-            which holds for all published settings; for fewer than 77 masked of 512 patches theirs drops others.)
-            Without `cluster` both are uniform sampling without replacement.
+        cluster: side lengths in patches; each clip draws one of them, all its squares have that side. None masks
+            uniformly at random.
+        algorithm: "centered" - the paper: squares centred on patches drawn uniformly, clipped at the edges of the grid,
+            until `num_masked` patches are covered; the surplus of the last square is dropped at random. An even side
+            has no middle patch, so which of the four middle ones is the centre is drawn too.
+            "official" - what the authors' code does: squares grow right and down from a uniform corner in *patch
+            number*, so they run over the right edge into the next row; patch 0 is never masked; drawing stops when more
+            than `num_masked` patches are covered, and the highest patch numbers are dropped. (Their set comes out
+            ascending in CPython when it is large enough, which holds for all published settings; for fewer than 77
+            masked of 512 patches theirs drops others.) Without `cluster` both are uniform sampling without replacement.
         seed, offset: clip b draws from the counter `offset + b` under the key `seed`.
         device: of the result; default CPU.
         backend: None, "torch" or "triton".
@@ -302,7 +323,13 @@ def sample_patch_mask(
 
 
 def _check(
-    batch: int, grid: tuple[int, int], num_masked: int, cluster: tuple[int, ...] | None, algorithm: str, seed: int, offset: int
+    batch: int,
+    grid: tuple[int, int],
+    num_masked: int,
+    cluster: tuple[int, ...] | None,
+    algorithm: str,
+    seed: int,
+    offset: int,
 ) -> None:
     patches = grid[0] * grid[1]
     if algorithm not in ("centered", "official"):
@@ -313,9 +340,12 @@ def _check(
         raise ValueError(f"seed must fit 64 bits with a sign, not {seed}")
     if not 0 < num_masked < patches:
         raise ValueError(
-            f"num_masked must lie between 1 and {patches - 1} for a grid of {grid[0]}x{grid[1]} patches, not {num_masked}"
+            f"num_masked must lie between 1 and {patches - 1} for a grid of {grid[0]}x{grid[1]} patches, not "
+            f"{num_masked}"
         )
     if cluster is not None and (not cluster or min(cluster) < 1):
         raise ValueError(f"cluster must be None or side lengths of at least 1, not {cluster}")
     if cluster is not None and algorithm == "official" and num_masked > patches - 2:
-        raise ValueError(f"the official algorithm cannot mask more than {patches - 2} of {patches} patches, not {num_masked}")
+        raise ValueError(
+            f"the official algorithm cannot mask more than {patches - 2} of {patches} patches, not {num_masked}"
+        )

@@ -1,7 +1,8 @@
 """Counter-based random numbers: the same bits for the same (key, counter) on every device and in every batch.
 
-Philox-4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), which is also the generator behind
-`triton.language.philox`, CUDA's curand and NumPy's Philox: a kernel that uses it draws the numbers that this file draws.
+Philox-4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), which is also the generator
+behind `triton.language.philox`, CUDA's curand and NumPy's Philox: a kernel that uses it draws the numbers that this
+file draws.
 """
 
 import torch
@@ -12,7 +13,9 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
 
-def philox(seed: int, c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def philox(
+    seed: int, c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     """Four 32-bit random words for each counter (c0, c1, c2, c3).
 
     Args:
@@ -38,7 +41,9 @@ def below(words: torch.Tensor, bound: int | torch.Tensor) -> torch.Tensor:
 
 
 def _multiply_32(x: torch.Tensor, multiplier: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low 32 bits of a 32 x 32 bit product, in 16-bit halves because int64 cannot hold all unsigned 64-bit products."""
+    """High and low 32 bits of a 32 x 32 bit product, in 16-bit halves because int64 cannot hold all unsigned 64-bit
+    products.
+    """
     low = x * (multiplier & 0xFFFF)
     high = x * (multiplier >> 16)
     low_sum = low + ((high & 0xFFFF) << 16)  # below 2**48 + 2**32

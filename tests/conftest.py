@@ -1,9 +1,9 @@
-"""Fixtures of all tests. `shared/` beside the checkout holds golden values of the official code and real audio; tests that need it are
-skipped, with a notice, where it is absent.
+"""Fixtures of all tests. `shared/` beside the checkout holds golden values of the official code and real audio; tests
+that need it are skipped, with a notice, where it is absent.
 
 Triton kernels are tested on CPU tensors in Triton's interpreter, which must be chosen before triton is imported: here.
-SSAST_TEST_DEVICE=cuda tests them compiled, on a GPU. All other tests are the same on every machine: CPU and PyTorch operators; training
-in the interpreter would take hours.
+SSAST_TEST_DEVICE=cuda tests them compiled, on a GPU. All other tests are the same on every machine: CPU and PyTorch
+operators; training in the interpreter would take hours.
 """
 
 import os

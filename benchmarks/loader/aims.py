@@ -51,7 +51,11 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
 def _time_and_memory(rows: Sequence[Row]) -> list[Verdict]:
     found = []
     many = [row for row in rows if row["entries"] not in ("", None) and int(row["entries"]) >= MANY]
-    limits = ((OPEN, "index opened", "s", OPEN_S), (FIRST, "first batch", "s", FIRST_S), (PEAK, "memory", "MiB", MANY_MIB))
+    limits = (
+        (OPEN, "index opened", "s", OPEN_S),
+        (FIRST, "first batch", "s", FIRST_S),
+        (PEAK, "memory", "MiB", MANY_MIB),
+    )
     for metric, what, unit, limit in limits:
         for row in _where(many, metric=metric):
             value = float(row["p50"])
@@ -84,7 +88,8 @@ def _over(row: Row, other: Row) -> tuple[float, float]:
 def table(rows: Sequence[Row]) -> list[str]:
     """Lines of text: the rates of one run, each as a multiple of the best peer's of its codec and cores."""
     lines = [
-        f"{'codec':6}{'cores':>5}  {'contestant':24}{'source':8}{'clips/s':>9}  {'quartiles':>15}{'a CPU s':>9}  of best other"
+        f"{'codec':6}{'cores':>5}  {'contestant':24}{'source':8}{'clips/s':>9}  {'quartiles':>15}{'a CPU s':>9}  of "
+        "best other"
     ]
     rates = [row for row in rows if row["metric"] == RATE]
     for row in rates:
@@ -93,7 +98,11 @@ def table(rows: Sequence[Row]) -> list[str]:
             lines.append(f"{head} {row['note']}")
             continue
         low, middle, high, cpu = (float(row[name]) for name in ("p25", "p50", "p75", "cpu_p50"))
-        group = [other for other in _where(rates, codec=row["codec"], workers=row["workers"]) if is_peer(other) and other["p50"]]
+        group = [
+            other
+            for other in _where(rates, codec=row["codec"], workers=row["workers"])
+            if is_peer(other) and other["p50"]
+        ]
         best = max((float(other["p50"]) for other in group), default=0.0)
         ratio = f"{middle / best:.2f} x" if best else ""
         lines.append(f"{head}{middle:9,.0f}  {f'{low:,.0f} to {high:,.0f}':>15}{cpu:9,.0f}  {ratio}")

@@ -26,13 +26,13 @@ FILE = RESULTS / "loader.csv"
 COLD_STARTS = 3
 MEMORY_BATCH = 2
 MARKS = (1_000, 10_000, 100_000)
-DESCRIPTION = """Measure how many clips a second are read, without training, and how long the first batch and what memory it takes.
-
-The same clips lie in WAV, FLAC and Opus, as files and as shards of `ssast prepare`. With one thread or worker process on one core, then
-more of both, every contestant reads batches of them: this engine's loader, soundfile, webdataset and torchcodec in torch's DataLoader, the
-official way (filter banks clip by clip in the workers of DataLoader), and libsndfile alone. All of one codec and number of cores run in
-turn, in short rounds, each in a process of its own that is stopped while others are measured. Files are in the page cache. Wall time and
-CPU time (of all its processes) are taken; what cannot run here is named."""
+DESCRIPTION = """Measure how many clips a second are read, without training, and how long the first batch and what
+memory it takes. The same clips lie in WAV, FLAC and Opus, as files and as shards of `ssast prepare`. With one thread
+or worker process on one core, then more of both, every contestant reads batches of them: this engine's loader,
+soundfile, webdataset and torchcodec in torch's DataLoader, the official way (filter banks clip by clip in the workers
+of DataLoader), and libsndfile alone. All of one codec and number of cores run in turn, in short rounds, each in a
+process of its own that is stopped while others are measured. Files are in the page cache. Wall time and CPU time (of
+all its processes) are taken; what cannot run here is named."""
 Row = dict[str, Any]
 
 
@@ -55,7 +55,12 @@ class Bench:
         given = self.arguments
         say(f"writing {given.clips} clips of {given.length:g} s as {', '.join(given.codecs)}, files and shards")
         self.corpus = make_corpus(
-            self.folder, given.codecs, clips=given.clips, seconds=given.length, audio=given.audio, workers=len(self.cores)
+            self.folder,
+            given.codecs,
+            clips=given.clips,
+            seconds=given.length,
+            audio=given.audio,
+            workers=len(self.cores),
         )
         for codec in given.codecs:
             for workers in given.workers:
@@ -76,7 +81,12 @@ class Bench:
             for source in ("shards", "files")
             if contestant.enters(codec, source, workers)
         ]
-        common = {"folder": str(self.folder), "num_samples": self.corpus.num_samples, "codec": codec, "batch": given.batch}
+        common = {
+            "folder": str(self.folder),
+            "num_samples": self.corpus.num_samples,
+            "codec": codec,
+            "batch": given.batch,
+        }
         jobs = [common | {"contestant": name, "source": source, "workers": workers} for name, source in pairs]
         cores = self.cores[-workers:]
         rows = []
@@ -97,17 +107,34 @@ class Bench:
         cores = self.cores[-workers:]
         job = {"folder": str(folder), "num_samples": self.corpus.num_samples, "batch": given.batch, "workers": workers}
         starts = [next(run_alone("first", job, cores)) for _ in range(COLD_STARTS)]
-        case = {"contestant": OURS, "codec": codec, "source": "shards", "workers": workers, "batch": given.batch, "cores": cores}
+        case = {
+            "contestant": OURS,
+            "codec": codec,
+            "source": "shards",
+            "workers": workers,
+            "batch": given.batch,
+            "cores": cores,
+        }
         case["entries"] = starts[0]["entries"]
         self._add(
             [
                 self._row(OPEN, [each["open_s"] for each in starts], note="the index", **case),
                 self._row(FIRST, [each["first_s"] for each in starts], note="from opening to the first batch", **case),
-                self._row("process_s", [each["end"] - each["started"] for each in starts], note="with Python's imports", **case),
-                self._row(PEAK, [each["peak_mib"] for each in starts], note="of the process, torch and DALI among it", **case),
+                self._row(
+                    "process_s",
+                    [each["end"] - each["started"] for each in starts],
+                    note="with Python's imports",
+                    **case,
+                ),
+                self._row(
+                    PEAK, [each["peak_mib"] for each in starts], note="of the process, torch and DALI among it", **case
+                ),
             ]
         )
-        say(f"{codec}, {case['entries']:,} entries: " + ", ".join(f"{row['metric']} {row['p50']}" for row in self.rows[-4:]))
+        say(
+            f"{codec}, {case['entries']:,} entries: "
+            + ", ".join(f"{row['metric']} {row['p50']}" for row in self.rows[-4:])
+        )
 
     def _memory(self, codec: str) -> None:
         """Of short clips, so that many batches take little time; a mark that is beyond --batches is left out."""
@@ -117,16 +144,28 @@ class Bench:
             return
         cores = self.cores[-workers:]
         job = {"folder": str(self.corpus.short(codec)), "batch": MEMORY_BATCH, "workers": workers, "marks": marks}
-        case = {"contestant": OURS, "codec": codec, "source": "shards", "workers": workers, "batch": MEMORY_BATCH, "cores": cores}
+        case = {
+            "contestant": OURS,
+            "codec": codec,
+            "source": "shards",
+            "workers": workers,
+            "batch": MEMORY_BATCH,
+            "cores": cores,
+        }
         answers = []
         for answer in run_alone("memory", job, cores):
             answers.append(answer)
             case |= {"batches": answer["batches"], "clip_s": answer["window_s"]}
             self._add([self._row(MEMORY, [answer["rss_mib"]], note=f"{answer['files']} files open", **case)])
         self._add([self._row(PEAK, [answers[-1]["peak_mib"]], note="highest on the way", **case)])
-        say(f"{codec}, memory in MiB: " + ", ".join(f"{each['rss_mib']:.0f} after {each['batches']:,}" for each in answers))
+        say(
+            f"{codec}, memory in MiB: "
+            + ", ".join(f"{each['rss_mib']:.0f} after {each['batches']:,}" for each in answers)
+        )
 
-    def _row(self, metric: str, values: Sequence[float], *, cores: Sequence[int], cpu: Sequence[float] = (), **case: Any) -> Row:
+    def _row(
+        self, metric: str, values: Sequence[float], *, cores: Sequence[int], cpu: Sequence[float] = (), **case: Any
+    ) -> Row:
         """Quartiles of the values, and of those by CPU time."""
         return {
             "metric": metric,
@@ -175,7 +214,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="ssast bench loader", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--audio", type=Path, metavar="FOLDER", help="recordings to cut the clips from (default: synthetic sound events)")
+    add(
+        "--audio",
+        type=Path,
+        metavar="FOLDER",
+        help="recordings to cut the clips from (default: synthetic sound events)",
+    )
     add("--codecs", nargs="+", choices=FORMATS, default=list(FORMATS))
     add(
         "--workers",
@@ -194,7 +238,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--entries", type=int, default=2_200_000, help="of a large index; 0: none (default: %(default)s)")
     add("--plot", type=Path, metavar="FILE", help="draw the rates into this PNG")
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--save", action="store_const", dest="out", const=FILE, help="add the rows to benchmarks/results/loader.csv")
+    group.add_argument(
+        "--save", action="store_const", dest="out", const=FILE, help="add the rows to benchmarks/results/loader.csv"
+    )
     group.add_argument("--out", type=Path, metavar="FILE", help="CSV to add the rows to (default: to stdout)")
     arguments = parser.parse_args(argv)
     for option, least in (("clips", 1), ("batch", 1), ("rounds", 1), ("batches", 0), ("entries", 0)):

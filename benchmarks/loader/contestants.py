@@ -1,7 +1,8 @@
-"""Ways of reading clips. Each is an endless stream of batches of B clips, waveform int16 [B, S]; the official way's are features instead.
+"""Ways of reading clips. Each is an endless stream of batches of B clips, waveform int16 [B, S]; the official way's are
+features instead.
 
-All take the clips in one order, a permutation for each epoch, but webdataset, which goes through its shards from end to end: it is spared
-the shuffle buffer that it would need.
+All take the clips in one order, a permutation for each epoch, but webdataset, which goes through its shards from end to
+end: it is spared the shuffle buffer that it would need.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Contestant:
-    """`ahead`: up to so many batches may be ready before they are asked for, by number of workers. `note` says what there is to say of
-    how it runs here; it raises ImportError, OSError or RuntimeError where it cannot run."""
+    """`ahead`: up to so many batches may be ready before they are asked for, by number of workers. `note` says what
+    there is to say of how it runs here; it raises ImportError, OSError or RuntimeError where it cannot run.
+    """
 
     name: str
     sources: tuple[str, ...]
@@ -59,7 +61,7 @@ class Contestant:
         return can and (self.most_workers is None or workers <= self.most_workers)
 
 
-# ---- this engine ----------------------------------------------------------------------------------------------------------------------
+# ---- this engine -----------------------------------------------------------------------------------------------------
 
 
 def engine_stream(case: Case) -> Iterator[torch.Tensor]:
@@ -74,12 +76,14 @@ def engine_stream(case: Case) -> Iterator[torch.Tensor]:
 
 
 def prefetcher(clips: Any, num_samples: int, batch: int, threads: int, *, random_crop: bool = False) -> Prefetcher:
-    decoder = AudioDecoder(clips, num_samples=num_samples, sample_rate=SAMPLE_RATE, batch_size=batch, num_threads=threads)
+    decoder = AudioDecoder(
+        clips, num_samples=num_samples, sample_rate=SAMPLE_RATE, batch_size=batch, num_threads=threads
+    )
     reader = ClipReader(decoder, SampleOrder(len(clips), 0), random_crop=random_crop)
     return Prefetcher(reader, Shard(0, 1, batch), 0, torch.device("cpu"), PREFETCH)
 
 
-# ---- libsndfile alone -----------------------------------------------------------------------------------------------------------------
+# ---- libsndfile alone ------------------------------------------------------------------------------------------------
 
 
 def alone_stream(case: Case) -> Iterator[torch.Tensor]:
@@ -92,7 +96,7 @@ def alone_stream(case: Case) -> Iterator[torch.Tensor]:
         yield torch.from_numpy(window)
 
 
-# ---- torch DataLoader -----------------------------------------------------------------------------------------------------------------
+# ---- torch DataLoader ------------------------------------------------------------------------------------------------
 
 
 class _Batches:
@@ -181,13 +185,18 @@ def _kaldi() -> tuple[types.ModuleType | None, str]:
 def _find_kaldi() -> tuple[types.ModuleType | None, str]:
     found = importlib.util.find_spec("torchaudio")
     if found is None:
-        return None, "fbank as torchaudio computes it, written anew (benchmarks/baselines.py): torchaudio is not installed"
+        return (
+            None,
+            "fbank as torchaudio computes it, written anew (benchmarks/baselines.py): torchaudio is not installed",
+        )
     name = f"fbank of torchaudio {importlib.metadata.version('torchaudio')}"
     try:
         from torchaudio.compliance import kaldi
     except (ImportError, OSError, RuntimeError):
         # Its native library is built for another torch; the filter bank is plain Python and does without it.
-        spec = importlib.util.spec_from_file_location("_torchaudio_kaldi", Path(found.origin).parent / "compliance" / "kaldi.py")
+        spec = importlib.util.spec_from_file_location(
+            "_torchaudio_kaldi", Path(found.origin).parent / "compliance" / "kaldi.py"
+        )
         kaldi = importlib.util.module_from_spec(spec)
         with mock.patch.dict(sys.modules, {"torchaudio": types.ModuleType("torchaudio")}):
             spec.loader.exec_module(kaldi)
@@ -195,7 +204,7 @@ def _find_kaldi() -> tuple[types.ModuleType | None, str]:
     return kaldi, name
 
 
-# ---- webdataset -----------------------------------------------------------------------------------------------------------------------
+# ---- webdataset ------------------------------------------------------------------------------------------------------
 
 
 def webdataset_stream(case: Case) -> Iterator[torch.Tensor]:
@@ -213,7 +222,7 @@ def webdataset_stream(case: Case) -> Iterator[torch.Tensor]:
     return _loaded(data.to_tuple(case.codec).map(read).repeat(), case, batch_size=case.batch)
 
 
-# ---- all of them ----------------------------------------------------------------------------------------------------------------------
+# ---- all of them -----------------------------------------------------------------------------------------------------
 
 
 def _of(package: str, module: str | None = None) -> Callable[[], str]:
@@ -248,7 +257,11 @@ CONTESTANTS = {
         Contestant("soundfile, DataLoader", ("files",), _over_files(read_soundfile), _twice, _of("soundfile")),
         Contestant("webdataset, DataLoader", ("shards",), webdataset_stream, _twice, _of("webdataset")),
         Contestant(
-            "torchcodec, DataLoader", ("files",), _over_files(read_torchcodec), _twice, _of("torchcodec", "torchcodec.decoders")
+            "torchcodec, DataLoader",
+            ("files",),
+            _over_files(read_torchcodec),
+            _twice,
+            _of("torchcodec", "torchcodec.decoders"),
         ),
         Contestant("official way", ("files",), _over_files(read_official), _twice, lambda: _kaldi()[1]),
     )

@@ -25,7 +25,10 @@ SUFFIXES = {"wav": "wav", "flac": "flac", "opus": "opus"}
 FORMATS = {"wav": ("WAV", "PCM_16"), "flac": ("FLAC", "PCM_16"), "opus": ("OGG", "OPUS")}
 IN_SHARDS = ("wav", "flac")  # what `ssast prepare` writes
 SHARDS = 32  # or more: every worker of webdataset needs some of its own
-PIECE_S, SHORT_FROM = 0.25, 20  # the short clips on which memory is watched: their length, and of how many clips they are cut
+PIECE_S, SHORT_FROM = (
+    0.25,
+    20,
+)  # the short clips on which memory is watched: their length, and of how many clips they are cut
 _SOUNDS_A_CLASS = 12
 
 
@@ -54,7 +57,9 @@ class Corpus:
         entries = [Entry(path) for path in self.files(codec)]
         clips, skipped = check_clips(entries, cache_dir=self.folder / "cache", progress=False)
         if skipped or clips.converted.any():
-            raise UserError(f"{self.folder}: {len(skipped)} {codec} files would be skipped, {clips.converted.sum()} converted")
+            raise UserError(
+                f"{self.folder}: {len(skipped)} {codec} files would be skipped, {clips.converted.sum()} converted"
+            )
         return clips
 
     def bytes_a_clip(self, codec: str) -> int:
@@ -62,13 +67,18 @@ class Corpus:
         return sum(os.path.getsize(path) for path in files) // len(files)
 
 
-def make_corpus(folder: Path, codecs: list[str], *, clips: int, seconds: float, audio: Path | None, workers: int) -> Corpus:
-    """Writes the same clips in every codec, Opus a quarter as loud: pieces of the recordings in `audio`, or of synthetic sound events.
+def make_corpus(
+    folder: Path, codecs: list[str], *, clips: int, seconds: float, audio: Path | None, workers: int
+) -> Corpus:
+    """Writes the same clips in every codec, Opus a quarter as loud: pieces of the recordings in `audio`, or of
+    synthetic sound events.
 
     Raises UserError if `audio` has not one piece of that length.
     """
     corpus = Corpus(folder, round(seconds * SAMPLE_RATE))
-    sounds = _synthetic(clips, corpus.num_samples) if audio is None else _recorded(audio, folder, clips, seconds, workers)
+    sounds = (
+        _synthetic(clips, corpus.num_samples) if audio is None else _recorded(audio, folder, clips, seconds, workers)
+    )
     for codec in codecs:
         (folder / "files" / codec).mkdir(parents=True)
         paths = [folder / "files" / codec / f"{number:06}.{SUFFIXES[codec]}" for number in range(len(sounds))]
@@ -79,7 +89,11 @@ def make_corpus(folder: Path, codecs: list[str], *, clips: int, seconds: float, 
         source = str(folder / "files" / codec)
         size = sum(map(os.path.getsize, corpus.files(codec)))
         shard_size = max(size // max(SHARDS, 2 * workers), 1)
-        _prepare(Settings([source], codec=codec, max_length=2 * seconds, shard_size=shard_size), corpus.shards(codec), workers)
+        _prepare(
+            Settings([source], codec=codec, max_length=2 * seconds, shard_size=shard_size),
+            corpus.shards(codec),
+            workers,
+        )
         piece = min(PIECE_S, seconds)
         pieces = Settings(
             [source], codec=codec, segment=piece, hop=piece, min_length=piece, max_length=2 * seconds, shard_size=size
@@ -111,10 +125,14 @@ def _synthetic(count: int, num_samples: int) -> list[np.ndarray]:
 
 def _recorded(audio: Path, folder: Path, count: int, seconds: float, workers: int) -> list[np.ndarray]:
     out = folder / "recorded"
-    settings = Settings([os.path.abspath(audio)], segment=seconds, hop=seconds, min_length=seconds, max_length=172_800.0)
+    settings = Settings(
+        [os.path.abspath(audio)], segment=seconds, hop=seconds, min_length=seconds, max_length=172_800.0
+    )
     _prepare(settings, out, workers)
     clips, sounds = open_shards(out), []
-    for path, offset, size in zip(clips.paths[:count], clips.offsets[:count].tolist(), clips.sizes[:count].tolist(), strict=True):
+    for path, offset, size in zip(
+        clips.paths[:count], clips.offsets[:count].tolist(), clips.sizes[:count].tolist(), strict=True
+    ):
         with open(path, "rb") as file:
             file.seek(offset + 44)
             sounds.append(np.frombuffer(file.read(size - 44), dtype="<i2"))

@@ -1,5 +1,6 @@
 """What race.py runs in processes of their own: `race` in forked ones, the others, which answer in lines of JSON, by
-`python -m ssast.benchmarks.loader.lane first|memory JOB`."""
+`python -m ssast.benchmarks.loader.lane first|memory JOB`.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +28,18 @@ Say = Callable[[dict[str, Any]], None]
 
 
 def race(job: dict[str, Any], cores: list[int], line: Connection) -> None:
-    """Says what there is to say of the contestant, then reads for as many seconds as it is told, again and again; between them the
-    process may be stopped."""
+    """Says what there is to say of the contestant, then reads for as many seconds as it is told, again and again;
+    between them the process may be stopped.
+    """
     os.setpgid(0, 0)
     os.close(
         forkserver._forkserver._forkserver_alive_fd
     )  # or the fork server would outlive race.py's process, and this one with it
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(1)
-    case = Case(Corpus(Path(job["folder"]), job["num_samples"]), job["codec"], job["source"], job["batch"], job["workers"])
+    case = Case(
+        Corpus(Path(job["folder"]), job["num_samples"]), job["codec"], job["source"], job["batch"], job["workers"]
+    )
     contestant = CONTESTANTS[job["contestant"]]
     try:
         note = contestant.note()
@@ -50,8 +54,9 @@ def race(job: dict[str, Any], cores: list[int], line: Connection) -> None:
 
 
 def measure_round(stream: Iterator[torch.Tensor], seconds: float, case: Case, ahead: int) -> dict[str, float]:
-    """From one batch's arrival to another's: clips, wall and CPU seconds, child processes' among them. Whole turns of the
-    workers."""
+    """From one batch's arrival to another's: clips, wall and CPU seconds, child processes' among them. Whole turns of
+    the workers.
+    """
     for _ in range(ahead + 1):  # what was read before this round
         next(stream)
     batches, cpu, start = 0, _cpu_seconds(), time.perf_counter()

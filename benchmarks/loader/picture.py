@@ -1,4 +1,6 @@
-"""A picture of the rates: a panel for each codec, in it a group for each number of cores, in it a bar for each contestant."""
+"""A picture of the rates: a panel for each codec, in it a group for each number of cores, in it a bar for each
+contestant.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def draw(rows: Sequence[Row], file: Path) -> Path:
     panels = [[row for row in rates if row["codec"] == codec] for codec in dict.fromkeys(row["codec"] for row in rates)]
     units = [len(panel) + GAP * len({row["workers"] for row in panel}) for panel in panels]
     figure = Figure((8.5, BAR * sum(units) + 0.5 * len(panels) + 0.8), facecolor="white", layout="constrained")
-    for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False, height_ratios=units).flat, panels, strict=True):
+    for axes, panel in zip(
+        figure.subplots(len(panels), 1, squeeze=False, height_ratios=units).flat, panels, strict=True
+    ):
         _panel(axes, panel)
     first = rates[0]
     what = f"Clips of {float(first['clip_s']):g} s read a second, batches of {first['batch']}"
@@ -60,7 +64,9 @@ def _panel(axes: Axes, rows: Sequence[Row]) -> None:
             axes.plot([low, high], [position, position], color=SOFT, linewidth=1.1, solid_capstyle="butt")
             place = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": INK}
             axes.annotate(f"{middle:,.0f}", (high, position), (4, 0), **place)
-            ticks.append((position, f"{row['contestant']}, {row['source']}  ·  {workers} core{'s' * (int(workers) > 1)}"))
+            ticks.append(
+                (position, f"{row['contestant']}, {row['source']}  ·  {workers} core{'s' * (int(workers) > 1)}")
+            )
             position += 1
         position += GAP
     axes.set_xlim(0, longest * 1.1)

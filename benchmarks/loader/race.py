@@ -1,4 +1,6 @@
-"""Contestants in processes of their own, on the same cores, in turn: all but the one that is measured are stopped (SIGSTOP)."""
+"""Contestants in processes of their own, on the same cores, in turn: all but the one that is measured are stopped
+(SIGSTOP).
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,10 @@ Job = dict[str, Any]
 
 
 class Lane:
-    """A process that runs lane.race on `cores`, in a process group of its own with all that it starts, stopped between its rounds. Should
-    this process die, so does the fork server, and the kernel hangs up on groups that are stopped and have lost their parent."""
+    """A process that runs lane.race on `cores`, in a process group of its own with all that it starts, stopped between
+    its rounds. Should this process die, so does the fork server, and the kernel hangs up on groups that are stopped and
+    have lost their parent.
+    """
 
     def __init__(self, job: Job, cores: Sequence[int]) -> None:
         context = multiprocessing.get_context("forkserver")  # imports are done once
@@ -40,7 +44,9 @@ class Lane:
             return self._here.recv()
         except EOFError:
             self.process.join()
-            raise UserError(f"{self.job['contestant']}, {self.job['codec']}: ended with status {self.process.exitcode}") from None
+            raise UserError(
+                f"{self.job['contestant']}, {self.job['codec']}: ended with status {self.process.exitcode}"
+            ) from None
 
     def round(self, seconds: float) -> Job:
         os.killpg(self.process.pid, signal.SIGCONT)
@@ -86,7 +92,9 @@ def run_race(jobs: Sequence[Job], cores: Sequence[int], *, rounds: int, seconds:
 
 
 def run_alone(what: str, job: Job, cores: Sequence[int]) -> Iterator[Job]:
-    """Answers of a process that starts from nothing and measures by itself; "started" is when, by the clock of all processes."""
+    """Answers of a process that starts from nothing and measures by itself; "started" is when, by the clock of all
+    processes.
+    """
     env = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-P", "-m", lane.__name__, what, json.dumps(job)]
     with pinned(cores):

@@ -1,10 +1,11 @@
-"""Whole training steps to measure ours against: what the authors' code does, and what a practised PyTorch user would write today.
+"""Whole training steps to measure ours against: what the authors' code does, and what a practised PyTorch user would
+write today.
 
-Each starts from the same weights and turns a batch of waveforms, int16 on the host, into one optimizer step of the joint objective, with
-nothing of ours in it: no operator of ssast.kernels (constants apart) and no module of the engine.
+Each starts from the same weights and turns a batch of waveforms, int16 on the host, into one optimizer step of the
+joint objective, with nothing of ours in it: no operator of ssast.kernels (constants apart) and no module of the engine.
 
-What all are spared, whoever needs it: accuracy and other metrics, clipping of gradients, the schedule of the learning rate, and clips
-shorter than the window.
+What all are spared, whoever needs it: accuracy and other metrics, clipping of gradients, the schedule of the learning
+rate, and clips shorter than the window.
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ssast.benchmarks.baselines import LOG_FLOOR, MEL_BINS, PRE_EMPHASIS, SAMPLE_RATE, bmm_loss, official_fbank, official_mask
+from ssast.benchmarks.baselines import (
+    LOG_FLOOR,
+    MEL_BINS,
+    PRE_EMPHASIS,
+    SAMPLE_RATE,
+    bmm_loss,
+    official_fbank,
+    official_mask,
+)
 from ssast.engine.config import Config
 from ssast.engine.errors import UserError
 from ssast.engine.model.ssast import PATCH_VALUES, ModelConfig
@@ -33,7 +42,7 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """q, k, v, each [B, H, N, d] -> [B, H, N, d]."""
 
 
-# ---- models ---------------------------------------------------------------------------------------------------------------------------
+# ---- models ----------------------------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -46,7 +55,9 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(width, hidden), gelu=nn.GELU(), fc2=nn.Linear(hidden, width)))
+        self.mlp = nn.Sequential(
+            OrderedDict(fc1=nn.Linear(width, hidden), gelu=nn.GELU(), fc2=nn.Linear(hidden, width))
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, N, D] -> [B, N, D]
         batch, tokens, width = x.shape
@@ -91,7 +102,9 @@ def stored_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
 
 
 class OfficialModel(Transformer):
-    """The authors' model: each objective masks, embeds and encodes for itself. [B, T, F] features and [B, M] mask -> its loss."""
+    """The authors' model: each objective masks, embeds and encodes for itself. [B, T, F] features and [B, M] mask ->
+    its loss.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, stored_attention)
@@ -109,7 +122,9 @@ class OfficialModel(Transformer):
         """Mean square error."""
         return functional.mse_loss(*self._predict(self.recon_head, features, mask))
 
-    def _predict(self, head: nn.Module, features: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _predict(
+        self, head: nn.Module, features: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(predictions, targets), each [B, M, K]."""
         shape, weight = self.config.patch_shape, self.embedding["weight"]
         image = features.unsqueeze(1).transpose(2, 3)  # [B, 1, F, T]
@@ -148,7 +163,7 @@ def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
-# ---- steps ----------------------------------------------------------------------------------------------------------------------------
+# ---- steps -----------------------------------------------------------------------------------------------------------
 
 
 class StepBaseline(abc.ABC):
@@ -182,8 +197,9 @@ class StepBaseline(abc.ABC):
         self.optimizer = self._make_optimizer()
 
     def loss(self, waveform: torch.Tensor, mask: torch.Tensor, recon_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """The joint loss of waveforms [B, S], int16 on the host, under masks [B, M] of patch numbers on the device. `recon_mask` is for
-        the second pass of those that make two; None: `mask` again."""
+        """The joint loss of waveforms [B, S], int16 on the host, under masks [B, M] of patch numbers on the device.
+        `recon_mask` is for the second pass of those that make two; None: `mask` again.
+        """
         return self._loss(self.features(waveform), iter((mask, mask if recon_mask is None else recon_mask)))
 
     def step(self, waveform: torch.Tensor) -> torch.Tensor:
@@ -213,7 +229,9 @@ class StepBaseline(abc.ABC):
         for key, known in (("name", "joint"), ("softmax_over", "predictions")):
             value = getattr(self.config.objective, key)
             if value != known:
-                raise UserError(f"objective.{key}: the baselines train with {known} only, not {value}; measure without them")
+                raise UserError(
+                    f"objective.{key}: the baselines train with {known} only, not {value}; measure without them"
+                )
 
     def _make_optimizer(self, **options: Any) -> torch.optim.Optimizer:
         section = self.config.deepspeed["optimizer"]
@@ -223,23 +241,26 @@ class StepBaseline(abc.ABC):
 
 
 class OfficialWay(StepBaseline):
-    """What the authors' code does for a batch: filter banks of each clip on the host, in fp32, before the batch is put together; then for
-    each objective a mask, a forward pass, and Python loops over the clips.
+    """What the authors' code does for a batch: filter banks of each clip on the host, in fp32, before the batch is put
+    together; then for each objective a mask, a forward pass, and Python loops over the clips.
 
-    Their loader's 16 worker processes run ahead of training. Here one thread does, by one batch, each clip with all of PyTorch's threads;
-    a step lasts until both are done.
+    Their loader's 16 worker processes run ahead of training. Here one thread does, by one batch, each clip with all of
+    PyTorch's threads; a step lasts until both are done.
 
-    Kinder than the original: window and mel filters are made once; masks grow in one set and travel in one copy; predictions are stacked,
-    where writing them into a buffer clip by clip copies its gradient as often; the loss is not read three times a step; nothing is printed;
-    the optimizer is PyTorch's of today with its default, one launch for many tensors; products on the GPU may use TF32 in `step`, the
-    default of the PyTorch that it was written for.
+    Kinder than the original: window and mel filters are made once; masks grow in one set and travel in one copy;
+    predictions are stacked, where writing them into a buffer clip by clip copies its gradient as often; the loss is not
+    read three times a step; nothing is printed; the optimizer is PyTorch's of today with its default, one launch for
+    many tensors; products on the GPU may use TF32 in `step`, the default of the PyTorch that it was written for.
     """
 
     name = "official way"
     what = (
-        "the authors' way: filter banks clip by clip on the host, a batch ahead of training, fp32 (TF32 products allowed on a GPU), a mask "
-        "and a forward pass for each objective, loops over clips for masks, targets, heads and InfoNCE, attention weights stored; kinder "
-        "than their code: no metrics or waiting for them, constants made once, predictions stacked, PyTorch's optimizer of today"
+        "the authors' way: filter banks clip by clip on the host, a batch ahead of training, fp32 (TF32 products "
+        "allowed on a GPU), a mask "
+        "and a forward pass for each objective, loops over clips for masks, targets, heads and InfoNCE, attention "
+        "weights stored; kinder "
+        "than their code: no metrics or waiting for them, constants made once, predictions stacked, PyTorch's "
+        "optimizer of today"
     )
     model_type = OfficialModel
     model: OfficialModel
@@ -251,7 +272,9 @@ class OfficialWay(StepBaseline):
         self._prepared: torch.Tensor | None = None
 
     def step(self, waveform: torch.Tensor) -> torch.Tensor:
-        """As the base's; but what is trained on is the batch of the call before, prepared then. The first call trains on its own."""
+        """As the base's; but what is trained on is the batch of the call before, prepared then. The first call trains
+        on its own.
+        """
         ahead = self._worker.submit(self._prepare, waveform)
         prepared = ahead.result() if self._prepared is None else self._prepared
         with _tf32_allowed():
@@ -289,18 +312,22 @@ class OfficialWay(StepBaseline):
         data, mask = self.config.data, self.config.mask
         if (data.sample_rate, self.config.model.num_mel_bins) != (SAMPLE_RATE, MEL_BINS):
             raise UserError(
-                f"data.sample_rate, model.num_mel_bins: {self.name!r} knows {SAMPLE_RATE} Hz and {MEL_BINS} mel bins only, not "
+                f"data.sample_rate, model.num_mel_bins: {self.name!r} knows {SAMPLE_RATE} Hz and {MEL_BINS} mel bins "
+                "only, not "
                 f"{data.sample_rate} and {self.config.model.num_mel_bins}; measure without it"
             )
         most = self.config.architecture.num_patches - 2
         if mask.cluster is not None and mask.num_masked > most:
             raise UserError(
-                f"mask.num_masked: {self.name!r} masks at most {most} patches, not {mask.num_masked}; measure without it"
+                f"mask.num_masked: {self.name!r} masks at most {most} patches, not {mask.num_masked}; measure "
+                "without it"
             )
 
 
 class Eager(StepBaseline):
-    """Plain PyTorch as a practised user writes it: all of the batch at once on the device, one mask and one forward pass."""
+    """Plain PyTorch as a practised user writes it: all of the batch at once on the device, one mask and one forward
+    pass.
+    """
 
     model_type = EagerModel
     model: EagerModel
@@ -310,7 +337,8 @@ class Eager(StepBaseline):
         precision = "bf16" if config.bf16 else "fp32"
         self.name = f"eager {precision}"
         self.what = (
-            f"plain PyTorch as a practised user writes it: batched filter banks and masks on the device, one forward pass in {precision}"
+            "plain PyTorch as a practised user writes it: batched filter banks and masks on the device, one forward "
+            f"pass in {precision}"
             f"{' by autocast' if config.bf16 else ''}, scaled_dot_product_attention, batched InfoNCE, "
             f"{'fused ' if self.device.type == 'cuda' else ''}{config.deepspeed['optimizer']['type']}; no metrics"
         )
@@ -333,14 +361,18 @@ class Eager(StepBaseline):
         return (features - self.mean) / (2 * self.std)
 
     def draw_mask(self, batch: int) -> torch.Tensor:
-        """The patches that come first when every one has drawn a number; in squares, when each has the lowest of those around it."""
+        """The patches that come first when every one has drawn a number; in squares, when each has the lowest of those
+        around it.
+        """
         mask, options = self.config.mask, {"generator": self._generator, "device": self.device}
         order = torch.rand(batch, *self.shape.grid, **options)
         if mask.cluster is not None:
             of_sides = torch.stack([_lowest_around(order, side) for side in mask.cluster])
             side = torch.randint(len(mask.cluster), (batch,), **options)
             order = of_sides[side, torch.arange(batch, device=self.device)]
-            order = order + 1e-6 * torch.rand(order.shape, **options)  # which of a square's are left when it has too many
+            order = order + 1e-6 * torch.rand(
+                order.shape, **options
+            )  # which of a square's are left when it has too many
         return order.flatten(1).argsort(dim=1)[:, : mask.num_masked]
 
     def _loss(self, features: torch.Tensor, masks: Iterator[torch.Tensor]) -> torch.Tensor:
@@ -388,7 +420,8 @@ def step_baselines(
     seed: int = 0,
     names: Sequence[str] | None = None,
 ) -> list[StepBaseline]:
-    """Baselines that begin with the weights of `model`, an ssast.engine.SSAST whole in memory; `names` picks some of them, in its order.
+    """Baselines that begin with the weights of `model`, an ssast.engine.SSAST whole in memory; `names` picks some of
+    them, in its order.
 
     Raises:
         UserError: an unknown name, or a config that a baseline asked for does not know.
@@ -398,4 +431,7 @@ def step_baselines(
         if name not in kinds:
             raise UserError(f"baseline {name!r}: unknown; there are {', '.join(kinds)}")
     weights = model.state_dict()
-    return [kinds[name](config, weights, device, mean=mean, std=std, seed=seed) for name in (kinds if names is None else names)]
+    return [
+        kinds[name](config, weights, device, mean=mean, std=std, seed=seed)
+        for name in (kinds if names is None else names)
+    ]

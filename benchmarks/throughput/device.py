@@ -15,7 +15,8 @@ from ssast.benchmarks.cases import COPY, Setting, ceiling_cases
 from ssast.benchmarks.timing import Job, measure
 from ssast.engine.environment import device_names
 
-# Dense bf16 TFLOP/s of the vendor's datasheets, without sparsity; the first that stands as words of its own in the device's name.
+# Dense bf16 TFLOP/s of the vendor's datasheets, without sparsity; the first that stands as words of its own in the
+# device's name.
 PEAKS = {
     "H200 NVL": 835.5,
     "H200": 989.4,
@@ -89,7 +90,9 @@ def ceiling_rates(device: torch.device) -> dict[str, Any]:
 
 
 class DeviceWatch(contextlib.AbstractContextManager):
-    """Clocks, power, temperature and load of a GPU while entered, from nvidia-smi; nothing on a CPU or without that command."""
+    """Clocks, power, temperature and load of a GPU while entered, from nvidia-smi; nothing on a CPU or without that
+    command.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.samples = device, []
@@ -97,7 +100,13 @@ class DeviceWatch(contextlib.AbstractContextManager):
 
     def __enter__(self) -> DeviceWatch:
         if self.device.type == "cuda":
-            command = ["nvidia-smi", "-i", _bus_id(self.device), f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
+            command = [
+                "nvidia-smi",
+                "-i",
+                _bus_id(self.device),
+                f"--query-gpu={_QUERY}",
+                "--format=csv,noheader,nounits",
+            ]
             with contextlib.suppress(OSError):
                 self._process = subprocess.Popen([*command, "-lms", str(SAMPLE_MS)], stdout=subprocess.PIPE, text=True)
                 self._began = time.monotonic()

@@ -1,9 +1,9 @@
-"""One measurement of the training step, in processes of its own: `python -m ssast.benchmarks.throughput.measure OUT CONFIG ...`, started by
-`ssast profile`, by hand or by a launcher. Rank 0 writes OUT, a JSON file.
+"""One measurement of the training step, in processes of its own: `python -m ssast.benchmarks.throughput.measure OUT
+CONFIG ...`, started by `ssast profile`, by hand or by a launcher. Rank 0 writes OUT, a JSON file.
 
-The step is the trainer's own, `Trainer.run_step`, with its data path and its collectives. It is timed without any instrument; then
-traced by torch.profiler for a few steps; then fed from the device's memory (what the model alone could do); then the loader is drained
-without a model.
+The step is the trainer's own, `Trainer.run_step`, with its data path and its collectives. It is timed without any
+instrument; then traced by torch.profiler for a few steps; then fed from the device's memory (what the model alone could
+do); then the loader is drained without a model.
 """
 
 from __future__ import annotations
@@ -145,8 +145,9 @@ def run_steps(trainer: Trainer, batches: Iterator[Batch], count: int) -> tuple[l
 
 
 def time_steps(step: Callable[[], object], count: int, device: torch.device) -> list[float]:
-    """Seconds of each of so many steps. On a GPU from one step's end to the next one's, by events, so that nothing waits for the device
-    before the last step is done."""
+    """Seconds of each of so many steps. On a GPU from one step's end to the next one's, by events, so that nothing
+    waits for the device before the last step is done.
+    """
     on_gpu = device.type == "cuda"
     marks = [_mark(on_gpu)]
     for _ in range(count):
@@ -180,8 +181,9 @@ def trace_steps(trainer: Trainer, batches: Iterator[Batch], folder: Path) -> Pat
 
 
 def drain_loader(trainer: Trainer, count: int) -> float:
-    """Clips a second, of all ranks at once, that the loader delivers when nothing else is done; the batches that it had ready when the
-    clock began are not counted."""
+    """Clips a second, of all ranks at once, that the loader delivers when nothing else is done; the batches that it had
+    ready when the clock began are not counted.
+    """
     loader = trainer.train_loader()
     try:
         for _ in range(trainer.config.data.prefetch + 2):
@@ -198,12 +200,14 @@ def drain_loader(trainer: Trainer, count: int) -> float:
 
 
 def memory_split(trainer: Trainer) -> dict[str, Any]:
-    """Bytes on this device, after some steps. Weights and optimizer state, master weights among it, are counted tensor by tensor.
+    """Bytes on this device, after some steps. Weights and optimizer state, master weights among it, are counted tensor
+    by tensor.
 
-    On a GPU the peak is the allocator's. Gradients are those that are held between steps, or, where they are freed, one of each weight,
-    out of what memory rises by within a step; the rest of that rise is activations. Other is what else is held between steps: batches,
-    workspaces, the engine's buffers. On a CPU, which counts no allocations, gradients are one of each weight in fp32 and activations what
-    a forward pass keeps, measured on micro-batches of one and two clips.
+    On a GPU the peak is the allocator's. Gradients are those that are held between steps, or, where they are freed, one
+    of each weight, out of what memory rises by within a step; the rest of that rise is activations. Other is what else
+    is held between steps: batches, workspaces, the engine's buffers. On a CPU, which counts no allocations, gradients
+    are one of each weight in fp32 and activations what a forward pass keeps, measured on micro-batches of one and two
+    clips.
     """
     model, optimizer = trainer.engine.module, trainer.engine.optimizer
     parameters = _storage_bytes(model.parameters())
@@ -217,14 +221,22 @@ def memory_split(trainer: Trainer) -> dict[str, Any]:
         gradients = gradients or sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         activations = peak - parameters - state - gradients - other
         split = {"parameters": parameters, "gradients": gradients, "optimizer state": state, "activations": activations}
-        source = "allocator: peak of the timed steps; other: batches, workspaces and buffers that are held between steps"
+        source = (
+            "allocator: peak of the timed steps; other: batches, workspaces and buffers that are held between steps"
+        )
         return {**split, "other": other, "peak": peak, "source": source}
     gradients = 4 * sum(parameter.numel() for parameter in model.parameters())
     plain = build_model(trainer.config.architecture)
     plain.checkpoint_activations(trainer.config.step.activation_checkpointing)
     one, two = (activation_bytes(plain, trainer.config, trainer.ranks.device, clips) for clips in (1, 2))
     activations = one + (two - one) * (trainer.micro_batch - 1)
-    split = {"parameters": parameters, "gradients": gradients, "optimizer state": state, "activations": activations, "other": 0}
+    split = {
+        "parameters": parameters,
+        "gradients": gradients,
+        "optimizer state": state,
+        "activations": activations,
+        "other": 0,
+    }
     return {
         **split,
         "peak": sum(split.values()),
@@ -278,13 +290,17 @@ def in_memory(trainer: Trainer, device: torch.device) -> InMemory:
     lengths = torch.full((trainer.micro_batch,), trainer.config.num_samples)
     if device.type == "cuda":
         waveforms, lengths = [waveform.to(device) for waveform in waveforms], lengths.to(device)
-    elif trainer.ranks.device.type == "cuda":  # pinned, as the loader's batches are: other copies would wait for the device
+    elif (
+        trainer.ranks.device.type == "cuda"
+    ):  # pinned, as the loader's batches are: other copies would wait for the device
         waveforms, lengths = [waveform.pin_memory() for waveform in waveforms], lengths.pin_memory()
     return InMemory(waveforms, lengths, trainer.micro_batch * trainer.ranks.world_size)
 
 
 def nothing_to_read(config: Config) -> Dataset:
-    """Stands for a corpus where steps are fed from memory; features are normalised with the paper's constants unless the config says."""
+    """Stands for a corpus where steps are fed from memory; features are normalised with the paper's constants unless
+    the config says.
+    """
     import numpy as np
 
     from ssast.engine.model.ssast import PAPER_MEAN, PAPER_STD
@@ -299,7 +315,13 @@ def undisturbed(config: Config, folder: Path) -> Config:
     """In a run folder of its own, without rows, validations and checkpoints between the steps."""
     never = 10**9
     train = config.train.model_copy(
-        update={"steps": never, "log_every": never, "valid_every": never, "checkpoint_every": never, "schedule": "constant"}
+        update={
+            "steps": never,
+            "log_every": never,
+            "valid_every": never,
+            "checkpoint_every": never,
+            "schedule": "constant",
+        }
     )
     return config.model_copy(update={"run": config.run.model_copy(update={"folder": str(folder)}), "train": train})
 
@@ -330,7 +352,9 @@ def _tensors(optimizer: Any) -> list[torch.Tensor]:
     """What an optimizer updates and what it keeps for that; DeepSpeed's hold another inside."""
     inner = getattr(optimizer, "optimizer", optimizer)
     found = [tensor for group in inner.param_groups for tensor in group["params"]]
-    found += getattr(optimizer, "fp32_partitioned_groups_flat", [])  # ZeRO 3 lends its masters to the groups during a step only
+    found += getattr(
+        optimizer, "fp32_partitioned_groups_flat", []
+    )  # ZeRO 3 lends its masters to the groups during a step only
     for state in inner.state.values():
         found += [value for value in state.values() if isinstance(value, torch.Tensor)]
     return found

@@ -1,7 +1,8 @@
 """Whether B is faster than A, or whether the machine's noise explains what is seen.
 
-Best are turns: A and B take turns on one machine, and only the ratio within a turn counts, so that what drifts slowly drops out. Two
-finished profiles can be compared too, step time by step time, but the machine may have changed between them, and the verdict says so.
+Best are turns: A and B take turns on one machine, and only the ratio within a turn counts, so that what drifts slowly
+drops out. Two finished profiles can be compared too, step time by step time, but the machine may have changed between
+them, and the verdict says so.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ NOT_INTERLEAVED = "not measured in turns, so a drift of the machine between the 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`change` is the speed of B over that of A, less 1, with its interval at CONFIDENCE; None where it cannot be told."""
+    """`change` is the speed of B over that of A, less 1, with its interval at CONFIDENCE; None where it cannot be
+    told.
+    """
 
     decided: str  # "faster", "slower", "no difference" or "cannot tell"
     change: float | None
@@ -32,8 +35,8 @@ class Verdict:
 def compare_turns(a: Sequence[float], b: Sequence[float]) -> Verdict:
     """The verdict on clips/s of A and B, a[i] and b[i] measured in turn i on the same machine.
 
-    The mean of the log ratios with Student's t interval: with the 3 to 10 turns that one can afford, a bootstrap would draw intervals
-    that are far too narrow.
+    The mean of the log ratios with Student's t interval: with the 3 to 10 turns that one can afford, a bootstrap would
+    draw intervals that are far too narrow.
 
     Raises:
         ValueError: different numbers of turns, or a rate that is not above 0.
@@ -49,10 +52,11 @@ def compare_turns(a: Sequence[float], b: Sequence[float]) -> Verdict:
 
 
 def compare_steps(a_seconds: Sequence[float], b_seconds: Sequence[float]) -> Verdict:
-    """The verdict on the median step times of two finished profiles, in seconds (or in seconds a clip where the batches differ).
+    """The verdict on the median step times of two finished profiles, in seconds (or in seconds a clip where the batches
+    differ).
 
-    A bootstrap of blocks of neighbouring steps, since a slow step rarely comes alone: single steps drawn at random would make the
-    interval too narrow.
+    A bootstrap of blocks of neighbouring steps, since a slow step rarely comes alone: single steps drawn at random
+    would make the interval too narrow.
 
     Raises:
         ValueError: a time that is not above 0.
@@ -86,7 +90,9 @@ def _logs(values: Sequence[float]) -> np.ndarray:
 
 
 def _resampled_medians(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Medians [RESAMPLES] of series of the same length put together from blocks, which may run over the end into the beginning."""
+    """Medians [RESAMPLES] of series of the same length put together from blocks, which may run over the end into the
+    beginning.
+    """
     block = math.ceil(math.sqrt(values.size))
     starts = generator.integers(values.size, size=(RESAMPLES, math.ceil(values.size / block), 1))
     chosen = (starts + np.arange(block)).reshape(RESAMPLES, -1)[:, : values.size] % values.size

@@ -69,7 +69,8 @@ class Page:
 
 
 def write_page(page: Page, folder: Path, name: str) -> Path:
-    """Write `name`.html, `name`.md and pictures/`name`-*.png into the folder, in place of earlier ones; the path of the HTML.
+    """Write `name`.html, `name`.md and pictures/`name`-*.png into the folder, in place of earlier ones; the path of the
+    HTML.
 
     Raises:
         OSError: the folder cannot be written.

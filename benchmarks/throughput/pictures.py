@@ -40,7 +40,9 @@ UNKNOWN = "#9a9aa1"  # a part of another name
 
 
 class Bar(NamedTuple):
-    """`text` stands at its right; `mark` is a value on its scale, drawn as a line; `colour` is a colour, or names one of the theme."""
+    """`text` stands at its right; `mark` is a value on its scale, drawn as a line; `colour` is a colour, or names one
+    of the theme.
+    """
 
     label: str
     value: float
@@ -49,8 +51,12 @@ class Bar(NamedTuple):
     mark: float | None = None
 
 
-def draw_stack(title: str, bars: Mapping[str, Mapping[str, float]], show: Callable[[float], str], theme: Theme) -> Figure:
-    """One stacked bar for each entry of `bars` ({name of the bar: {part: value}}), all on one scale, and a legend with every value."""
+def draw_stack(
+    title: str, bars: Mapping[str, Mapping[str, float]], show: Callable[[float], str], theme: Theme
+) -> Figure:
+    """One stacked bar for each entry of `bars` ({name of the bar: {part: value}}), all on one scale, and a legend with
+    every value.
+    """
     parts = list(dict.fromkeys(part for values in bars.values() for part in values))
     columns = 2 if len(bars) == 1 else 1
     rows = math.ceil(len(parts) / columns)
@@ -62,7 +68,9 @@ def draw_stack(title: str, bars: Mapping[str, Mapping[str, float]], show: Callab
     for name, values in bars.items():
         if named:
             _label(axes, LEFT, top + 0.1, name, RIGHT - LEFT - 0.9, fontsize=8.5, color=theme.ink)
-            axes.text(RIGHT, top + 0.1, show(sum(values.values())), fontsize=8.5, color=theme.ink, va="center", ha="right")
+            axes.text(
+                RIGHT, top + 0.1, show(sum(values.values())), fontsize=8.5, color=theme.ink, va="center", ha="right"
+            )
         _stack(axes, values, top + named, (RIGHT - LEFT) / longest, theme)
         top += 0.52 + named
     top += 0.14
@@ -74,7 +82,12 @@ def draw_stack(title: str, bars: Mapping[str, Mapping[str, float]], show: Callab
     for i, part in enumerate(parts):
         column, row = divmod(i, rows)
         left, y = (LEFT, middle + 0.1)[column], top + named + 0.1 + 0.21 * row
-        axes.fill([left, left + 0.11, left + 0.11, left], [y - 0.055, y - 0.055, y + 0.055, y + 0.055], _colour(part), linewidth=0)
+        axes.fill(
+            [left, left + 0.11, left + 0.11, left],
+            [y - 0.055, y - 0.055, y + 0.055, y + 0.055],
+            _colour(part),
+            linewidth=0,
+        )
         axes.text(left + 0.18, y, part, fontsize=8, color=theme.ink, va="center")
         for values, end in zip(bars.values(), [(middle - 0.1, RIGHT)[column]] if columns == 2 else ends, strict=True):
             text = show(values[part]) if part in values else "–"
@@ -100,7 +113,9 @@ def _stack(axes: Axes, values: Mapping[str, float], top: float, scale: float, th
 
 
 def draw_bars(title: str, bars: Sequence[Bar], theme: Theme, note: str = "") -> Figure:
-    """A bar for each entry under its label and text, from 0; one that is CUT times the first is cut short, with a gap to show it."""
+    """A bar for each entry under its label and text, from 0; one that is CUT times the first is cut short, with a gap
+    to show it.
+    """
     height = 0.42 + 0.38 * len(bars) + (0.24 if note else 0.06)
     figure, axes = _sheet(height, title, theme)
     reach = min(max(max(bar.value, bar.mark or 0) for bar in bars), CUT * bars[0].value) or 1.0
@@ -123,7 +138,9 @@ def draw_bars(title: str, bars: Sequence[Bar], theme: Theme, note: str = "") -> 
 
 
 def draw_steps(seconds: Sequence[float], percentiles: Mapping[str, float], theme: Theme) -> Figure:
-    """Each timed step in order, and beside it how often each time occurs; `percentiles` (in ms) as lines across both."""
+    """Each timed step in order, and beside it how often each time occurs; `percentiles` (in ms) as lines across
+    both.
+    """
     figure = Figure((WIDTH, 2.5), DENSITY, facecolor=theme.paper)
     series, counts = figure.subplots(
         1,
@@ -133,7 +150,13 @@ def draw_steps(seconds: Sequence[float], percentiles: Mapping[str, float], theme
     )
     milliseconds = 1e3 * np.asarray(seconds)
     series.plot(
-        range(1, milliseconds.size + 1), milliseconds, "o", color=theme.train, markersize=3, markeredgewidth=0, clip_on=False
+        range(1, milliseconds.size + 1),
+        milliseconds,
+        "o",
+        color=theme.train,
+        markersize=3,
+        markeredgewidth=0,
+        clip_on=False,
     )
     bins = np.histogram_bin_edges(milliseconds, min(max(milliseconds.size // 4, 8), 40))
     counts.hist(milliseconds, bins, orientation="horizontal", color=theme.train, linewidth=0)
@@ -151,9 +174,21 @@ def draw_steps(seconds: Sequence[float], percentiles: Mapping[str, float], theme
     series.set_xlabel("timed step", fontsize=9, color=theme.soft, loc="right", labelpad=1)
     counts.set_xlabel("steps", fontsize=9, color=theme.soft, loc="right", labelpad=1)
     _title(figure, "Step time, ms", theme)
-    place = {"loc": "lower right", "bbox_to_anchor": (0.99, 0.8), "borderaxespad": 0.2, "frameon": False, "labelcolor": theme.soft}
+    place = {
+        "loc": "lower right",
+        "bbox_to_anchor": (0.99, 0.8),
+        "borderaxespad": 0.2,
+        "frameon": False,
+        "labelcolor": theme.soft,
+    }
     figure.legend(
-        *series.get_legend_handles_labels(), ncols=3, handlelength=1.6, columnspacing=1, handletextpad=0.5, fontsize=8.5, **place
+        *series.get_legend_handles_labels(),
+        ncols=3,
+        handlelength=1.6,
+        columnspacing=1,
+        handletextpad=0.5,
+        fontsize=8.5,
+        **place,
     )
     return figure
 
@@ -174,7 +209,9 @@ def draw_device(samples: Sequence[Mapping[str, float]], power_limit: float | Non
         axes.set_title(title, loc="left", fontsize=9, color=theme.soft, pad=4)
         if key == "power_w" and power_limit:
             axes.axhline(power_limit, color=theme.soft, linewidth=1, linestyle=(0, (4, 3)))
-            axes.set_title(f"dashed: limit {significant(power_limit)} W", loc="right", fontsize=8.5, color=theme.soft, pad=4)
+            axes.set_title(
+                f"dashed: limit {significant(power_limit)} W", loc="right", fontsize=8.5, color=theme.soft, pad=4
+            )
         axes.set_ylim(0, 1.08 * max(*values, (power_limit or 0) if key == "power_w" else 0, 1))
         axes.yaxis.set_major_locator(MaxNLocator(4))
     panels[-1].set_xlabel("seconds", fontsize=9, color=theme.soft, loc="right", labelpad=1)

@@ -34,7 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(arguments.config, arguments.overrides)
     arguments.ranks = arguments.ranks or max(1, torch.cuda.device_count())
     arguments.engine = config.step.engine
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would tell, among the progress, that it starts and stops
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "6"
+    )  # the profiler would tell, among the progress, that it starts and stops
     folder = arguments.out or config.run_dir / PROFILE_FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +69,9 @@ def profile(arguments: argparse.Namespace, children: Children, folder: Path) -> 
         print(f"racing {', '.join(names)} ...", file=sys.stderr, flush=True)
         baselines = children.race(names)
         if not on_gpu:
-            notes.append("torch.compile is no baseline on a CPU: it takes longer to compile than all else here together.")
+            notes.append(
+                "torch.compile is no baseline on a CPU: it takes longer to compile than all else here together."
+            )
     variants = []
     if arguments.variants:
         for name, overrides in VARIANTS.items():
@@ -96,7 +100,9 @@ def profile(arguments: argparse.Namespace, children: Children, folder: Path) -> 
 
 
 def compare(arguments: argparse.Namespace, children: Children, folder: Path) -> Path:
-    """Two configs in turns, each turn in processes of its own; prints the verdict, and returns where it is written down."""
+    """Two configs in turns, each turn in processes of its own; prints the verdict, and returns where it is written
+    down.
+    """
     from ssast.engine.files import write_whole
 
     from .noise import compare_turns
@@ -142,7 +148,9 @@ class Children:
         options = ["--steps", str(given.steps), "--warmup", str(given.warmup)]
         options += ["--quick"] * quick + ["--synthetic"] * given.synthetic
         overrides = [*given.overrides, *(overrides or [])]
-        engine = next((item.partition("=")[2] for item in reversed(overrides) if item.startswith("step.engine=")), given.engine)
+        engine = next(
+            (item.partition("=")[2] for item in reversed(overrides) if item.startswith("step.engine=")), given.engine
+        )
         return self._run(MEASURE, [config or given.config, *overrides, *options], ranks or given.ranks, engine, out)
 
     def race(self, names: list[str]) -> list[dict[str, Any]]:
@@ -177,18 +185,26 @@ def _powers_of_two_below(ranks: int) -> list[int]:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="ssast profile",
-        description="Measure the training step of a config, without training, and write report.html, report.md, report.json, pictures "
+        description="Measure the training step of a config, without training, and write report.html, report.md, "
+        "report.json, pictures "
         "and a trace for Perfetto into RUN_FOLDER/profile.",
     )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file or the name of a preset")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the config, as for ssast pretrain")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="changes to the config, as for ssast pretrain"
+    )
     parser.add_argument("--ranks", type=int, help="processes on this machine; default one for each visible GPU, or one")
     parser.add_argument("--steps", type=int, default=30, help="steps that are timed (default 30)")
     parser.add_argument("--warmup", type=int, default=5, help="steps before them that are not (default 5)")
-    parser.add_argument("--auto-batch", action="store_true", help="with the largest micro-batch that fits (step.auto_batch=true)")
+    parser.add_argument(
+        "--auto-batch", action="store_true", help="with the largest micro-batch that fits (step.auto_batch=true)"
+    )
     parser.add_argument("--synthetic", action="store_true", help="feed noise from memory instead of data.train")
     parser.add_argument(
-        "--baselines", action=argparse.BooleanOptionalAction, default=True, help="race the official way and plain PyTorch"
+        "--baselines",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="race the official way and plain PyTorch",
     )
     parser.add_argument("--variants", action="store_true", help="also measure ZeRO 0 to 3 and DDP")
     parser.add_argument("--scaling", action="store_true", help="also measure 1, 2, 4, ... ranks")

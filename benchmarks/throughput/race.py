@@ -1,7 +1,8 @@
-"""Our step and the baselines' in turns, on one device: `python -m ssast.benchmarks.throughput.race OUT CONFIG ...`, started by
-`ssast profile`. Writes OUT, a JSON file of the rows of profile.json's "baselines".
+"""Our step and the baselines' in turns, on one device: `python -m ssast.benchmarks.throughput.race OUT CONFIG ...`,
+started by `ssast profile`. Writes OUT, a JSON file of the rows of profile.json's "baselines".
 
-All start from the same weights and are fed the same noise, int16 in the host's memory, so that what differs is the step alone.
+All start from the same weights and are fed the same noise, int16 in the host's memory, so that what differs is the step
+alone.
 """
 
 from __future__ import annotations
@@ -98,7 +99,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _ours(trainer: Trainer) -> Runner:
     batches, clock = iter(in_memory(trainer, torch.device("cpu"))), Clock(trainer.clips_per_step, 1.0)
-    runner = Runner("this engine", "", trainer.clips_per_step, lambda: trainer.run_step(batches, clock), trainer.ranks.device)
+    runner = Runner(
+        "this engine", "", trainer.clips_per_step, lambda: trainer.run_step(batches, clock), trainer.ranks.device
+    )
     time_steps(runner.step, WARM_UP, runner.device)
     return runner
 
@@ -112,7 +115,9 @@ def baseline_runner(baseline: StepBaseline, waveforms: list[torch.Tensor], devic
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         try:
-            runner = Runner(baseline.name, baseline.what, clips, lambda clips=clips: baseline.step(next(turn)[:clips]), device)
+            runner = Runner(
+                baseline.name, baseline.what, clips, lambda clips=clips: baseline.step(next(turn)[:clips]), device
+            )
             time_steps(runner.step, WARM_UP, device)
             break
         except torch.OutOfMemoryError:

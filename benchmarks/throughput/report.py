@@ -28,11 +28,12 @@ MOST_KERNELS, DRAWN_KERNELS = 20, 10
 UNEXPLAINED = 0.01  # of a whole: parts that miss or exceed it by more are said to
 
 
-# ---- the report -----------------------------------------------------------------------------------------------------------------------
+# ---- the report ------------------------------------------------------------------------------------------------------
 
 
 def write_throughput_report(folder: Path) -> Path:
-    """Write report.html, report.md, report.json and pictures/ from profile.json in the same folder; the path of the page.
+    """Write report.html, report.md, report.json and pictures/ from profile.json in the same folder; the path of the
+    page.
 
     Raises:
         UserError: profile.json is missing or damaged, or the folder cannot be written.
@@ -91,7 +92,11 @@ def _tiles(summary: Summary) -> list[Tile]:
             Tile(label, show(summary["total"][key]), each.format(show(summary["per_device"][key])))
             for label, (key, show) in rates.items()
         ),
-        Tile(mfu["label"], _percent(mfu["value"]), f"of {mfu['peak_tflops']:g} TFLOP/s" if mfu["value"] else mfu["formula"]),
+        Tile(
+            mfu["label"],
+            _percent(mfu["value"]),
+            f"of {mfu['peak_tflops']:g} TFLOP/s" if mfu["value"] else mfu["formula"],
+        ),
         Tile("Median step", _ms(steps["p50_ms"]), f"99th percentile {_ms(steps['p99_ms'])}"),
         Tile("Data stall", _percent(summary["data_stall"]), "waits for data over the time of the timed steps"),
         *([Tile("Peak memory", _bytes(peak), "of one device")] if (peak := summary["memory"]["peak_bytes"]) else []),
@@ -105,7 +110,11 @@ def _throughput(profile: Mapping[str, Any], summary: Summary) -> Section:
         ("clips/s", "clips_per_s", f"{clips:,} clips in {significant(steps['seconds'])} s"),
         ("hours of audio/s", "audio_hours_per_s", f"{setup['seconds_per_clip']:g} s a clip"),
         ("tokens/s", "tokens_per_s", f"{setup['tokens']:,} tokens a clip"),
-        ("model TFLOP/s", "model_tflops", f"{significant(flops['train_per_clip'] / 1e9, 4)} GFLOP a clip, forward and backward"),
+        (
+            "model TFLOP/s",
+            "model_tflops",
+            f"{significant(flops['train_per_clip'] / 1e9, 4)} GFLOP a clip, forward and backward",
+        ),
     ]
     several = summary["device"]["count"] > 1
     table = Table(
@@ -120,7 +129,8 @@ def _throughput(profile: Mapping[str, Any], summary: Summary) -> Section:
     return Section(
         "Throughput",
         [
-            f"All {steps['timed']} timed steps together, waits for data included; {steps['warmup']} steps of warm-up before them are "
+            f"All {steps['timed']} timed steps together, waits for data included; {steps['warmup']} steps of warm-up "
+            "before them are "
             "left out."
         ],
         tables=[table],
@@ -129,7 +139,11 @@ def _throughput(profile: Mapping[str, Any], summary: Summary) -> Section:
             f"{significant(flops['train_per_clip'] / 1e9, 4)} to train."
         ]
         + ([f"Peak of one device: {mfu['peak_tflops']:g} TFLOP/s ({mfu['peak_source']})."] if mfu["value"] else [])
-        + (["The MLPs compute in FP8; their work is held against the bf16 peak all the same."] if setup["fp8_mlp"] else []),
+        + (
+            ["The MLPs compute in FP8; their work is held against the bf16 peak all the same."]
+            if setup["fp8_mlp"]
+            else []
+        ),
     )
 
 
@@ -138,8 +152,10 @@ def _step(profile: Mapping[str, Any], summary: Summary) -> Section:
     shown = {part["name"]: part["ms"] for part in parts["parts"]}
     percentiles = {name: steps[f"{name}_ms"] for name in ("p50", "p95", "p99")}
     after = [
-        f"Parts are means of {parts['traced_steps']} traced steps. Such a step takes {parts['traced_over_timed']:.2f} times as long as "
-        f"the timed ones, which are not traced ({_ms(steps['mean_ms'])} on average). Their trace is {profile['trace']}, for Perfetto or "
+        f"Parts are means of {parts['traced_steps']} traced steps. Such a step takes {parts['traced_over_timed']:.2f} "
+        "times as long as "
+        f"the timed ones, which are not traced ({_ms(steps['mean_ms'])} on average). Their trace is "
+        f"{profile['trace']}, for Perfetto or "
         "chrome://tracing."
     ]
     if abs(parts["unexplained"]) > UNEXPLAINED:
@@ -158,7 +174,9 @@ def _step(profile: Mapping[str, Any], summary: Summary) -> Section:
                 partial(draw_stack, f"A step of {_ms(parts['step_ms'])}", {"step": shown}, _ms),
             ),
             Picture(
-                "step-times", "Each timed step, with percentiles", partial(draw_steps, profile["steps"]["seconds"], percentiles)
+                "step-times",
+                "Each timed step, with percentiles",
+                partial(draw_steps, profile["steps"]["seconds"], percentiles),
             ),
         ],
         tables=[
@@ -187,14 +205,21 @@ def _step(profile: Mapping[str, Any], summary: Summary) -> Section:
 
 
 def _ceilings(summary: Summary) -> Section | None:
-    """All of one device, as the baselines are. The picture and the table have the same rows: (what, clips/s, how this run stands to it,
-    colour)."""
+    """All of one device, as the baselines are. The picture and the table have the same rows: (what, clips/s, how this
+    run stands to it, colour).
+    """
     count, word = summary["device"]["count"], _device_word(summary)
     ours = summary["per_device"]["clips_per_s"]
     ceilings, variants = summary["ceilings"], summary["variants"]
-    rows = [(f"ceiling: {row['name']}", row["clips_per_s"] / count, _percent(row["reached"]), "hidden") for row in ceilings]
-    rows += [(f"baseline: {row['name']}", row["clips_per_s"], _times(row["ratio"]), "valid") for row in summary["baselines"]]
-    rows += [(f"variant: {row['name']}", row["clips_per_s"] / count, _times(1 / row["ratio"]), "found") for row in variants]
+    rows = [
+        (f"ceiling: {row['name']}", row["clips_per_s"] / count, _percent(row["reached"]), "hidden") for row in ceilings
+    ]
+    rows += [
+        (f"baseline: {row['name']}", row["clips_per_s"], _times(row["ratio"]), "valid") for row in summary["baselines"]
+    ]
+    rows += [
+        (f"variant: {row['name']}", row["clips_per_s"] / count, _times(1 / row["ratio"]), "found") for row in variants
+    ]
     if not rows:
         return None
     title = f"Clips a second per {word}" if count > 1 else "Clips a second"
@@ -202,7 +227,8 @@ def _ceilings(summary: Summary) -> Section | None:
     text, closest = [], summary["closest_ceiling"]
     if closest:
         text = [
-            f"Closest ceiling: {closest['name']}; this run reaches {_percent(closest['reached'])} of it. A ceiling is the same work with "
+            f"Closest ceiling: {closest['name']}; this run reaches {_percent(closest['reached'])} of it. A ceiling is "
+            "the same work with "
             "the rest left out: the model on batches that are there already, or the loader without a model."
         ]
         if closest["reached"] > 1:
@@ -210,7 +236,8 @@ def _ceilings(summary: Summary) -> Section | None:
     after = [f"{row['name']}: {row['what']}; {_baseline_size(row)}." for row in summary["baselines"]]
     if after:
         after.append(
-            f"Baselines were measured on one {word}, in turns with this run's own step there; how this run stands to them is the ratio of "
+            f"Baselines were measured on one {word}, in turns with this run's own step there; how this run stands to "
+            "them is the ratio of "
             "those turns."
         )
     return Section(
@@ -227,7 +254,10 @@ def _ceilings(summary: Summary) -> Section | None:
             Table(
                 ("", f"clips/s per {word}" if count > 1 else "clips/s", "this run"),
                 "lrr",
-                [("this run", significant(ours), ""), *((name, significant(rate), stands) for name, rate, stands, _ in rows)],
+                [
+                    ("this run", significant(ours), ""),
+                    *((name, significant(rate), stands) for name, rate, stands, _ in rows),
+                ],
             )
         ],
         after,
@@ -257,13 +287,17 @@ def _kernel_section(profile: Mapping[str, Any], summary: Summary) -> Section | N
     ]
     any_floor = any(kernel["floor_ms"] is not None for kernel in top)
     floors = (
-        f"The floor is the time that the work needs at least, at rates measured on this device: {significant(rates['matmul_tflops'])} "
+        "The floor is the time that the work needs at least, at rates measured on this device: "
+        f"{significant(rates['matmul_tflops'])} "
         f"TFLOP/s in {rates['dtype']} products, {significant(rates['copy_gb_per_s'])} GB/s in copies. "
         "It is left out where the work is not known."
     )
     return Section(
         word,
-        [f"The {len(top)} that take longest in a step, together {_percent(sum(kernel['share'] for kernel in top))} of it."],
+        [
+            f"The {len(top)} that take longest in a step, together {_percent(sum(kernel['share'] for kernel in top))} "
+            "of it."
+        ],
         [
             Picture(
                 "kernels",
@@ -306,7 +340,8 @@ def _memory_section(summary: Summary) -> Section | None:
     after = [f"Source: {memory['source']}."]
     if abs(missing) > UNEXPLAINED * peak:
         after.append(
-            f"The parts do not add up to the peak: together they are {_bytes(abs(missing))} {'below' if missing > 0 else 'above'} it."
+            f"The parts do not add up to the peak: together they are {_bytes(abs(missing))} "
+            f"{'below' if missing > 0 else 'above'} it."
         )
     shown = {part["name"]: part["bytes"] for part in memory["parts"]}
     return Section(
@@ -348,11 +383,22 @@ def _device_section(profile: Mapping[str, Any], summary: Summary) -> Section | N
     if state is None:
         return None
     limit = (profile["environment"].get("gpu") or {}).get("power_limit_w")
-    kinds = {"clock_mhz": "clock, MHz", "power_w": "power, W", "temperature_c": "temperature, °C", "utilisation": "utilisation, %"}
-    rows = [(label, *(significant(state[key][of]) for of in ("lowest", "median", "highest"))) for key, label in kinds.items()]
+    kinds = {
+        "clock_mhz": "clock, MHz",
+        "power_w": "power, W",
+        "temperature_c": "temperature, °C",
+        "utilisation": "utilisation, %",
+    }
+    rows = [
+        (label, *(significant(state[key][of]) for of in ("lowest", "median", "highest")))
+        for key, label in kinds.items()
+    ]
     return Section(
         "The device",
-        [f"{state['samples']} samples while it was measured" + (f"; the power limit is {limit:g} W." if limit else ".")],
+        [
+            f"{state['samples']} samples while it was measured"
+            + (f"; the power limit is {limit:g} W." if limit else ".")
+        ],
         [Picture("device", "Clock and power over time", partial(draw_device, profile["device_state"], limit))],
         [Table(("", "lowest", "median", "highest"), "lrrr", rows)],
     )
@@ -369,16 +415,21 @@ def _setup_section(profile: Mapping[str, Any]) -> Section:
         tables=[Table(("", ""), "ll", rows)],
         code=[
             Code("Measured by", profile["command"]),
-            Code("Configuration", yaml.safe_dump(profile["config"], sort_keys=False, allow_unicode=True).rstrip(), folded=True),
+            Code(
+                "Configuration",
+                yaml.safe_dump(profile["config"], sort_keys=False, allow_unicode=True).rstrip(),
+                folded=True,
+            ),
         ],
     )
 
 
-# ---- A against B ----------------------------------------------------------------------------------------------------------------------
+# ---- A against B -----------------------------------------------------------------------------------------------------
 
 
 def write_comparison(folder_a: Path, folder_b: Path, out: Path) -> Path:
-    """Write compare.html, compare.md, compare.json and pictures/ into `out`, of two folders with a profile.json; the path of the page.
+    """Write compare.html, compare.md, compare.json and pictures/ into `out`, of two folders with a profile.json; the
+    path of the page.
 
     Times are compared by the clip, so that runs of different batches can be. The verdict is that of `compare_steps`.
 
@@ -399,7 +450,9 @@ def write_comparison(folder_a: Path, folder_b: Path, out: Path) -> Path:
         "verdict": asdict(compare_steps(*by_clip)),
         "figures": _side_by_side(summaries),
         "parts_us_per_clip": _parts_by_clip(summaries),
-        "differences": [list(found) for key in ("setup", "environment", "config") for found in _differences(profiles, key)],
+        "differences": [
+            list(found) for key in ("setup", "environment", "config") for found in _differences(profiles, key)
+        ],
     }
     return _write(_comparison(figures), figures, out, "compare")
 
@@ -419,7 +472,10 @@ def _side_by_side(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
         "data stall, %": [100 * summary["data_stall"] for summary in summaries],
         "peak memory, GiB": [summary["memory"]["peak_bytes"] / 2**30 for summary in summaries],
     }
-    return [{"figure": name, "a": a, "b": b, "ratio": b / a if a and b is not None else None} for name, (a, b) in rows.items()]
+    return [
+        {"figure": name, "a": a, "b": b, "ratio": b / a if a and b is not None else None}
+        for name, (a, b) in rows.items()
+    ]
 
 
 def _parts_by_clip(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
@@ -427,7 +483,10 @@ def _parts_by_clip(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
         {part["name"]: 1e3 * part["ms"] / summary["steps"]["clips_per_step"] for part in summary["parts"]["parts"]}
         for summary in summaries
     ]
-    return [{"part": name, "a": sides[0].get(name), "b": sides[1].get(name)} for name in dict.fromkeys([*sides[0], *sides[1]])]
+    return [
+        {"part": name, "a": sides[0].get(name), "b": sides[1].get(name)}
+        for name in dict.fromkeys([*sides[0], *sides[1]])
+    ]
 
 
 def _differences(profiles: Sequence[Mapping[str, Any]], key: str) -> list[tuple[str, Any, Any]]:
@@ -439,7 +498,10 @@ def _differences(profiles: Sequence[Mapping[str, Any]], key: str) -> list[tuple[
 def _comparison(figures: Mapping[str, Any]) -> Page:
     sides = {label: figures[label.lower()] for label in "AB"}
     parts = figures["parts_us_per_clip"]
-    stacks = {label: {part["part"]: part[label.lower()] for part in parts if part[label.lower()] is not None} for label in sides}
+    stacks = {
+        label: {part["part"]: part[label.lower()] for part in parts if part[label.lower()] is not None}
+        for label in sides
+    }
     show = _us_as_ms if max(sum(stack.values()) for stack in stacks.values()) > 1e4 else _us
     unlike = [(key, _text(a), _text(b)) for key, a, b in figures["differences"]]
     labels = " in A, ".join(side["summary"]["mfu"]["label"] for side in sides.values())
@@ -470,7 +532,10 @@ def _comparison(figures: Mapping[str, Any]) -> Page:
                 Table(
                     ("part", "A", "B", "B - A"),
                     "lrrr",
-                    [(row["part"], _maybe(row["a"], show), _maybe(row["b"], show), _change(row, show)) for row in parts],
+                    [
+                        (row["part"], _maybe(row["a"], show), _maybe(row["b"], show), _change(row, show))
+                        for row in parts
+                    ],
                 )
             ],
         ),
@@ -490,11 +555,17 @@ def _comparison(figures: Mapping[str, Any]) -> Page:
         kind="Throughput, A against B",
         lead=f"{verdict[0].upper()}{verdict[1:]}.",
         tiles=[
-            Tile(f"{label}: clips a second", significant(side["summary"]["total"]["clips_per_s"]), f"{_devices(side['summary'])}")
+            Tile(
+                f"{label}: clips a second",
+                significant(side["summary"]["total"]["clips_per_s"]),
+                f"{_devices(side['summary'])}",
+            )
             for label, side in sides.items()
         ],
         sections=sections,
-        footer=" ".join(f"{label} is {side['folder']}, measured {side['summary']['written']}." for label, side in sides.items()),
+        footer=" ".join(
+            f"{label} is {side['folder']}, measured {side['summary']['written']}." for label, side in sides.items()
+        ),
     )
 
 
@@ -503,7 +574,7 @@ def _change(part: Mapping[str, Any], show: Callable[[float], str]) -> str:
     return ("+" if change > 0 else "") + show(change)
 
 
-# ---- words and numbers ----------------------------------------------------------------------------------------------------------------
+# ---- words and numbers -----------------------------------------------------------------------------------------------
 
 
 def _name(summary: Summary, folder: Path) -> str:
@@ -512,7 +583,11 @@ def _name(summary: Summary, folder: Path) -> str:
 
 def _devices(summary: Summary) -> str:
     device = summary["device"]
-    return f"{device['count']} x {device['name']}" if device["kind"] == "cuda" else f"{device['name']}, {_ranks(device['count'])}"
+    return (
+        f"{device['count']} x {device['name']}"
+        if device["kind"] == "cuda"
+        else f"{device['name']}, {_ranks(device['count'])}"
+    )
 
 
 def _ranks(count: int) -> str:

@@ -15,8 +15,8 @@ Summary = dict[str, Any]
 def summarise(profile: Mapping[str, Any]) -> Summary:
     """Every figure of the report, as plain values for a JSON file, from what `read_profile` gives.
 
-    Rates are of all timed steps together, their waits included. `total` is of all devices, `per_device` that divided by their number.
-    Shares and efficiencies are of 1; `ms` are milliseconds a step. What cannot be known is None.
+    Rates are of all timed steps together, their waits included. `total` is of all devices, `per_device` that divided by
+    their number. Shares and efficiencies are of 1; `ms` are milliseconds a step. What cannot be known is None.
     """
     setup, flops, peak, timed = (profile[key] for key in ("setup", "flops", "peak", "steps"))
     seconds, devices = np.array(timed["seconds"]), setup["world_size"]
@@ -118,7 +118,9 @@ def _memory(memory: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "source": memory["source"],
         "peak_bytes": peak,
-        "parts": [{"name": name, "bytes": size, "share": size / peak if peak else None} for name, size in parts.items()],
+        "parts": [
+            {"name": name, "bytes": size, "share": size / peak if peak else None} for name, size in parts.items()
+        ],
         "unexplained_bytes": peak - sum(parts.values()),
     }
 
@@ -139,8 +141,13 @@ def _scaling(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _device_state(samples: Sequence[Mapping[str, float]]) -> dict[str, Any] | None:
     if not samples:
         return None
-    columns = {key: [sample[key] for sample in samples] for key in ("clock_mhz", "power_w", "temperature_c", "utilisation")}
-    ranges = {key: {"lowest": min(values), "median": np.median(values), "highest": max(values)} for key, values in columns.items()}
+    columns = {
+        key: [sample[key] for sample in samples] for key in ("clock_mhz", "power_w", "temperature_c", "utilisation")
+    }
+    ranges = {
+        key: {"lowest": min(values), "median": np.median(values), "highest": max(values)}
+        for key, values in columns.items()
+    }
     return {"samples": len(samples), **ranges}
 
 
@@ -154,6 +161,8 @@ def _plain(value: Any) -> Any:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """With so many significant digits, but never fewer than the integer part has, and with commas: 2,031, 45.3, 0.0123."""
+    """With so many significant digits, but never fewer than the integer part has, and with commas: 2,031, 45.3,
+    0.0123.
+    """
     exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])  # of the rounded value
     return f"{value:,.{max(0, digits - 1 - exponent)}f}" if value else "0"

@@ -1,22 +1,23 @@
 """What the time of a training step goes to, read from a trace of torch.profiler (Kineto's Chrome format).
 
-The parts of a step are the ranges of `ssast.engine.spans` that the trainer marks on its main thread. Every moment of a step belongs to
-one part, so that the parts add up to it.
+The parts of a step are the ranges of `ssast.engine.spans` that the trainer marks on its main thread. Every moment of a
+step belongs to one part, so that the parts add up to it.
 
-On a GPU (the trace has device activity) it is the device's time that is divided. A kernel, copy or fill belongs to the range in which it
-was launched, whichever thread launched it; outside any range, to the one before it in that step (before the first: to the first). Two
-kinds are told by themselves: NCCL's kernels are "communication", and what another thread than the main one copies to the device is the
-loader's: "copy". When several run at once, the moment belongs to the one that computes, then to communication, then to a copy between
-host and device: what hides behind computing costs nothing. A moment at which nothing runs is "data wait" while the main thread waits for
-data, and otherwise "host gaps". A step lasts from the first activity that it launched to the first one of the next step. So the last
-step of a trace only marks the end of the one before, unless it is alone: the wait for data after it is not in the trace.
+On a GPU (the trace has device activity) it is the device's time that is divided. A kernel, copy or fill belongs to the
+range in which it was launched, whichever thread launched it; outside any range, to the one before it in that step
+(before the first: to the first). Two kinds are told by themselves: NCCL's kernels are "communication", and what another
+thread than the main one copies to the device is the loader's: "copy". When several run at once, the moment belongs to
+the one that computes, then to communication, then to a copy between host and device: what hides behind computing costs
+nothing. A moment at which nothing runs is "data wait" while the main thread waits for data, and otherwise "host gaps".
+A step lasts from the first activity that it launched to the first one of the next step. So the last step of a trace
+only marks the end of the one before, unless it is alone: the wait for data after it is not in the trace.
 
-On a CPU the work is done where it is called, the backward pass included: a part is the time in its ranges on the main thread, and what is
-in none of them is "host gaps". Gloo exchanges on threads of its own, and the main thread leaves no event while it waits for them. So it is
-taken to wait for a collective in a pause between two operators in which that collective runs and ends, or after which it ends by no more
-than the pause's length: ends are recorded late, by a thread that must first be given a core. So much is moved from the range around it to
-"communication", and so are the calls that start collectives. A wait for data stays what it is, and a collective that runs beside operators
-costs nothing.
+On a CPU the work is done where it is called, the backward pass included: a part is the time in its ranges on the main
+thread, and what is in none of them is "host gaps". Gloo exchanges on threads of its own, and the main thread leaves no
+event while it waits for them. So it is taken to wait for a collective in a pause between two operators in which that
+collective runs and ends, or after which it ends by no more than the pause's length: ends are recorded late, by a thread
+that must first be given a core. So much is moved from the range around it to "communication", and so are the calls that
+start collectives. A wait for data stays what it is, and a collective that runs beside operators costs nothing.
 
 On either, waiting for a slower rank is communication: no trace of one rank can tell the two apart.
 """
@@ -57,7 +58,9 @@ Interval = tuple[int, int]  # from, to, in ns
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something on a thread of the host. Times are ns on the trace's clock. `need`: of an operator whose work is known."""
+    """Something on a thread of the host. Times are ns on the trace's clock. `need`: of an operator whose work is
+    known.
+    """
 
     name: str
     thread: int | str
@@ -136,15 +139,18 @@ class KernelRow:
 
 
 def read_trace(path: Path) -> Trace:
-    """Read a .json or .json.gz file of `torch.profiler.profile.export_chrome_trace`, recorded over whole steps; with record_shapes=True if
-    FLOP are wanted. Events are dropped as they are parsed, so that memory holds the text and what a Trace keeps.
+    """Read a .json or .json.gz file of `torch.profiler.profile.export_chrome_trace`, recorded over whole steps; with
+    record_shapes=True if FLOP are wanted. Events are dropped as they are parsed, so that memory holds the text and what
+    a Trace keeps.
 
     Raises:
         ValueError: no such trace, or one without the trainer's ranges.
     """
     reader = _Reader()
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as stream:
+        with (
+            gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as stream
+        ):
             json.load(stream, object_hook=reader.keep)
     except (gzip.BadGzipFile, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a whole trace of torch.profiler: {error}") from None
@@ -159,8 +165,9 @@ def step_parts(trace: Trace) -> StepParts:
 
 
 def busy_seconds(trace: Trace) -> float:
-    """Seconds of a step in which anything runs on the device; on a CPU, in which the main thread runs an operator or waits for other
-    ranks."""
+    """Seconds of a step in which anything runs on the device; on a CPU, in which the main thread runs an operator or
+    waits for other ranks.
+    """
     if trace.on_device:
         busy = _intersection(_union((each.start, each.end) for each in trace.activities), [_device_extent(trace)])
     else:
@@ -170,7 +177,9 @@ def busy_seconds(trace: Trace) -> float:
 
 
 def top_kernels(trace: Trace, count: int = 15) -> list[KernelRow]:
-    """The kernels that take most time, most first. The work of an operator that launches several is credited to the longest of them."""
+    """The kernels that take most time, most first. The work of an operator that launches several is credited to the
+    longest of them.
+    """
     groups: dict[str, _Group] = {}
     for name, part, duration, operator in _device_calls(trace) if trace.on_device else _host_calls(trace):
         groups.setdefault(name, _Group()).add(part, duration, operator)
@@ -180,8 +189,10 @@ def top_kernels(trace: Trace, count: int = 15) -> list[KernelRow]:
 
 
 def floor_seconds(row: KernelRow, matmul_tflops: float, copy_gb_per_s: float) -> float | None:
-    """The least time that a step's calls could take at the given rates: the longer of computing and moving bytes. None where the work is
-    not known. 8-bit products may take half the time of 16-bit ones, as on every GPU that multiplies in FP8."""
+    """The least time that a step's calls could take at the given rates: the longer of computing and moving bytes. None
+    where the work is not known. 8-bit products may take half the time of 16-bit ones, as on every GPU that multiplies
+    in FP8.
+    """
     if row.flop is None or row.bytes is None:
         return None
     computing = row.flop / (matmul_tflops * 1e12 * (2 if row.eight_bit else 1))
@@ -192,7 +203,9 @@ def short_name(kernel: str) -> str:
     """A kernel's name without namespaces, parameters and template arguments, but for the one that says what it does."""
     plain = kernel.removeprefix("void ").replace("(anonymous namespace)::", "")
     base, opening, arguments = _BASE_NAME.match(plain).groups()
-    what = next((each for each in _TELLING.findall(arguments) if each not in _NOT_TELLING), "") if opening == "<" else ""
+    what = (
+        next((each for each in _TELLING.findall(arguments) if each not in _NOT_TELLING), "") if opening == "<" else ""
+    )
     return base.rpartition("::")[2] + (f"<{what}>" if what else "")
 
 
@@ -201,7 +214,7 @@ _TELLING = re.compile(r"\b(?:\w*[Ff]unctor\w*|\w+_cuda|\w+CUDAKernelImpl|\w+Ops|
 _NOT_TELLING = {"BinaryFunctor", "AUnaryFunctor", "BUnaryFunctor"}
 
 
-# --- reading ------------------------------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 _COLLECTIVES = ("gloo:", "c10d::", "_c10d_functional::", "nccl")
 _ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
@@ -258,7 +271,9 @@ class _Reader:
         spans = [each for each in self._spans if each.thread == main and _around(steps, each.start)]
         if not any(span.name != "data wait" for span in spans):
             raise ValueError(f"{path}: steps without the ranges of their parts ('{PREFIX}backward' and the like).")
-        operators = [each for each in self._operators if each.need or (each.thread == main and _around(steps, each.start))]
+        operators = [
+            each for each in self._operators if each.need or (each.thread == main and _around(steps, each.start))
+        ]
         activities = self._activities(path, steps, sorted(spans, key=_begin))
         collectives = sorted(self._collectives, key=_begin)
         return Trace(steps, sorted(spans, key=_begin), sorted(operators, key=_nesting), collectives, activities)
@@ -278,7 +293,8 @@ class _Reader:
             kept.append(Activity(name, start, end, thread, launched, part))
         if self._on_device and not kept:
             raise ValueError(
-                f"{path}: no device activity was launched within a step. Record activities CPU and CUDA, of whole steps, "
+                f"{path}: no device activity was launched within a step. Record activities CPU and CUDA, of whole "
+                "steps, "
                 "and wait for the device before the profiler stops."
             )
         return sorted(kept, key=_begin)
@@ -293,12 +309,13 @@ def _part_of_launch(launched: int, steps: list[Event], working: list[Event]) -> 
     return working[index].name
 
 
-# --- the device's time --------------------------------------------------------------------------------------------------------------
+# --- the device's time ------------------------------------------------------------------------------------------------
 
 
 def _device_extent(trace: Trace) -> Interval:
-    """From the first activity of the first measured step to that of the step after the last one. What the loader copies beside the step
-    begins none."""
+    """From the first activity of the first measured step to that of the step after the last one. What the loader copies
+    beside the step begins none.
+    """
     begins = []
     for step, following in zip(trace.steps, [*trace.steps[1:], None], strict=True):
         until = following.start if following else math.inf
@@ -347,7 +364,9 @@ def _sweep(activities: Sequence[Activity], extent: Interval) -> tuple[Counter[st
 
 
 def _device_calls(trace: Trace) -> Iterator[tuple[str, str, int, Event | None]]:
-    """Name, part and ns of each activity that the measured steps launched, and the operator whose work is credited to it."""
+    """Name, part and ns of each activity that the measured steps launched, and the operator whose work is credited to
+    it.
+    """
     by_thread: dict[int | str, list[Event]] = {}
     for operator in trace.operators:
         if operator.need:
@@ -357,14 +376,16 @@ def _device_calls(trace: Trace) -> Iterator[tuple[str, str, int, Event | None]]:
     longest: dict[Event, Activity] = {}
     for each in launched:
         operator = _around(by_thread.get(each.thread, ()), each.launched)
-        if operator and (operator not in longest or each.end - each.start > longest[operator].end - longest[operator].start):
+        if operator and (
+            operator not in longest or each.end - each.start > longest[operator].end - longest[operator].start
+        ):
             longest[operator] = each
     credited = {id(activity): operator for operator, activity in longest.items()}
     for each in launched:
         yield each.name, each.part, each.end - each.start, credited.get(id(each))
 
 
-# --- the main thread's time ---------------------------------------------------------------------------------------------------------
+# --- the main thread's time -------------------------------------------------------------------------------------------
 
 
 def _host_parts(trace: Trace) -> tuple[int, Counter[str]]:
@@ -379,7 +400,9 @@ def _host_parts(trace: Trace) -> tuple[int, Counter[str]]:
 
 
 def _working(trace: Trace) -> list[Interval]:
-    """When the main thread runs an operator, but for those that only call others (as hooks, for instance) or start a collective."""
+    """When the main thread runs an operator, but for those that only call others (as hooks, for instance) or start a
+    collective.
+    """
     main = trace.steps[0].thread
     starting = _union((each.start, each.end) for each in trace.collectives if each.thread == main)
     segments = _innermost(each for each in trace.operators if each.thread == main)
@@ -405,8 +428,9 @@ def _exposed_collectives(trace: Trace, working: list[Interval]) -> list[Interval
 
 
 def _host_calls(trace: Trace) -> Iterator[tuple[str, str, int, Event | None]]:
-    """Name, part and own ns of each operator of the main thread, and of each collective that runs beside it; the operator itself, for its
-    work."""
+    """Name, part and own ns of each operator of the main thread, and of each collective that runs beside it; the
+    operator itself, for its work.
+    """
     main = trace.steps[0].thread
     own: dict[int, int] = {}
     operators = [each for each in trace.operators if each.thread == main]
@@ -443,11 +467,13 @@ def _innermost(events: Iterable[Event]) -> Iterator[tuple[int, int, Event]]:
             now = end
 
 
-# --- what operators need ------------------------------------------------------------------------------------------------------------
+# --- what operators need ----------------------------------------------------------------------------------------------
 
-# Where the first factor is among the inputs. aten::linear is not here: the product inside it is recorded as one of these.
+# Where the first factor is among the inputs. aten::linear is not here: the product inside it is recorded as one of
+# these.
 _PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::_scaled_mm": 0, "aten::addmm": 1, "aten::baddbmm": 1}
-# "math" is not here, either: it calls products. "ssast::attention_backward" launches two kernels of about the same length.
+# "math" is not here, either: it calls products. "ssast::attention_backward" launches two kernels of about the same
+# length.
 _ATTENTION = re.compile(
     r"(?:aten::_scaled_dot_product_(?:flash|efficient|cudnn)_attention(?:_for_cpu)?(_backward)?|ssast::attention_forward)$"
 )
@@ -513,7 +539,7 @@ def _row(name: str, group: _Group, trace: Trace, busy: float) -> KernelRow:
     )
 
 
-# --- intervals: lists of them are sorted and disjoint -------------------------------------------------------------------------------
+# --- intervals: lists of them are sorted and disjoint -----------------------------------------------------------------
 
 
 def _begin(each: Event | Activity) -> int:

@@ -1,7 +1,9 @@
-"""Checks every clip once before training: one broken file costs NVIDIA DALI a whole batch, and a cut WAV comes back silently short.
+"""Checks every clip once before training: one broken file costs NVIDIA DALI a whole batch, and a cut WAV comes back
+silently short.
 
-Files are decoded to the end by worker processes (probe.py), which may crash, hang or run out of memory without harm; the verdicts
-are kept in a cache. What DALI cannot decode, or not faithfully, is converted to a 16 kHz mono FLAC beside it.
+Files are decoded to the end by worker processes (probe.py), which may crash, hang or run out of memory without harm;
+the verdicts are kept in a cache. What DALI cannot decode, or not faithfully, is converted to a 16 kHz mono FLAC beside
+it.
 """
 
 from __future__ import annotations
@@ -43,19 +45,22 @@ def check_clips(
     memory_limit_bytes: int = 4 << 30,
     progress: bool = True,
 ) -> tuple[Clips, list[Skipped]]:
-    """Splits `entries` into clips that DALI decodes in full, and files skipped with a reason; both keep the order of `entries`.
+    """Splits `entries` into clips that DALI decodes in full, and files skipped with a reason; both keep the order of
+    `entries`.
 
-    Each new or changed file is decoded once, by one of `workers` processes (default: one per CPU) of at most `memory_limit_bytes`
-    of address space each, within `timeout_s` seconds. Clips shorter than `min_seconds` are skipped. Verdicts and converted copies
-    are kept in `cache_dir`; without a usable cache file the check still works, with a warning. Timeouts, crashes and read errors
-    are not cached, since they may be the machine's fault.
+    Each new or changed file is decoded once, by one of `workers` processes (default: one per CPU) of at most
+    `memory_limit_bytes` of address space each, within `timeout_s` seconds. Clips shorter than `min_seconds` are
+    skipped. Verdicts and converted copies are kept in `cache_dir`; without a usable cache file the check still works,
+    with a warning. Timeouts, crashes and read errors are not cached, since they may be the machine's fault.
 
-    Raises `UserError` if `cache_dir` cannot be written, for one if the disk is full, and `RuntimeError` if workers cannot start.
+    Raises `UserError` if `cache_dir` cannot be written, for one if the disk is full, and `RuntimeError` if workers
+    cannot start.
     """
     cache_dir = _writable(cache_dir)
     number = {path: i for i, path in enumerate(dict.fromkeys(entry.path for entry in entries))}
     paths = list(number)
-    # Per path: size and mtime of the original; frames, rate, channels, size and mtime of the copy (size -1: there is none).
+    # Per path: size and mtime of the original; frames, rate, channels, size and mtime of the copy (size -1: there is
+    # none).
     table = np.zeros((len(paths), 7), dtype=np.int64)
     reasons: dict[int, str] = {}
     todo: deque[int] = deque()
@@ -84,7 +89,13 @@ def check_clips(
                 table[i] = row[:7]
 
         # What is left to decode.
-        bar = tqdm(total=len(todo), desc="checking clips", unit="file", smoothing=0.05, disable=None if progress and todo else True)
+        bar = tqdm(
+            total=len(todo),
+            desc="checking clips",
+            unit="file",
+            smoothing=0.05,
+            disable=None if progress and todo else True,
+        )
         count = min(workers or len(os.sched_getaffinity(0)), len(todo))
         with bar, contextlib.closing(_probe_all(todo, job, count, timeout_s, memory_limit_bytes)) as verdicts:
             for i, verdict in verdicts:
@@ -122,7 +133,9 @@ def check_clips(
 
 
 def write_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
-    """Writes a CSV of path and reason to `path`; it appears whole or not at all. Raises `OSError` if it cannot be written."""
+    """Writes a CSV of path and reason to `path`; it appears whole or not at all. Raises `OSError` if it cannot be
+    written.
+    """
     aside = f"{path}.{os.getpid()}.tmp"
     with open(aside, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         csv.writer(file).writerows([("path", "reason"), *((item.path, item.reason) for item in skipped)])
@@ -141,7 +154,9 @@ def _writable(cache_dir: Path) -> Path:
 
 
 class _Cache:
-    """Verdicts by path. If SQLite fails, be it for a damaged or a locked file, it warns once and remembers nothing from then on."""
+    """Verdicts by path. If SQLite fails, be it for a damaged or a locked file, it warns once and remembers nothing from
+    then on.
+    """
 
     _TABLE = f"checked_{CHECK_VERSION}"
 
@@ -159,10 +174,15 @@ class _Cache:
         except sqlite3.Error as error:
             self._db = None
             hint = "" if "locked" in str(error) else "; delete it to have it made anew"
-            warnings.warn(f"the cache of checked clips {self._path} cannot be used ({error}): going on without{hint}", stacklevel=2)
+            warnings.warn(
+                f"the cache of checked clips {self._path} cannot be used ({error}): going on without{hint}",
+                stacklevel=2,
+            )
 
     def rows(self, paths: list[str]) -> Iterator[tuple | None]:
-        """For each path (size, mtime, frames, rate, channels, copy size, copy mtime, reason), or None if it is not known."""
+        """For each path (size, mtime, frames, rate, channels, copy size, copy mtime, reason), or None if it is not
+        known.
+        """
         for start in range(0, len(paths), 500):
             batch, known = [os.fsencode(path) for path in paths[start : start + 500]], {}
             with self._guard():
@@ -179,7 +199,9 @@ class _Cache:
     def _commit(self) -> None:
         with self._guard():
             if self._db is not None and self._rows:
-                self._db.executemany(f"INSERT OR REPLACE INTO {self._TABLE} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", self._rows)
+                self._db.executemany(
+                    f"INSERT OR REPLACE INTO {self._TABLE} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", self._rows
+                )
                 self._db.commit()
         self._rows, self._committed = [], time.monotonic()
 

@@ -1,4 +1,6 @@
-"""The clips of a data set as columns: numbers in arrays, texts in one array of bytes, millions of either without a Python object each."""
+"""The clips of a data set as columns: numbers in arrays, texts in one array of bytes, millions of either without a
+Python object each.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ _CHUNK = 1 << 16
 class Texts(Sequence[str]):
     """N texts, none of them a Python object until it is asked for.
 
-    They are rows of a table of one or more blocks; `rows` int64 [N] numbers them across the blocks. Subsets and joins share the blocks.
-    Bytes that are not UTF-8 come as surrogate escapes, as in `os.fsdecode`.
+    They are rows of a table of one or more blocks; `rows` int64 [N] numbers them across the blocks. Subsets and joins
+    share the blocks. Bytes that are not UTF-8 come as surrogate escapes, as in `os.fsdecode`.
     """
 
     def __init__(self, blocks: Sequence[Block], rows: np.ndarray | None = None) -> None:
@@ -89,7 +91,9 @@ class Texts(Sequence[str]):
         return np.concatenate([block.hashes for block in self._blocks])[self.rows]
 
     def _encoded(self, rows: np.ndarray) -> Iterator[memoryview]:
-        for start in range(0, len(rows), _CHUNK):  # lists of all numbers would be the Python objects that this class does without
+        for start in range(
+            0, len(rows), _CHUNK
+        ):  # lists of all numbers would be the Python objects that this class does without
             part = rows[start : start + _CHUNK]
             blocks = np.searchsorted(self._starts, part, side="right") - 1
             edges = [0, *(np.flatnonzero(np.diff(blocks)) + 1).tolist(), len(part)]
@@ -101,7 +105,8 @@ class Texts(Sequence[str]):
 class Block:
     """Texts end to end: uint8 bytes, text i being bytes[offsets[i] : offsets[i + 1]] with int64 offsets [N + 1].
 
-    Both are arrays, or names of .npy files, which are mapped when they are first used, here or in a process that the block is sent to.
+    Both are arrays, or names of .npy files, which are mapped when they are first used, here or in a process that the
+    block is sent to.
     """
 
     def __init__(self, count: int, offsets: np.ndarray | str, utf8: np.ndarray | str) -> None:
@@ -116,13 +121,17 @@ class Block:
     @functools.cached_property
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """(offsets, bytes)."""
-        offsets, utf8 = (np.asarray(np.load(part, mmap_mode="r")) if isinstance(part, str) else part for part in self._source)
+        offsets, utf8 = (
+            np.asarray(np.load(part, mmap_mode="r")) if isinstance(part, str) else part for part in self._source
+        )
         return offsets, utf8
 
     def encoded(self, rows: np.ndarray) -> Iterator[memoryview]:
         offsets, utf8 = self.arrays
         view = memoryview(utf8)
-        return (view[start:stop] for start, stop in zip(offsets[rows].tolist(), offsets[rows + 1].tolist(), strict=True))
+        return (
+            view[start:stop] for start, stop in zip(offsets[rows].tolist(), offsets[rows + 1].tolist(), strict=True)
+        )
 
     @functools.cached_property
     def hashes(self) -> np.ndarray:
@@ -138,11 +147,12 @@ class Block:
 class Clips:
     """The clips that can be read, one column each for what is known of them.
 
-    `paths` is what to open: the file itself, its converted copy, or a shard that holds many; `sources` what it was made from. From byte
-    `offsets` int64 [N] on (0: the clip is the whole file; nothing in a shard begins there), `sizes` int64 [N] bytes are an audio file,
-    of `frames` int64 [N] samples per channel at `sample_rates` int32 [N] Hz and `channels` int32 [N]. `mtimes_ns` int64 [N] is the time
-    of a plain file when it was checked, 0 in shards. `datasets` int32 [N] numbers the entries of a list of data sets. Lists are taken
-    for texts; offsets, speakers and data sets may be left out.
+    `paths` is what to open: the file itself, its converted copy, or a shard that holds many; `sources` what it was made
+    from. From byte `offsets` int64 [N] on (0: the clip is the whole file; nothing in a shard begins there), `sizes`
+    int64 [N] bytes are an audio file, of `frames` int64 [N] samples per channel at `sample_rates` int32 [N] Hz and
+    `channels` int32 [N]. `mtimes_ns` int64 [N] is the time of a plain file when it was checked, 0 in shards. `datasets`
+    int32 [N] numbers the entries of a list of data sets. Lists are taken for texts; offsets, speakers and data sets may
+    be left out.
     """
 
     paths: Texts
@@ -303,7 +313,9 @@ def open_shards(folder: Path) -> Clips:
 def _describe(folder: Path) -> _Description:
     path = folder / DESCRIPTION
     if not path.is_file():
-        raise UserError(f"{folder}: is not finished, {DESCRIPTION} is missing; run the same ssast prepare again to finish it")
+        raise UserError(
+            f"{folder}: is not finished, {DESCRIPTION} is missing; run the same ssast prepare again to finish it"
+        )
     try:
         description = _Description.model_validate_json(path.read_bytes())
     except ValidationError as error:
@@ -313,7 +325,9 @@ def _describe(folder: Path) -> _Description:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if sum(shard.clips for shard in description.shards) != description.clips or not description.clips:
-        raise UserError(f"{path}: {description.clips} clips, {sum(shard.clips for shard in description.shards)} of them in shards")
+        raise UserError(
+            f"{path}: {description.clips} clips, {sum(shard.clips for shard in description.shards)} of them in shards"
+        )
     return description
 
 
@@ -334,7 +348,9 @@ def _text_block(folder: Path, name: str, count: int) -> Block:
     offsets = _column(folder, f"{name}.offsets", np.int64, count + 1)
     utf8 = _column(folder, f"{name}.utf8", np.uint8, None)
     if offsets[0] != 0 or offsets[-1] != len(utf8):
-        raise UserError(f"{folder / INDEX / name}.utf8.npy: {len(utf8)} bytes instead of {offsets[-1]}; run ssast prepare again")
+        raise UserError(
+            f"{folder / INDEX / name}.utf8.npy: {len(utf8)} bytes instead of {offsets[-1]}; run ssast prepare again"
+        )
     return Block(count, *(str(folder / INDEX / f"{name}.{part}.npy") for part in ("offsets", "utf8")))
 
 
@@ -353,7 +369,9 @@ def _hash(utf8: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """uint64 [N] of the texts of a block, eight bytes at a time."""
     starts, lengths = offsets[:-1], np.diff(offsets)
     padded = np.append(utf8, np.zeros(8, dtype=np.uint8))
-    words = np.ndarray((len(padded) - 7,), dtype="<u8", buffer=padded, strides=(1,))  # the eight bytes from each byte on
+    words = np.ndarray(
+        (len(padded) - 7,), dtype="<u8", buffer=padded, strides=(1,)
+    )  # the eight bytes from each byte on
     hashes = lengths.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     rows = np.flatnonzero(lengths)
     for done in range(0, int(lengths.max(initial=0)), 8):

@@ -1,4 +1,6 @@
-"""The clips of a run: manifests read, files checked once, shards opened, training and validation told apart, feature statistics."""
+"""The clips of a run: manifests read, files checked once, shards opened, training and validation told apart, feature
+statistics.
+"""
 
 from __future__ import annotations
 
@@ -57,15 +59,18 @@ class Dataset:
 
 
 def open_dataset(config: Config, measured: tuple[float, float] | None = None) -> Dataset:
-    """Read and check all clips that the config names; `measured` is the mean and std that "auto" stands for, if known already.
+    """Read and check all clips that the config names; `measured` is the mean and std that "auto" stands for, if known
+    already.
 
     Raises:
-        UserError: nothing named, found or readable, too few clips to hold some out, or in strict mode any clip that is skipped.
+        UserError: nothing named, found or readable, too few clips to hold some out, or in strict mode any clip that is
+            skipped.
     """
     data = config.data
     if not data.train:
         raise UserError(
-            "data.train is not set: name a folder, prepared or not, a JSON, CSV or TSV manifest, or a list of paths: data.train=/path"
+            "data.train is not set: name a folder, prepared or not, a JSON, CSV or TSV manifest, or a list of paths: "
+            "data.train=/path"
         )
     clips, skipped = _checked(data.train, data)
     train, marked = _by_split(clips)
@@ -79,14 +84,18 @@ def open_dataset(config: Config, measured: tuple[float, float] | None = None) ->
         train, valid = _hold_out(train, data)
     if not len(train):
         raise UserError(
-            f"{', '.join(data.train)}: all {len(clips)} clips are marked or named for validation or test, none for training"
+            f"{', '.join(data.train)}: all {len(clips)} clips are marked or named for validation or test, none for "
+            "training"
         )
     if data.strict and skipped:
-        raise UserError(f"{skipped[0].path}: {skipped[0].reason} (the first of {len(skipped)} unusable clips; data.strict is set)")
+        raise UserError(
+            f"{skipped[0].path}: {skipped[0].reason} (the first of {len(skipped)} unusable clips; data.strict is set)"
+        )
     valid = valid.subset(_lowest_hashes(valid, data.valid_clips))
     if data.sample_rate > CONVERTED_RATE and train.converted.any():
         raise UserError(
-            f"data.sample_rate: {data.sample_rate}, but some files are in formats that are converted to {CONVERTED_RATE} Hz"
+            f"data.sample_rate: {data.sample_rate}, but some files are in formats that are converted to "
+            f"{CONVERTED_RATE} Hz"
         )
     mean, std = data.mean, data.std
     if isinstance(mean, str) or isinstance(std, str):
@@ -111,17 +120,27 @@ def cache_folder(data: DataSection) -> Path:
 def feature_statistics(
     clips: Clips, sample_rate: int, num_mel_bins: int, num_samples: int, num_threads: int
 ) -> tuple[float, float]:
-    """Mean and standard deviation of the log-mel features over up to 512 clips, evenly picked; frames of padding do not count."""
+    """Mean and standard deviation of the log-mel features over up to 512 clips, evenly picked; frames of padding do not
+    count.
+    """
     picked = np.unique(np.linspace(0, len(clips) - 1, min(len(clips), STATISTICS_CLIPS)).astype(np.int64))
-    decoder = AudioDecoder(clips, num_samples=num_samples, sample_rate=sample_rate, batch_size=16, num_threads=num_threads)
+    decoder = AudioDecoder(
+        clips, num_samples=num_samples, sample_rate=sample_rate, batch_size=16, num_threads=num_threads
+    )
     count, total, squares = 0, 0.0, 0.0
     for index in np.array_split(picked, -(-len(picked) // 16)):
         batch = decoder.decode(index, np.zeros(len(index), dtype=np.int64))
         lengths = torch.from_numpy(batch.lengths)
-        features = fbank(torch.from_numpy(batch.waveform), sample_rate=sample_rate, num_mel_bins=num_mel_bins, lengths=lengths)
+        features = fbank(
+            torch.from_numpy(batch.waveform), sample_rate=sample_rate, num_mel_bins=num_mel_bins, lengths=lengths
+        )
         is_sound = torch.arange(features.shape[1])[None, :] < count_frames(lengths, sample_rate)[:, None]
         values = features[is_sound].double()
-        count, total, squares = count + values.numel(), total + values.sum().item(), squares + values.square().sum().item()
+        count, total, squares = (
+            count + values.numel(),
+            total + values.sum().item(),
+            squares + values.square().sum().item(),
+        )
     decoder.close()
     mean = total / count
     std = max(squares / count - mean**2, 0.0) ** 0.5
@@ -129,7 +148,9 @@ def feature_statistics(
 
 
 def _prepared_statistics(config: Config) -> tuple[float, float] | None:
-    """Mean and std as measured when the only data set was prepared, if they are of the features that this run computes."""
+    """Mean and std as measured when the only data set was prepared, if they are of the features that this run
+    computes.
+    """
     folder = Path(config.data.train[0])
     if len(config.data.train) > 1 or not is_prepared(folder) or config.model.num_mel_bins != PREPARED_MEL_BINS:
         return None
@@ -193,7 +214,8 @@ def check_reachable(data: Dataset) -> None:
         for path in (*plain.paths[:1], *plain.paths[-1:], *plain.subset(plain.converted).paths, *shards):
             if not os.path.exists(path):
                 raise UserError(
-                    f"{path}: not on this machine ({platform.node()}); audio and data.cache_dir must be at the same place on every node",
+                    f"{path}: not on this machine ({platform.node()}); audio and data.cache_dir must be at the same "
+                    "place on every node",
                     every_rank=True,
                 )
 
@@ -223,10 +245,13 @@ def _without(clips: Clips, others: Clips) -> Clips:
 
 
 def _hold_out(clips: Clips, data: DataSection) -> tuple[Clips, Clips]:
-    """Training and validation: those clips whose source hashes lowest are held out, so that the choice survives added files."""
+    """Training and validation: those clips whose source hashes lowest are held out, so that the choice survives added
+    files.
+    """
     if len(clips) < 2:
         raise UserError(
-            f"{', '.join(data.train)}: one clip alone cannot be both trained and validated on; name data.valid or add clips"
+            f"{', '.join(data.train)}: one clip alone cannot be both trained and validated on; name data.valid or add "
+            "clips"
         )
     held = _lowest_hashes(clips, min(max(1, round(data.valid_fraction * len(clips))), data.valid_clips))
     is_held = np.zeros(len(clips), dtype=bool)
@@ -235,12 +260,16 @@ def _hold_out(clips: Clips, data: DataSection) -> tuple[Clips, Clips]:
 
 
 def _lowest_hashes(clips: Clips, count: int) -> np.ndarray:
-    """Numbers of up to `count` clips, ascending. Pieces of one recording are taken together or, where others are taken, not at all."""
+    """Numbers of up to `count` clips, ascending. Pieces of one recording are taken together or, where others are taken,
+    not at all.
+    """
     if count >= len(clips):
         return np.arange(len(clips))
     hashes = np.where(clips.in_shards, clips.sources.hashes(), np.uint64(0))
     plain = np.flatnonzero(~clips.in_shards)
-    digests = b"".join(hashlib.blake2b(source, digest_size=8).digest() for source in clips.subset(plain).sources.encoded())
+    digests = b"".join(
+        hashlib.blake2b(source, digest_size=8).digest() for source in clips.subset(plain).sources.encoded()
+    )
     hashes[plain] = np.frombuffer(digests, dtype=">u8")
     beyond = np.partition(hashes, count)[count]
     lower = np.flatnonzero(hashes < beyond)

@@ -1,7 +1,8 @@
-"""From files and shards to windows of sound: samples that lie there as int16 are read straight into the batch, all else by NVIDIA DALI.
+"""From files and shards to windows of sound: samples that lie there as int16 are read straight into the batch, all else
+by NVIDIA DALI.
 
-DALI decodes WAV, FLAC, OGG and Opus, downmixes, resamples, and cuts or pads, on CPU threads on every machine: it has no audio decoder for
-the GPU.
+DALI decodes WAV, FLAC, OGG and Opus, downmixes, resamples, and cuts or pads, on CPU threads on every machine: it has no
+audio decoder for the GPU.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Pending:
-    """A batch that is being read: of each row the bytes to decode, None where the window is in place, or a str of why it is broken."""
+    """A batch that is being read: of each row the bytes to decode, None where the window is in place, or a str of why
+    it is broken.
+    """
 
     index: np.ndarray
     start: np.ndarray
@@ -49,16 +52,25 @@ class Pending:
 class AudioDecoder:
     """Decodes windows of `num_samples` samples at `sample_rate` Hz out of checked clips.
 
-    A clip that has broken since the check costs only itself: DALI gives up a whole batch for it, so the batch is then taken apart.
-    `finish` and `decode` are for one thread at a time.
+    A clip that has broken since the check costs only itself: DALI gives up a whole batch for it, so the batch is then
+    taken apart. `finish` and `decode` are for one thread at a time.
     With `pin_memory` the windows lie in page-locked memory, from where a GPU can fetch them by itself.
     """
 
     def __init__(
-        self, clips: Clips, *, num_samples: int, sample_rate: int, batch_size: int, num_threads: int, pin_memory: bool = False
+        self,
+        clips: Clips,
+        *,
+        num_samples: int,
+        sample_rate: int,
+        batch_size: int,
+        num_threads: int,
+        pin_memory: bool = False,
     ) -> None:
         self.clips, self.num_samples, self.num_threads, self.pin_memory = clips, num_samples, num_threads, pin_memory
-        self.lengths = -(-clips.frames * sample_rate // clips.sample_rates.astype(np.int64))  # [clips] after resampling, rounded up
+        self.lengths = -(
+            -clips.frames * sample_rate // clips.sample_rates.astype(np.int64)
+        )  # [clips] after resampling, rounded up
         # Of these sizes a clip may be the WAV header and the samples as they are wanted, and nothing else.
         bare = clips.sizes == HEADER_BYTES + 2 * clips.frames
         self._maybe_bare = bare & (clips.channels == 1) & (clips.sample_rates == sample_rate)
@@ -76,7 +88,10 @@ class AudioDecoder:
         shape = (len(index), self.num_samples)
         waveform = torch.empty(shape, dtype=torch.int16, pin_memory=self.pin_memory).numpy()
         parts = np.array_split(np.arange(len(index)), min(self.num_threads, len(index)))
-        reads = [self._readers.submit(self._read, index[part], start[part], waveform[part[0] : part[-1] + 1]) for part in parts]
+        reads = [
+            self._readers.submit(self._read, index[part], start[part], waveform[part[0] : part[-1] + 1])
+            for part in parts
+        ]
         return Pending(index, start, waveform, reads)
 
     def finish(self, pending: Pending) -> Decoded:
@@ -123,10 +138,14 @@ class AudioDecoder:
         return content if got == size else f"changed since it was checked: {got} bytes instead of {size}"
 
     def _read_bare(self, file: int, clip: int, start: int, window: np.ndarray) -> bool:
-        """Read a window of samples that follow the header of 44 bytes into its place; False if there is another header."""
+        """Read a window of samples that follow the header of 44 bytes into its place; False if there is another
+        header.
+        """
         frames, offset = int(self.clips.frames[clip]), int(self.clips.offsets[clip])
         header = bytearray(HEADER_BYTES)
-        if _read_into(file, header, offset) < HEADER_BYTES or header != wav_header(frames, int(self.clips.sample_rates[clip])):
+        if _read_into(file, header, offset) < HEADER_BYTES or header != wav_header(
+            frames, int(self.clips.sample_rates[clip])
+        ):
             return False
         count = min(max(frames - start, 0), len(window))
         window[count:] = 0
@@ -137,7 +156,9 @@ class AudioDecoder:
     def _decoded(
         self, encoded: dict[int, np.ndarray], start: np.ndarray, broken: dict[int, str]
     ) -> Iterator[tuple[int, np.ndarray, int]]:
-        """(row, window, length of the whole clip) of all that DALI can decode; why it cannot do the others goes to `broken`."""
+        """(row, window, length of the whole clip) of all that DALI can decode; why it cannot do the others goes to
+        `broken`.
+        """
         if not encoded:
             return
         rows = list(encoded)
@@ -167,8 +188,9 @@ class AudioDecoder:
 
 
 class _Files:
-    """Handles to read from. Shards stay open, up to a quarter of the files that this process may have open; what is beyond that, and
-    plain files, are opened for each read."""
+    """Handles to read from. Shards stay open, up to a quarter of the files that this process may have open; what is
+    beyond that, and plain files, are opened for each read.
+    """
 
     def __init__(self, clips: Clips) -> None:
         self._clips, self._in_shard = clips, clips.in_shards
@@ -205,15 +227,31 @@ class _Files:
 
 
 def wav_header(frames: int, sample_rate: int) -> bytes:
-    """The 44 bytes before `frames` mono int16 samples: RIFF, fmt of 16 bytes, data; nothing else says the same in fewer."""
+    """The 44 bytes before `frames` mono int16 samples: RIFF, fmt of 16 bytes, data; nothing else says the same in
+    fewer.
+    """
     data = 2 * frames
     return struct.pack(
-        "<4sI8sIHHIIHH4sI", b"RIFF", 36 + data, b"WAVEfmt ", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16, b"data", data
+        "<4sI8sIHHIIHH4sI",
+        b"RIFF",
+        36 + data,
+        b"WAVEfmt ",
+        16,
+        1,
+        1,
+        sample_rate,
+        2 * sample_rate,
+        2,
+        16,
+        b"data",
+        data,
     )
 
 
 def _read_into(file: int, buffer: np.ndarray | bytearray, offset: int) -> int:
-    """Bytes read at `offset`: fewer than the buffer holds only at the end of the file. One call reads no more than 2 GiB."""
+    """Bytes read at `offset`: fewer than the buffer holds only at the end of the file. One call reads no more than 2
+    GiB.
+    """
     view, done = memoryview(buffer), 0
     while done < len(view) and (got := os.preadv(file, [view[done:]], offset + done)):
         done += got
@@ -223,7 +261,9 @@ def _read_into(file: int, buffer: np.ndarray | bytearray, offset: int) -> int:
 def _build_pipeline(num_samples: int, sample_rate: int, batch_size: int, num_threads: int) -> Pipeline:
     from nvidia.dali import fn, pipeline_def, types  # steps that are fed from memory do without
 
-    @pipeline_def(batch_size=batch_size, num_threads=num_threads, device_id=None, exec_pipelined=False, exec_async=False)
+    @pipeline_def(
+        batch_size=batch_size, num_threads=num_threads, device_id=None, exec_pipelined=False, exec_async=False
+    )
     def windows() -> tuple:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
         start = fn.external_source(name="start", dtype=types.INT32, ndim=1)

@@ -1,9 +1,10 @@
-"""Decodes recordings, makes them mono at one sample rate, cuts them up and writes them to shards: the worker of prepare.py.
+"""Decodes recordings, makes them mono at one sample rate, cuts them up and writes them to shards: the worker of
+prepare.py.
 
-It runs as a script, `python -P extract.py SETTINGS`, with the fields of `Extraction` in JSON. A line of standard input is a `Job` in
-JSON: a shard, or what is left of one. Each of its recordings is answered in turn by a line of standard output: {"clips": [[piece,
-offset, size, samples, crc32], ...], "end": length of the shard after it} or {"reason": why it is left out}. {"sha256": of the whole
-shard} comes last, or {"fatal": what no other file would change} at any point.
+It runs as a script, `python -P extract.py SETTINGS`, with the fields of `Extraction` in JSON. A line of standard input
+is a `Job` in JSON: a shard, or what is left of one. Each of its recordings is answered in turn by a line of standard
+output: {"clips": [[piece, offset, size, samples, crc32], ...], "end": length of the shard after it} or {"reason": why
+it is left out}. {"sha256": of the whole shard} comes last, or {"fatal": what no other file would change} at any point.
 """
 
 import contextlib
@@ -27,7 +28,9 @@ from ssast.engine.data.shards import END_OF_TAR, clip_key, encode_audio, tar_mem
 
 @dataclass(frozen=True)
 class Extraction:
-    """What becomes of a recording. Lengths are in samples of the result; `segment` 0 keeps it in one piece. `memory` is in bytes."""
+    """What becomes of a recording. Lengths are in samples of the result; `segment` 0 keeps it in one piece. `memory` is
+    in bytes.
+    """
 
     sample_rate: int
     codec: str
@@ -42,7 +45,8 @@ class Extraction:
 class Job:
     """Recordings, numbered in the data set from `first` on, that go to the file `tar` from the byte `start` on.
 
-    Each is (source, path, offset, size, label, speaker, split): `size` bytes at `offset` in `path`, or all of it where offset is -1.
+    Each is (source, path, offset, size, label, speaker, split): `size` bytes at `offset` in `path`, or all of it where
+    offset is -1.
     """
 
     tar: str
@@ -121,7 +125,8 @@ def _write_clips(tar: BinaryIO, number: int, recording: Sequence[Any], settings:
 
 @contextlib.contextmanager
 def as_file(path: str, offset: int, size: int, folder: str) -> Iterator[str]:
-    """The path of a recording that is `size` bytes long. A member of an archive is copied to a nameless file in `folder`.
+    """The path of a recording that is `size` bytes long. A member of an archive is copied to a nameless file in
+    `folder`.
 
     Raises `Reject` if it is not what it was when the run was planned, or changes meanwhile.
     """
@@ -135,7 +140,9 @@ def as_file(path: str, offset: int, size: int, folder: str) -> Iterator[str]:
     else:
         with contextlib.ExitStack() as stack:
             with _writing(f"{folder}/."):
-                copy = stack.enter_context(tempfile.NamedTemporaryFile(prefix=".", suffix=".tmp", dir=folder, buffering=0))
+                copy = stack.enter_context(
+                    tempfile.NamedTemporaryFile(prefix=".", suffix=".tmp", dir=folder, buffering=0)
+                )
             _copy_range(path, offset, size, copy)
             yield copy.name
     if file_status(path) != before:
@@ -156,7 +163,8 @@ def _copy_range(path: str, offset: int, size: int, copy: BinaryIO) -> None:
 
 
 def decode(path: str, size: int) -> Iterator[tuple[int, np.ndarray]]:
-    """A file of `size` bytes in blocks: (sample rate in Hz, mean of the channels: int16 [n], or float32 [n] of full scale 1).
+    """A file of `size` bytes in blocks: (sample rate in Hz, mean of the channels: int16 [n], or float32 [n] of full
+    scale 1).
 
     Raises `Reject`, at the end at the latest, if it is not whole and sound.
     """
@@ -179,16 +187,19 @@ def _mean_of_channels(block: np.ndarray) -> np.ndarray:
 
 
 def cut(blocks: Iterable[np.ndarray], settings: Extraction) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Pieces of a recording, which comes in blocks int16 [n]: (number, first sample, int16 [S]); number -1 for a whole one.
+    """Pieces of a recording, which comes in blocks int16 [n]: (number, first sample, int16 [S]); number -1 for a whole
+    one.
 
-    Pieces of `segment` samples begin every `hop`. The last one is what is left, if that is `min_length` or more and not all in the
-    piece before.
+    Pieces of `segment` samples begin every `hop`. The last one is what is left, if that is `min_length` or more and not
+    all in the piece before.
 
     Raises `Reject` for a recording shorter than `min_length` or longer than `max_length`.
     """
     segment, hop = settings.segment or sys.maxsize, settings.hop
     total, start, number = 0, 0, 0
-    held: list[np.ndarray] = []  # the last of the `total` samples that have come, from `start` on or from where they were cut
+    held: list[
+        np.ndarray
+    ] = []  # the last of the `total` samples that have come, from `start` on or from where they were cut
     for block in blocks:
         total += len(block)
         if total > settings.max_length:

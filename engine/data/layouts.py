@@ -1,7 +1,8 @@
-"""What a source of recordings may be: an audio file, a tar, a manifest, or a folder, in one of the layouts of known data sets or plain.
+"""What a source of recordings may be: an audio file, a tar, a manifest, or a folder, in one of the layouts of known
+data sets or plain.
 
-A layout knows where a data set keeps its labels, speakers and splits. Splits are train, valid and test, or fold1, fold2 ... where a data
-set is made for cross-validation.
+A layout knows where a data set keeps its labels, speakers and splits. Splits are train, valid and test, or fold1, fold2
+... where a data set is made for cross-validation.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ _NOTE_LIMIT = 1 << 20  # bytes of what stands beside the audio in a tar
 
 
 class Recording(NamedTuple):
-    """`size` bytes at `offset` in the file `path`, or all of that file where offset is -1; `source` is its name for people."""
+    """`size` bytes at `offset` in the file `path`, or all of that file where offset is -1; `source` is its name for
+    people.
+    """
 
     source: str
     path: str
@@ -67,7 +70,8 @@ class Source:
 
 
 def read_source(source: str, layout: str = "auto") -> Source:
-    """The recordings of a file, tar, manifest or folder; the layout of a folder is told by the files it has if `layout` is "auto".
+    """The recordings of a file, tar, manifest or folder; the layout of a folder is told by the files it has if `layout`
+    is "auto".
 
     Raises `UserError` if there is nothing of the kind, or no recording in it.
     """
@@ -92,7 +96,9 @@ def _read_folder(root: Path, layout: str) -> Source:
     if layout == "auto":
         layout = next((name for name, (is_one, _) in LAYOUTS.items() if is_one(root)), "plain")
     elif layout != "plain" and not LAYOUTS[layout][0](root):
-        raise UserError(f"{root} does not look like {layout}: see docs/data.md for what is expected, or use --layout plain")
+        raise UserError(
+            f"{root} does not look like {layout}: see docs/data.md for what is expected, or use --layout plain"
+        )
     if layout == "plain":
         return Source("folder", [_whole(entry) for entry in read_manifest(root)])
     remarks: list[str] = []
@@ -111,7 +117,9 @@ def _whole(entry: Entry) -> Recording:
 
 
 def _read_tar(path: str) -> Source:
-    """The audio members of a tar. Files of the same name beside them give labels: .json (label, speaker, split), .cls or .txt."""
+    """The audio members of a tar. Files of the same name beside them give labels: .json (label, speaker, split), .cls
+    or .txt.
+    """
     notes: dict[str, dict[str, str]] = {}
     found: list[tuple[str, int, int]] = []
     others = 0
@@ -238,7 +246,9 @@ def _is_speech_commands(root: Path) -> bool:
 
 def _speech_commands(root: Path, remarks: list[str]) -> Iterator[Entry]:
     """LABEL/SPEAKER_nohash_N.wav with validation_list.txt and testing_list.txt; _background_noise_ is left out."""
-    splits = dict.fromkeys(_lines(root / "validation_list.txt"), "valid") | dict.fromkeys(_lines(root / "testing_list.txt"), "test")
+    splits = dict.fromkeys(_lines(root / "validation_list.txt"), "valid") | dict.fromkeys(
+        _lines(root / "testing_list.txt"), "test"
+    )
     background = 0
     for name in _audio_files(root):
         label, _, file = name.partition("/")
@@ -253,27 +263,36 @@ def _speech_commands(root: Path, remarks: list[str]) -> Iterator[Entry]:
 
 WANTED_WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 UNKNOWN, SILENCE = "_unknown_", "_silence_"
-_NOISE_SHARES = {"train": (0.0, 0.6), "valid": (0.6, 0.8), "test": (0.8, 1.0)}  # of each file of noise, from where to where
+_NOISE_SHARES = {
+    "train": (0.0, 0.6),
+    "valid": (0.6, 0.8),
+    "test": (0.8, 1.0),
+}  # of each file of noise, from where to where
 _PIECE_SECONDS, _PIECE_HOP = 1.0, 0.5  # of silence that is measured on
 
 
 def speech_commands_12(root: Path, remarks: list[str], cache_dir: Path | None) -> Iterator[Entry]:
     """Speech Commands as ten words, all others as `_unknown_`, and `_silence_` out of the files of background noise.
 
-    As in SUPERB, training has every other word, and the noise in long pieces, from which it cuts at random: it needs balanced sampling.
-    Validation and test have as many unknown words as clips of a wanted word on average (those whose names hash lowest), as in TensorFlow's
-    recipe. Unlike in both, no noise is in two splits: each file gives its first 60% to training, and pieces of 1 s of the rest to
-    validation and test. Pieces are written to `cache_dir` once. Where the folder has the ten words, `_unknown_` and `_silence_` already, as
-    the test set of version 1 has, it is read as it is, for the test.
+    As in SUPERB, training has every other word, and the noise in long pieces, from which it cuts at random: it needs
+    balanced sampling. Validation and test have as many unknown words as clips of a wanted word on average (those whose
+    names hash lowest), as in TensorFlow's recipe. Unlike in both, no noise is in two splits: each file gives its first
+    60% to training, and pieces of 1 s of the rest to validation and test. Pieces are written to `cache_dir` once. Where
+    the folder has the ten words, `_unknown_` and `_silence_` already, as the test set of version 1 has, it is read as
+    it is, for the test.
 
     Raises:
         UserError: not Speech Commands, no noise, or no folder to keep pieces of it in.
     """
     if (root / SILENCE).is_dir() and (root / UNKNOWN).is_dir():
-        yield from (Entry(str(root / name), name.partition("/")[0], "test") for name in _audio_files(root) if "/" in name)
+        yield from (
+            Entry(str(root / name), name.partition("/")[0], "test") for name in _audio_files(root) if "/" in name
+        )
         return
     if not _is_speech_commands(root):
-        raise UserError(f"{root} does not look like speech_commands: it has no validation_list.txt and testing_list.txt")
+        raise UserError(
+            f"{root} does not look like speech_commands: it has no validation_list.txt and testing_list.txt"
+        )
     entries = list(_speech_commands(root, []))
     wanted = [entry for entry in entries if entry.label in WANTED_WORDS]
     yield from wanted
@@ -293,21 +312,31 @@ def _name_hash(path: str, root: Path) -> bytes:
 
 
 def _silence(root: Path, cache_dir: Path | None) -> Iterator[Entry]:
-    """Pieces of the files in `_background_noise_`, kept in `cache_dir` under the names and sizes of what they are cut from."""
+    """Pieces of the files in `_background_noise_`, kept in `cache_dir` under the names and sizes of what they are cut
+    from.
+    """
     noises = sorted((root / "_background_noise_").glob("*.wav"))
     if not noises:
-        raise UserError(f"{root / '_background_noise_'}: has no .wav files, of which the class {SILENCE} is made; unpack them")
+        raise UserError(
+            f"{root / '_background_noise_'}: has no .wav files, of which the class {SILENCE} is made; unpack them"
+        )
     if cache_dir is None:
-        raise UserError(f"{root}: the class {SILENCE} is cut from background noise, which needs a folder to keep the pieces in")
+        raise UserError(
+            f"{root}: the class {SILENCE} is cut from background noise, which needs a folder to keep the pieces in"
+        )
     for noise in noises:
-        key = hashlib.blake2b(f"{noise}\0{noise.stat().st_size}".encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+        key = hashlib.blake2b(
+            f"{noise}\0{noise.stat().st_size}".encode("utf-8", "surrogateescape"), digest_size=8
+        ).hexdigest()
         folder = cache_dir / "silence" / key
         try:
             sound, rate = soundfile.read(noise, dtype="int16", always_2d=True)
             folder.mkdir(parents=True, exist_ok=True)
             for split, (first, last) in _NOISE_SHARES.items():
                 part = sound[round(first * len(sound)) : round(last * len(sound)), 0]
-                length, hop = (len(part), 1) if split == "train" else (round(_PIECE_SECONDS * rate), round(_PIECE_HOP * rate))
+                length, hop = (
+                    (len(part), 1) if split == "train" else (round(_PIECE_SECONDS * rate), round(_PIECE_HOP * rate))
+                )
                 for number, start in enumerate(range(0, len(part) - length + 1, hop)):
                     path = folder / f"{noise.stem}_{split}_{number:03d}.wav"
                     if not path.is_file():
@@ -356,7 +385,9 @@ def _is_iemocap(root: Path) -> bool:
 
 
 def _iemocap(root: Path, remarks: list[str]) -> Iterator[Entry]:
-    """SessionN/dialog/EmoEvaluation/*.txt and SessionN/sentences/wav: neutral, happy with excited, sad, angry; fold N is session N."""
+    """SessionN/dialog/EmoEvaluation/*.txt and SessionN/sentences/wav: neutral, happy with excited, sad, angry; fold N
+    is session N.
+    """
     others = 0
     for session in _folders(root):
         number = session.name.removeprefix("Session")
@@ -369,7 +400,8 @@ def _iemocap(root: Path, remarks: list[str]) -> Iterator[Entry]:
                     others += 1
     if others:
         remarks.append(
-            f"{others} turns of other emotions left out; the classes are {', '.join(sorted(set(IEMOCAP_CLASSES.values())))}"
+            f"{others} turns of other emotions left out; the classes are "
+            f"{', '.join(sorted(set(IEMOCAP_CLASSES.values())))}"
         )
 
 
@@ -386,7 +418,9 @@ def _is_audioset(root: Path) -> bool:
 
 
 def _audioset(root: Path, remarks: list[str]) -> Iterator[Entry]:
-    """*_segments.csv (YTID, start, end, labels), and audio anywhere below, named YTID, with or without a Y before and times after it."""
+    """*_segments.csv (YTID, start, end, labels), and audio anywhere below, named YTID, with or without a Y before and
+    times after it.
+    """
     known: dict[str, tuple[str, str]] = {}
     for path in _audioset_lists(root):
         split = "test" if path.name.startswith("eval") else "train"

@@ -37,8 +37,9 @@ class BadClip:
 
 @dataclass(frozen=True)
 class Shard:
-    """One rank's share. Micro-batches are dealt out in turn, so `world_size` ranks, or as many accumulation steps on one rank, see
-    the same clips in the same optimizer step."""
+    """One rank's share. Micro-batches are dealt out in turn, so `world_size` ranks, or as many accumulation steps on
+    one rank, see the same clips in the same optimizer step.
+    """
 
     rank: int
     world_size: int
@@ -60,8 +61,8 @@ class PendingBatch:
 class ClipReader:
     """Whole batches at positions of an order, with clips that break on the way replaced.
 
-    The replacement of a clip is the next one by number that can be read, whatever rank or batch it falls in, so a broken file neither
-    stops the run nor changes what any other clip of the batch contributes.
+    The replacement of a clip is the next one by number that can be read, whatever rank or batch it falls in, so a
+    broken file neither stops the run nor changes what any other clip of the batch contributes.
     """
 
     def __init__(
@@ -128,7 +129,8 @@ class ClipReader:
         allowed = self.max_bad_fraction * len(self.decoder.clips)
         if len(self.bad) > max(allowed, 1) or len(self.bad) == len(self.decoder.clips):
             raise UserError(
-                f"{len(self.bad)} of {len(self.decoder.clips)} clips have become unreadable since they were checked, the last one "
+                f"{len(self.bad)} of {len(self.decoder.clips)} clips have become unreadable since they were checked, "
+                "the last one "
                 f"{self.bad[clip].path} ({reason}); skipped.csv in the run folder lists them "
                 f"(data.max_bad_fraction={self.max_bad_fraction})",
                 every_rank=True,
@@ -136,8 +138,10 @@ class ClipReader:
 
 
 def batches_of_all(reader: ClipReader, count: int, shard: Shard) -> Iterator[tuple[Batch, int]]:
-    """A rank's batches of clips 0 ... count - 1, and how many clips of each count. All ranks have as many batches: one with no clip left
-    is given a clip that does not count, because under ZeRO 3 every rank takes part in every forward pass."""
+    """A rank's batches of clips 0 ... count - 1, and how many clips of each count. All ranks have as many batches: one
+    with no clip left is given a clip that does not count, because under ZeRO 3 every rank takes part in every forward
+    pass.
+    """
     for round_ in range(-(-count // (shard.micro_batch * shard.world_size))):
         first = shard.position(round_)
         clips = max(0, min(shard.micro_batch, count - first))
@@ -145,12 +149,15 @@ def batches_of_all(reader: ClipReader, count: int, shard: Shard) -> Iterator[tup
 
 
 class Prefetcher:
-    """Iterates over the micro-batches of a shard for ever, from `first_micro_step` on, up to `depth` of them ready ahead.
+    """Iterates over the micro-batches of a shard for ever, from `first_micro_step` on, up to `depth` of them ready
+    ahead.
 
     While one is decoded, the next is read already; on a GPU it is copied there beside the step.
     """
 
-    def __init__(self, reader: ClipReader, shard: Shard, first_micro_step: int, device: torch.device, depth: int) -> None:
+    def __init__(
+        self, reader: ClipReader, shard: Shard, first_micro_step: int, device: torch.device, depth: int
+    ) -> None:
         self._reader, self._shard, self._device = reader, shard, device
         self._ready: queue.Queue[tuple[Batch, torch.cuda.Event | None] | Exception] = queue.Queue(maxsize=depth)
         self._stopped = threading.Event()
@@ -200,7 +207,9 @@ class Prefetcher:
 
     def _copy(self, batch: Batch, stream: torch.cuda.Stream) -> tuple[Batch, torch.cuda.Event]:
         """Copy from pinned memory on a stream of its own, beside the step; the event says when the copy is there."""
-        pinned = Batch(batch.waveform.pin_memory(), batch.lengths.pin_memory(), batch.position, batch.clips.pin_memory())
+        pinned = Batch(
+            batch.waveform.pin_memory(), batch.lengths.pin_memory(), batch.position, batch.clips.pin_memory()
+        )
         with torch.cuda.stream(stream):
             tensors = (pinned.waveform, pinned.lengths, pinned.clips)
             waveform, lengths, clips = (tensor.to(self._device, non_blocking=True) for tensor in tensors)

@@ -1,4 +1,6 @@
-"""Which clips there are: from a folder, the official SSAST JSON, a CSV/TSV with a header, or a plain list, into `Entry` rows."""
+"""Which clips there are: from a folder, the official SSAST JSON, a CSV/TSV with a header, or a plain list, into `Entry`
+rows.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,16 @@ NOTED_COLUMNS = (LABEL_COLUMNS, ("split",), SPEAKER_COLUMNS, ("fold",))  # in th
 # The starts of audio containers; EBML is Matroska and WebM, 30 26 B2 75 is ASF (wma).
 _MAGIC = (b"RIFF", b"RF64", b"RIFX", b"BW64", b"riff", b"fLaC", b"OggS", b"ID3", b"FORM", b".snd", b"caff", b"NIST_1A")
 _MAGIC += (b"\x1aE\xdf\xa3", b"0&\xb2u", b"wvPk", b"MAC ", b"TTA1", b"#!AMR")
-# The second byte after FF: MPEG audio layers III and II, and ADTS. FF FE is left out: it is the byte order mark of UTF-16 text.
+# The second byte after FF: MPEG audio layers III and II, and ADTS. FF FE is left out: it is the byte order mark of
+# UTF-16 text.
 _MPEG_SYNC = frozenset(b"\xfb\xfa\xf3\xf2\xe3\xe2\xfd\xfc\xf5\xf4\xf1\xf9\xf0\xf8")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One clip of a manifest: its absolute path (symbolic links kept), comma-separated labels, split, speaker and fold, "" for none."""
+    """One clip of a manifest: its absolute path (symbolic links kept), comma-separated labels, split, speaker and fold,
+    "" for none.
+    """
 
     path: str
     label: str = ""
@@ -48,9 +53,10 @@ class Entry:
 def read_manifest(source: str | Path) -> list[Entry]:
     """The clips named by `source`: a folder, or a .json, .csv, .tsv, .txt or .lst file.
 
-    A folder is searched recursively through symbolic links and sorted by path; its audio files are told by extension, or by their
-    first bytes where the extension says nothing. In a manifest, relative paths start at the manifest's folder; whether the files
-    exist is not looked at. Bytes that are not UTF-8 become surrogate escapes, as in `os.fsdecode`.
+    A folder is searched recursively through symbolic links and sorted by path; its audio files are told by extension,
+    or by their first bytes where the extension says nothing. In a manifest, relative paths start at the manifest's
+    folder; whether the files exist is not looked at. Bytes that are not UTF-8 become surrogate escapes, as in
+    `os.fsdecode`.
 
     Raises `UserError` if there is no such path, no clip in it, or it cannot be understood.
     """
@@ -86,9 +92,12 @@ def _folder_clips(root: str) -> list[str]:
 
 
 def _walk(root: str, unreadable: list[str]) -> Iterator[tuple[str, bool]]:
-    """Every file below `root` and whether it may be a clip. Each folder is entered once, however many links lead to it."""
+    """Every file below `root` and whether it may be a clip. Each folder is entered once, however many links lead to
+    it.
+    """
     seen: set[tuple[int, int]] = set()
-    # Real folders are taken before linked ones, each in the order of names: which path a folder is met by is the same everywhere.
+    # Real folders are taken before linked ones, each in the order of names: which path a folder is met by is the same
+    # everywhere.
     real, linked = [root], deque[str]()
     while real or linked:
         folder = real.pop() if real else linked.popleft()
@@ -112,7 +121,8 @@ def _walk(root: str, unreadable: list[str]) -> Iterator[tuple[str, bool]]:
 
 
 def _may_be_clip(path: str) -> bool:
-    # With an audio extension, dangling links and pipes are candidates too: the check names them, here they would vanish silently.
+    # With an audio extension, dangling links and pipes are candidates too: the check names them, here they would vanish
+    # silently.
     if os.path.splitext(path)[1][1:].lower() in AUDIO_EXTENSIONS:
         return True
     try:
@@ -122,7 +132,11 @@ def _may_be_clip(path: str) -> bool:
             head = file.read(12)
     except OSError:
         return False
-    return head.startswith(_MAGIC) or head[4:8] == b"ftyp" or (head[:1] == b"\xff" and head[1:2] != b"" and head[1] in _MPEG_SYNC)
+    return (
+        head.startswith(_MAGIC)
+        or head[4:8] == b"ftyp"
+        or (head[:1] == b"\xff" and head[1:2] != b"" and head[1] in _MPEG_SYNC)
+    )
 
 
 def _read_json(path: str, file: TextIO) -> Iterator[tuple[str, ...]]:

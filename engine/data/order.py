@@ -1,9 +1,9 @@
 """Which clip is read when, and where it is cut: functions of (seed, position) alone.
 
-Positions count clips from the start of training, across epochs. Unweighted, position p is place p mod n of epoch p div n, and every epoch
-is a permutation of its own, so each clip comes exactly once an epoch however batches fall. With weights, every block of 1000 positions
-holds exactly the share of each data set, and each data set goes through its clips by permutations of its own. Nothing here knows of ranks
-or workers; a run's place in the data is one number.
+Positions count clips from the start of training, across epochs. Unweighted, position p is place p mod n of epoch p div
+n, and every epoch is a permutation of its own, so each clip comes exactly once an epoch however batches fall. With
+weights, every block of 1000 positions holds exactly the share of each data set, and each data set goes through its
+clips by permutations of its own. Nothing here knows of ranks or workers; a run's place in the data is one number.
 """
 
 import functools
@@ -33,7 +33,9 @@ class SampleOrder:
         return self._passes.at(np.arange(first, first + count, dtype=np.int64))
 
     def crop_starts(self, index: np.ndarray, epochs: np.ndarray, lengths: np.ndarray, window: int) -> np.ndarray:
-        """First sample of a random window in clips of these lengths (int64 [B], all in samples); 0 where the clip is not longer."""
+        """First sample of a random window in clips of these lengths (int64 [B], all in samples); 0 where the clip is
+        not longer.
+        """
         clip, epoch = torch.from_numpy(index), torch.from_numpy(epochs)
         zero = torch.zeros_like(clip)
         word = philox(self.seed, clip & 0xFFFFFFFF, clip >> 32, epoch, zero + _STREAM_CROP)[0]
@@ -41,7 +43,9 @@ class SampleOrder:
 
 
 class MixedOrder(SampleOrder):
-    """Data sets of `sizes` clips, numbered one after the other, mixed by `weights`; an epoch here is a pass through one data set."""
+    """Data sets of `sizes` clips, numbered one after the other, mixed by `weights`; an epoch here is a pass through one
+    data set.
+    """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
         if min(sizes) < 1 or len(sizes) != len(weights):
@@ -67,7 +71,9 @@ class MixedOrder(SampleOrder):
 
 
 class WeightedOrder(SampleOrder):
-    """Clips drawn with replacement, each in proportion to its weight; an epoch here is as many draws as there are clips."""
+    """Clips drawn with replacement, each in proportion to its weight; an epoch here is as many draws as there are
+    clips.
+    """
 
     def __init__(self, weights: np.ndarray, seed: int) -> None:
         """`weights`: [N], none negative, not all zero."""
@@ -111,7 +117,9 @@ class _Passes:
     def __init__(self, num_clips: int, seed: int, stream: int = 0) -> None:
         self._num_clips = num_clips
         # two, since a batch may end one pass and begin the next; of many small ones none is worth keeping
-        self._permutation = functools.lru_cache(maxsize=2)(lambda number: _generator(seed, number, stream).permutation(num_clips))
+        self._permutation = functools.lru_cache(maxsize=2)(
+            lambda number: _generator(seed, number, stream).permutation(num_clips)
+        )
 
     def at(self, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(clip, pass) at turns int64 [B], counted from the start of training."""

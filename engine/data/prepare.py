@@ -1,8 +1,10 @@
-"""`ssast prepare`: from recordings of any kind to a folder of shards, which training reads at any place without decoding anew.
+"""`ssast prepare`: from recordings of any kind to a folder of shards, which training reads at any place without
+decoding anew.
 
-What is to be done is planned first: all recordings in a fixed order, cut into shards by their bytes. Processes (extract.py) make a shard
-each; when it is whole, and on disk, what is in it is written beside it. A run that was killed starts again with the shards that are not
-there. The result depends on the recordings and the options alone, not on processes, interruptions or time.
+What is to be done is planned first: all recordings in a fixed order, cut into shards by their bytes. Processes
+(extract.py) make a shard each; when it is whole, and on disk, what is in it is written beside it. A run that was killed
+starts again with the shards that are not there. The result depends on the recordings and the options alone, not on
+processes, interruptions or time.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ HISTOGRAM_EDGES_S = (0, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 12.5, 15, 20, 30, 60, 12
 
 @dataclass(frozen=True)
 class Settings:
-    """The options that decide what a prepared folder holds. Lengths are in seconds; a `segment` of 0 keeps recordings whole."""
+    """The options that decide what a prepared folder holds. Lengths are in seconds; a `segment` of 0 keeps recordings
+    whole.
+    """
 
     sources: list[str]
     layout: str = "auto"
@@ -133,7 +137,9 @@ def _sizes(paths: list[str]) -> Iterator[int]:
 
 @dataclass
 class _Shard:
-    """A shard in the making: `clips` are [recording, piece, offset, size, samples, crc32], `rejected` [recording, reason]."""
+    """A shard in the making: `clips` are [recording, piece, offset, size, samples, crc32], `rejected` [recording,
+    reason].
+    """
 
     number: int
     first: int
@@ -167,7 +173,12 @@ class _Shard:
             self.failed = self.done
 
     def part(self) -> dict[str, Any]:
-        return {"clips": self.clips, "rejected": self.rejected, "bytes": self.end + len(END_OF_TAR), "sha256": self.sha256}
+        return {
+            "clips": self.clips,
+            "rejected": self.rejected,
+            "bytes": self.end + len(END_OF_TAR),
+            "sha256": self.sha256,
+        }
 
 
 class Folder:
@@ -199,7 +210,8 @@ class Folder:
             foreign = [path.name for path in self.path.iterdir() if path.suffix != ".tmp"]
             if foreign:
                 raise UserError(
-                    f"{self.path} holds {min(foreign)}, which no ssast prepare has begun: choose a new or an empty folder"
+                    f"{self.path} holds {min(foreign)}, which no ssast prepare has begun: choose a new or an empty "
+                    "folder"
                 )
             write_whole(self.path / BEGUN, json.dumps(record))
         self.shards.mkdir(exist_ok=True)
@@ -249,7 +261,9 @@ class Folder:
             numbers = dict(zip(("offset", "size", "samples", "crc32"), clips[:, 2:].T, strict=True))
             texts = {name: [getattr(r, name) for r in recordings] for name in ("label", "speaker", "split", "source")}
             index.append({"shard": np.full(len(clips), number), **numbers}, {"key": keys, **texts})
-            described.append({"name": shard_name(number), "bytes": part["bytes"], "clips": len(clips), "sha256": part["sha256"]})
+            described.append(
+                {"name": shard_name(number), "bytes": part["bytes"], "clips": len(clips), "sha256": part["sha256"]}
+            )
             rejected += [(self.plan.recordings[recording].source, reason) for recording, reason in part["rejected"]]
             sources += len(np.unique(clips[:, 0]))
         index.close()
@@ -261,7 +275,13 @@ class Folder:
             raise UserError(f"none of {len(rejected)} recordings can be used, see {self.path / 'rejected.csv'}{first}")
         seconds = np.asarray(load_index(self.path)[0]["samples"]) / self.settings.sample_rate
         hours = round(float(seconds.sum()) / 3600, 4)
-        stats = {"hours": hours, "clips": index.rows, "sources": sources, "rejected": len(rejected), **_lengths(seconds)}
+        stats = {
+            "hours": hours,
+            "clips": index.rows,
+            "sources": sources,
+            "rejected": len(rejected),
+            **_lengths(seconds),
+        }
         stats = _feature_statistics(self.path, self.settings, progress) | stats
         write_whole(self.path / "stats.json", json.dumps(stats, indent=1) + "\n")
         content = {
@@ -315,8 +335,13 @@ def _require_same(path: Path, there: dict[str, Any], record: dict[str, Any]) -> 
     was, now = there.get("recordings", {}), record["recordings"]
     if was != now and not differing:
         differing = [
-            f"the recordings: {was.get('files')} files of {was.get('bytes')} bytes, now {now['files']} of {now['bytes']}"
-            + (" with other names or labels" if (was.get("files"), was.get("bytes")) == (now["files"], now["bytes"]) else "")
+            f"the recordings: {was.get('files')} files of {was.get('bytes')} bytes, now {now['files']} of "
+            f"{now['bytes']}"
+            + (
+                " with other names or labels"
+                if (was.get("files"), was.get("bytes")) == (now["files"], now["bytes"])
+                else ""
+            )
         ]
     if differing:
         raise UserError(f"{path} was made with {'; '.join(differing)}: choose another folder, or delete it")
@@ -338,7 +363,9 @@ def _lengths(seconds: np.ndarray) -> dict[str, Any]:
 
 
 def _feature_statistics(folder: Path, settings: Settings, progress: bool) -> dict[str, Any]:
-    """Mean and standard deviation of the log-mel features over up to 2048 clips, evenly picked, and the head of each."""
+    """Mean and standard deviation of the log-mel features over up to 2048 clips, evenly picked, and the head of
+    each.
+    """
     import torch  # only here, and it takes seconds
 
     from ssast.kernels import fbank
@@ -348,7 +375,9 @@ def _feature_statistics(folder: Path, settings: Settings, progress: bool) -> dic
     picked = np.unique(np.linspace(0, len(numbers["shard"]) - 1, STATISTICS_CLIPS).astype(np.int64))
     limit = round(STATISTICS_SECONDS * settings.sample_rate)
     count, total, squares = 0, 0.0, 0.0
-    for rows in tqdm(np.array_split(picked, -(-len(picked) // 16)), desc="measuring features", disable=None if progress else True):
+    for rows in tqdm(
+        np.array_split(picked, -(-len(picked) // 16)), desc="measuring features", disable=None if progress else True
+    ):
         clips = [_head(folder, {name: int(column[row]) for name, column in numbers.items()}, limit) for row in rows]
         lengths = torch.tensor([len(clip) for clip in clips])
         waveform = np.zeros((len(clips), int(lengths.max())), dtype=np.int16)
@@ -357,12 +386,21 @@ def _feature_statistics(folder: Path, settings: Settings, progress: bool) -> dic
         frames = count_frames(lengths, settings.sample_rate)
         if not (frames > 0).any():
             continue
-        features = fbank(torch.from_numpy(waveform), sample_rate=settings.sample_rate, num_mel_bins=MEL_BINS, lengths=lengths)
+        features = fbank(
+            torch.from_numpy(waveform), sample_rate=settings.sample_rate, num_mel_bins=MEL_BINS, lengths=lengths
+        )
         values = features[torch.arange(features.shape[1])[None, :] < frames[:, None]].double()
-        count, total, squares = count + values.numel(), total + values.sum().item(), squares + values.square().sum().item()
+        count, total, squares = (
+            count + values.numel(),
+            total + values.sum().item(),
+            squares + values.square().sum().item(),
+        )
     mean = total / max(count, 1)
     std = max(squares / max(count, 1) - mean**2, 0.0) ** 0.5
-    told = f"Kaldi fbank of this engine, {MEL_BINS} mel bins, over {len(picked)} clips, of each the first {STATISTICS_SECONDS} s at most"
+    told = (
+        f"Kaldi fbank of this engine, {MEL_BINS} mel bins, over {len(picked)} clips, of each the first "
+        f"{STATISTICS_SECONDS} s at most"
+    )
     return {"mean": round(mean, 4), "std": round(std, 4), "features": told}
 
 
@@ -375,14 +413,20 @@ def _head(folder: Path, row: dict[str, int], limit: int) -> np.ndarray:
 
 
 def prepare(
-    settings: Settings, out: Path, *, workers: int, timeout_s: float = 300.0, memory: int = 4 << 30, progress: bool = True
+    settings: Settings,
+    out: Path,
+    *,
+    workers: int,
+    timeout_s: float = 300.0,
+    memory: int = 4 << 30,
+    progress: bool = True,
 ) -> dict[str, Any] | None:
     """Prepares a folder, or what is missing of it; a summary, or None if it was finished before.
 
     Each of `workers` processes may take `timeout_s` seconds and `memory` bytes of address space for a recording.
 
-    Raises `UserError` for settings that make no sense, sources that cannot be read, a folder that is something else or cannot be
-    written to, and if no recording can be used.
+    Raises `UserError` for settings that make no sense, sources that cannot be read, a folder that is something else or
+    cannot be written to, and if no recording can be used.
     """
     _require_sense(settings)
     plan = make_plan(settings)
@@ -399,7 +443,9 @@ def prepare(
 
 def _make_shards(folder: Folder, workers: int, timeout_s: float, memory: int, progress: bool) -> None:
     plan, waiting, rejected = folder.plan, deque[_Shard](), 0
-    bar = tqdm(total=len(plan.recordings), desc="preparing", unit="file", smoothing=0.05, disable=None if progress else True)
+    bar = tqdm(
+        total=len(plan.recordings), desc="preparing", unit="file", smoothing=0.05, disable=None if progress else True
+    )
     for number in range(folder.count):
         part, count = folder.part(number), len(plan.shard(number))
         if part is None:
@@ -418,7 +464,9 @@ def _make_shards(folder: Folder, workers: int, timeout_s: float, memory: int, pr
                 shard: _Shard | None = worker.number
                 for answer in answers:
                     if "fatal" in answer:
-                        raise UserError(f"{answer['fatal']}: finished shards are kept, run the same command again to go on")
+                        raise UserError(
+                            f"{answer['fatal']}: finished shards are kept, run the same command again to go on"
+                        )
                     before = shard.done
                     shard.take(answer)
                     bar.update(shard.done - before)
@@ -435,7 +483,12 @@ def _make_shards(folder: Folder, workers: int, timeout_s: float, memory: int, pr
                         continue
                     shard = waiting.popleft()
                     first = shard.first + shard.done
-                    job = Job(str(folder.aside(shard.number)), shard.end, first, plan.recordings[first : shard.first + shard.count])
+                    job = Job(
+                        str(folder.aside(shard.number)),
+                        shard.end,
+                        first,
+                        plan.recordings[first : shard.first + shard.count],
+                    )
                     worker.send(shard, vars(job))
                 if shard.done == shard.count:
                     worker.deadline = math.inf  # what is left is to write to the disk, whose time is no fault of a file
@@ -444,13 +497,19 @@ def _make_shards(folder: Folder, workers: int, timeout_s: float, memory: int, pr
 def _require_sense(settings: Settings) -> None:
     least = 1 / settings.sample_rate if settings.sample_rate > 0 else 0
     for is_wrong, message in (
-        (not 4_000 <= settings.sample_rate <= 192_000, f"--sample-rate {settings.sample_rate}: expected 4000 to 192000 Hz"),
+        (
+            not 4_000 <= settings.sample_rate <= 192_000,
+            f"--sample-rate {settings.sample_rate}: expected 4000 to 192000 Hz",
+        ),
         (
             settings.segment and settings.segment < settings.min_length,
             "--segment is shorter than --min-length: nothing would be left",
         ),
         (settings.segment and settings.hop < least, f"--hop {settings.hop:g}: expected more than 0 s"),
-        (settings.max_length < max(settings.min_length, least), f"--max-length {settings.max_length:g}: shorter than --min-length"),
+        (
+            settings.max_length < max(settings.min_length, least),
+            f"--max-length {settings.max_length:g}: shorter than --min-length",
+        ),
         (settings.min_length < 0, f"--min-length {settings.min_length:g}: expected 0 s or more"),
         (settings.shard_size < 0, f"--shard-size {settings.shard_size}: expected 1 byte or more"),
     ):
@@ -479,7 +538,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ssast prepare",
         usage="ssast prepare SRC... --out DIR [options]\n       ssast prepare --verify DIR",
-        description="Turn recordings of any kind into a folder of shards to train on: mono, 16-bit, one sample rate, with labels, speakers "
+        description="Turn recordings of any kind into a folder of shards to train on: mono, 16-bit, one sample rate, "
+        "with labels, speakers "
         "and splits. A run that was interrupted is finished by running the same command again.",
     )
     add = parser.add_argument
@@ -500,7 +560,10 @@ def _parser() -> argparse.ArgumentParser:
         help=f"how folders are laid out: {', '.join(layouts)} (default: auto)",
     )
     add(
-        "--codec", choices=CODECS, default="wav", help="wav is read fastest, flac takes about half the space (default: %(default)s)"
+        "--codec",
+        choices=CODECS,
+        default="wav",
+        help="wav is read fastest, flac takes about half the space (default: %(default)s)",
     )
     add("--sample-rate", type=int, default=16_000, metavar="HZ", help="of the result (default: %(default)s)")
     add(
@@ -510,7 +573,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="cut recordings into pieces of so many seconds (default: keep them whole)",
     )
-    add("--hop", type=_seconds, metavar="S", help="from the beginning of a piece to that of the next (default: as long as a piece)")
+    add(
+        "--hop",
+        type=_seconds,
+        metavar="S",
+        help="from the beginning of a piece to that of the next (default: as long as a piece)",
+    )
     add(
         "--min-length",
         type=_seconds,
@@ -518,9 +586,18 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="shorter recordings and last pieces are left out (default: %(default)s)",
     )
-    add("--max-length", type=_seconds, metavar="S", help="longer recordings are rejected (default: 3600; with --segment 172800)")
     add(
-        "--shard-size", type=_bytes, default=0, metavar="SIZE", help="of the sources in a shard (default: a 64th of all, 16M to 1G)"
+        "--max-length",
+        type=_seconds,
+        metavar="S",
+        help="longer recordings are rejected (default: 3600; with --segment 172800)",
+    )
+    add(
+        "--shard-size",
+        type=_bytes,
+        default=0,
+        metavar="SIZE",
+        help="of the sources in a shard (default: a 64th of all, 16M to 1G)",
     )
     add(
         "--workers",
@@ -564,14 +641,19 @@ def main(argv: list[str] | None = None) -> int:
         shard_size=options.shard_size,
     )
     try:
-        summary = prepare(settings, options.out, workers=options.workers, timeout_s=options.timeout, memory=options.memory_limit)
+        summary = prepare(
+            settings, options.out, workers=options.workers, timeout_s=options.timeout, memory=options.memory_limit
+        )
     except KeyboardInterrupt:
         print("ssast: interrupted; the same command goes on from the last finished shard", file=sys.stderr)
         return 130
     if summary is None:
         print(f"{options.out} is finished: nothing to do")
         return 0
-    print(f"{options.out}: {summary['clips']} clips of {summary['sources']} recordings, {summary['hours']:.2f} hours", end="")
+    print(
+        f"{options.out}: {summary['clips']} clips of {summary['sources']} recordings, {summary['hours']:.2f} hours",
+        end="",
+    )
     print(f", {summary['shards']} shards; log-mel mean {summary['mean']}, std {summary['std']}")
     print(f"{summary['rejected']} recordings rejected: {options.out / 'rejected.csv'}")
     for reason, count in summary["reasons"].most_common():

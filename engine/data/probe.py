@@ -1,9 +1,11 @@
-"""Decodes audio files to the end, and converts those that NVIDIA DALI cannot decode, or not faithfully: the worker of check.py.
+"""Decodes audio files to the end, and converts those that NVIDIA DALI cannot decode, or not faithfully: the worker of
+check.py.
 
-It runs as a script, `python -P probe.py MEMORY_BYTES`, so that it starts fast: torch is not imported. A line of standard input
-is a file, [path, size, mtime in ns, path for a converted copy] in JSON. Each is answered by a line of standard output: {"sound":
-[frames, rate, channels, size of the copy, its mtime]}, where size -1 means no copy; or {"reason": why the file is of no use,
-"transient": true if that may pass by itself}; or {"fatal": what no other file would change}.
+It runs as a script, `python -P probe.py MEMORY_BYTES`, so that it starts fast: torch is not imported. A line of
+standard input is a file, [path, size, mtime in ns, path for a converted copy] in JSON. Each is answered by a line of
+standard output: {"sound": [frames, rate, channels, size of the copy, its mtime]}, where size -1 means no copy; or
+{"reason": why the file is of no use, "transient": true if that may pass by itself}; or {"fatal": what no other file
+would change}.
 """
 
 import contextlib
@@ -29,12 +31,20 @@ COPY_RATE = 16_000  # Hz
 MIN_RATE, MAX_RATE = 1_000, 768_000  # Hz
 MAX_PEAK = 1_000.0  # full scale is 1: beyond this, samples are finite but no audio
 
-# What DALI's decoder (libsndfile without MP3) returns equal to libsndfile as int16. It also opens AIFF, AU, CAF and others, but
-# there nothing would tell a cut file from a whole one; and one-channel float files come back as -1, 0 and 1, that is as silence.
+# What DALI's decoder (libsndfile without MP3) returns equal to libsndfile as int16. It also opens AIFF, AU, CAF and
+# others, but there nothing would tell a cut file from a whole one; and one-channel float files come back as -1, 0 and
+# 1, that is as silence.
 _PCM = {"PCM_U8", "PCM_16", "PCM_24", "PCM_32", "ULAW", "ALAW"}
-DALI_FORMATS = {"WAV": _PCM, "WAVEX": _PCM, "RF64": _PCM, "FLAC": {"PCM_S8", "PCM_16", "PCM_24"}, "OGG": {"VORBIS", "OPUS"}}
+DALI_FORMATS = {
+    "WAV": _PCM,
+    "WAVEX": _PCM,
+    "RF64": _PCM,
+    "FLAC": {"PCM_S8", "PCM_16", "PCM_24"},
+    "OGG": {"VORBIS", "OPUS"},
+}
 
-# FFmpeg's demuxers for audio files. The others are kept out: text and images are not audio, and playlists open other files.
+# FFmpeg's demuxers for audio files. The others are kept out: text and images are not audio, and playlists open other
+# files.
 _DEMUXERS = (
     "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,dsf,dts,eac3,flac,flv,gsm,iff,ircam,loas,matroska,mov,mp3,mpc,mpc8,mpeg,"
     "nistsphere,nut,ogg,oma,paf,pvf,rm,sds,shn,sox,tak,tta,voc,w64,wav,wv"
@@ -53,11 +63,15 @@ class _CannotWriteError(Exception):
 
 
 def serve(memory: int, handle: Callable[[Any], Iterable[Any]]) -> None:
-    """Answers each job, a line of JSON on standard input, with lines of JSON, in at most `memory` bytes of address space."""
+    """Answers each job, a line of JSON on standard input, with lines of JSON, in at most `memory` bytes of address
+    space.
+    """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what decoders print must not get between the answers
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: dies with its parent, even in the middle of a file
+        ctypes.CDLL(None).prctl(
+            1, signal.SIGKILL
+        )  # PR_SET_PDEATHSIG: dies with its parent, even in the middle of a file
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     answers.write("null\n")  # ready
@@ -118,7 +132,8 @@ def _inspect(path: str, size: int, copy: str) -> list[int]:
 
 @contextlib.contextmanager
 def open_native(path: str, size: int) -> Iterator[tuple[soundfile.SoundFile | None, str]]:
-    """The file in libsndfile's hands, or None where FFmpeg must read it; and why libsndfile could not open it, "" if it could.
+    """The file in libsndfile's hands, or None where FFmpeg must read it; and why libsndfile could not open it, "" if it
+    could.
 
     Raises `Reject` for a header at odds with the `size` bytes that there are.
     """
@@ -146,9 +161,11 @@ def open_native(path: str, size: int) -> Iterator[tuple[soundfile.SoundFile | No
 
 
 def _check_riff(file: BinaryIO, size: int) -> bool:
-    """Rejects a WAV whose `data` chunk claims more than the file holds; True if the samples are there, but the chunk says none.
+    """Rejects a WAV whose `data` chunk claims more than the file holds; True if the samples are there, but the chunk
+    says none.
 
-    Placeholders that writers to a pipe leave, all ones or about 2^31, mean that the length is unknown: what is there counts.
+    Placeholders that writers to a pipe leave, all ones or about 2^31, mean that the length is unknown: what is there
+    counts.
     """
     file.seek(0)
     header = file.read(12).ljust(12, b"\0")
@@ -178,7 +195,8 @@ def _check_riff(file: BinaryIO, size: int) -> bool:
     if length // align > held // align and not unknown:
         unit, per = ("samples", align) if tag in (1, 3, 6, 7, 0xFFFE) else ("bytes", 1)
         raise Reject(f"truncated: header says {length // per} {unit}, file holds {held // per}")
-    # Nothing claimed at the end of a RIFF that claims to end here, or anywhere: the writer never came back to fill in the sizes.
+    # Nothing claimed at the end of a RIFF that claims to end here, or anywhere: the writer never came back to fill in
+    # the sizes.
     riff_end = struct.unpack_from(f"{order}I", header, 4)[0] + 8
     return length == 0 and held >= align and (riff_end <= body or riff_end >= 0x7FFF0000)
 
@@ -239,7 +257,9 @@ def native_blocks(sound: soundfile.SoundFile, kind: str) -> Iterator[np.ndarray]
             if not bad:
                 yield block[:got]
     except soundfile.LibsndfileError as error:
-        raise Reject(f"truncated or damaged: header says {sound.frames} samples, decoding failed ({_message(error)})") from error
+        raise Reject(
+            f"truncated or damaged: header says {sound.frames} samples, decoding failed ({_message(error)})"
+        ) from error
     if bad:
         raise Reject(f"NaN or infinite samples ({bad})")
     if frames != sound.frames:
@@ -277,7 +297,9 @@ def _write_copy(copy: str, content: io.BytesIO) -> tuple[int, int]:
             os.unlink(aside)
         folder = os.path.dirname(copy)
         free = shutil.disk_usage(folder).free / 2**20
-        raise _CannotWriteError(f"cannot write converted clips to {folder}: {error.strerror} ({free:.0f} MiB free)") from error
+        raise _CannotWriteError(
+            f"cannot write converted clips to {folder}: {error.strerror} ({free:.0f} MiB free)"
+        ) from error
 
 
 def ffmpeg_blocks(path: str, problem: str) -> Iterator[tuple[int, np.ndarray]]:
@@ -309,7 +331,9 @@ class _Sound:
         self._seconds, self._errors, self._bad = 0.0, 0, 0
 
     def mono(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(rate, mean of the channels), float32 [n], full scale 1: many frames at a time, of which most codecs make short ones."""
+        """(rate, mean of the channels), float32 [n], full scale 1: many frames at a time, of which most codecs make
+        short ones.
+        """
         rate, pieces, held = 0, [], 0
         for frame in self._frames():
             _check_rate(frame.sample_rate)
@@ -359,7 +383,9 @@ class _Sound:
             raise Reject(f"truncated: header says {claimed:.1f} s, {self._seconds:.1f} s can be decoded")
 
     def _claimed_seconds(self, path: str) -> float:
-        """Duration by the header; 0 where FFmpeg made it up from the bit rate, unless errors while decoding lend it weight."""
+        """Duration by the header; 0 where FFmpeg made it up from the bit rate, unless errors while decoding lend it
+        weight.
+        """
         if self._container.format.name in _GUESSED_DURATION and not self._errors:
             with open(path, "rb") as file:
                 head = file.read(1 << 18)

@@ -13,7 +13,8 @@ _INT16 = np.iinfo(np.int16)
 
 
 def to_int16(blocks: Iterable[tuple[int, np.ndarray]], sample_rate: int) -> Iterator[np.ndarray]:
-    """Blocks of `decode` as int16 [n] at `sample_rate` Hz: rounded without dither, saturated, and untouched if they are that already.
+    """Blocks of `decode` as int16 [n] at `sample_rate` Hz: rounded without dither, saturated, and untouched if they are
+    that already.
 
     The rate may change from block to block, where streams have been chained: each is resampled by itself.
     """

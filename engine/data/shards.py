@@ -1,12 +1,13 @@
-"""The format of a prepared folder: WebDataset tar shards of 16-bit mono audio, and an index that finds every clip in them.
+"""The format of a prepared folder: WebDataset tar shards of 16-bit mono audio, and an index that finds every clip in
+them.
 
 dataset.json       what there is: sample rate, codec, shards with their sizes and hashes; written last
 stats.json         mean and standard deviation of the log-mel features, hours, lengths
 rejected.csv       path and reason of every file left out
 shards/00000.tar   for each clip KEY.json (label, speaker, split, source, start_s, seconds), then KEY.wav or KEY.flac
-index/NAME.npy     a row for each clip, in the order of shards and offsets: shard int32, offset int64 and size int64 (in bytes, of the
-                   audio in its tar), samples int64, crc32 uint32 (of those bytes). Texts (key, label, speaker, split, source):
-                   NAME.offsets.npy int64 [N + 1] into NAME.utf8.npy uint8
+index/NAME.npy     a row for each clip, in the order of shards and offsets: shard int32, offset int64 and size int64 (in
+                   bytes, of the audio in its tar), samples int64, crc32 uint32 (of those bytes). Texts (key, label,
+                   speaker, split, source): NAME.offsets.npy int64 [N + 1] into NAME.utf8.npy uint8
 """
 
 from __future__ import annotations
@@ -66,7 +67,11 @@ def count_samples(content: bytes, codec: str) -> int:
     if codec == "wav":
         known = content.startswith(b"RIFF") and content[36:40] == b"data" and len(content) >= _WAV_HEADER.size
         return (len(content) - _WAV_HEADER.size) // 2 if known else -1
-    return int.from_bytes(content[21:26], "big") & (1 << 36) - 1 if content.startswith(b"fLaC") and len(content) > 42 else -1
+    return (
+        int.from_bytes(content[21:26], "big") & (1 << 36) - 1
+        if content.startswith(b"fLaC") and len(content) > 42
+        else -1
+    )
 
 
 def tar_members(key: str, note: dict[str, Any], audio: bytes, codec: str) -> tuple[bytes, int]:
@@ -151,7 +156,8 @@ def load_index(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, tuple[np.
             raise UserError(f"{folder / 'index' / name} cannot be read: {first_line(error)}") from error
         if column.dtype != dtype or column.ndim != 1:
             raise UserError(
-                f"{folder / 'index' / name} holds {column.dtype} {list(column.shape)}, not a column of {np.dtype(dtype)}"
+                f"{folder / 'index' / name} holds {column.dtype} {list(column.shape)}, not a column of "
+                f"{np.dtype(dtype)}"
             )
         return column
 
@@ -174,16 +180,25 @@ def verify(folder: Path, workers: int, progress: bool = True) -> tuple[int, list
     """
     try:
         described = json.loads((folder / "dataset.json").read_bytes())
-        shards, codec, clips, rate = described["shards"], described["codec"], described["clips"], described["sample_rate"]
+        shards, codec, clips, rate = (
+            described["shards"],
+            described["codec"],
+            described["clips"],
+            described["sample_rate"],
+        )
         if described["format"] != FORMAT:
             raise UserError(f"{folder} is of format {described['format']}; this version reads {FORMAT}")
         sizes = [(shard["name"], shard["bytes"], shard["clips"], shard["sha256"]) for shard in shards]
     except FileNotFoundError as error:
-        raise UserError(f"{folder} holds no finished data set (no dataset.json): run ssast prepare to its end") from error
+        raise UserError(
+            f"{folder} holds no finished data set (no dataset.json): run ssast prepare to its end"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{folder / 'dataset.json'} cannot be read: {type(error).__name__}: {first_line(error)}") from error
+        raise UserError(
+            f"{folder / 'dataset.json'} cannot be read: {type(error).__name__}: {first_line(error)}"
+        ) from error
     try:
         numbers, texts = load_index(folder)
     except UserError as error:
@@ -196,7 +211,9 @@ def verify(folder: Path, workers: int, progress: bool = True) -> tuple[int, list
         return clips, [*faults, "index: shard.npy does not name the shards of dataset.json in order"]
     names = {name for name, *_ in sizes}
     faults += [
-        f"shards/{path.name}: not in dataset.json" for path in sorted((folder / "shards").glob("*.tar")) if path.name not in names
+        f"shards/{path.name}: not in dataset.json"
+        for path in sorted((folder / "shards").glob("*.tar"))
+        if path.name not in names
     ]
 
     def check(number: int) -> list[str]:
@@ -223,7 +240,15 @@ def verify(folder: Path, workers: int, progress: bool = True) -> tuple[int, list
 
 
 def _shard_faults(
-    folder: Path, name: str, size: int, clips: int, sha256: str, rows: list[dict[str, Any]], codec: str, rate: int, bar: tqdm
+    folder: Path,
+    name: str,
+    size: int,
+    clips: int,
+    sha256: str,
+    rows: list[dict[str, Any]],
+    codec: str,
+    rate: int,
+    bar: tqdm,
 ) -> list[str]:
     """What is wrong with a shard, read once from end to end."""
     faults = [] if len(rows) == clips else [f"{len(rows)} rows in the index, dataset.json counts {clips} clips"]
@@ -254,11 +279,20 @@ def _member_faults(file: BinaryIO, rows: list[dict[str, Any]], codec: str, rate:
         (note_name, _, note_bytes), (audio_name, offset, audio) = (next(members, ("the end", 0, b"")) for _ in range(2))
         key = row["key"]
         if (note_name, audio_name) != (f"{key}.json", f"{key}.{codec}"):
-            yield f"{note_name!r} and {audio_name!r} where the index has {key}, {len(rows) - place} clips before its end"
+            yield (
+                f"{note_name!r} and {audio_name!r} where the index has {key}, {len(rows) - place} clips before its end"
+            )
             return
-        measured = {"offset": offset, "size": len(audio), "crc32": zlib.crc32(audio), "samples": count_samples(audio, codec)}
+        measured = {
+            "offset": offset,
+            "size": len(audio),
+            "crc32": zlib.crc32(audio),
+            "samples": count_samples(audio, codec),
+        }
         yield from (
-            f"{key}: {name} is {value}, the index says {row[name]}" for name, value in measured.items() if value != row[name]
+            f"{key}: {name} is {value}, the index says {row[name]}"
+            for name, value in measured.items()
+            if value != row[name]
         )
         try:
             note = json.loads(note_bytes)

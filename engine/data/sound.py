@@ -1,8 +1,9 @@
-"""Recordings of any kind as streams of samples, decoded by processes that may crash, hang or run out of memory at the cost of one file.
+"""Recordings of any kind as streams of samples, decoded by processes that may crash, hang or run out of memory at the
+cost of one file.
 
-As a script, `python -P sound.py SETTINGS`, this is such a process. A line of standard input is a job in JSON, [path, offset, size].
-It is answered by lines of JSON on standard output: {"samples": int16 of base64}, as many as it takes, and then {"end": true} or
-{"reason": why the recording is of no use}, or {"fatal": what no other file would change}.
+As a script, `python -P sound.py SETTINGS`, this is such a process. A line of standard input is a job in JSON, [path,
+offset, size]. It is answered by lines of JSON on standard output: {"samples": int16 of base64}, as many as it takes,
+and then {"end": true} or {"reason": why the recording is of no use}, or {"fatal": what no other file would change}.
 """
 
 from __future__ import annotations
@@ -73,14 +74,21 @@ def shard_recordings(clips: Clips) -> list[Recording]:
 
 
 def read_recordings(
-    recordings: Iterable[Recording], sample_rate: int, *, workers: int = 1, timeout_s: float = TIMEOUT_S, memory: int = MEMORY
+    recordings: Iterable[Recording],
+    sample_rate: int,
+    *,
+    workers: int = 1,
+    timeout_s: float = TIMEOUT_S,
+    memory: int = MEMORY,
 ) -> Iterator[Iterator[np.ndarray]]:
-    """For each recording, in order, its samples: blocks int16 [n], mono, at `sample_rate` Hz. `workers` processes decode ahead, little.
+    """For each recording, in order, its samples: blocks int16 [n], mono, at `sample_rate` Hz. `workers` processes
+    decode ahead, little.
 
     A stream is to be read before the next one is asked for; what is left of it is passed over.
 
     Raises:
-        UnreadableError: while a stream is read, where it cannot be decoded in full. The next ones can be read nevertheless.
+        UnreadableError: while a stream is read, where it cannot be decoded in full. The next ones can be read
+            nevertheless.
         UserError: decoding is impossible for any file.
         RuntimeError: a process could not start.
     """
@@ -121,7 +129,9 @@ class _Decoder:
             self._worker = Worker(__file__, self._arguments, self._timeout_s)
             with contextlib.suppress(OSError):  # more than a user may have: it is then less far ahead
                 fcntl.fcntl(self._worker.process.stdout, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        self._worker.send(None, [recording.path, recording.offset, status[0] if recording.offset < 0 else recording.size])
+        self._worker.send(
+            None, [recording.path, recording.offset, status[0] if recording.offset < 0 else recording.size]
+        )
 
     def blocks(self) -> Iterator[np.ndarray]:
         if self._problem:
@@ -150,7 +160,9 @@ class _Decoder:
 
     def _answers(self) -> list[Any]:
         worker = self._worker
-        patience = max(self._timeout_s, 0.0 if worker.ready else 60.0)  # it may have waited for us meanwhile: time starts now
+        patience = max(
+            self._timeout_s, 0.0 if worker.ready else 60.0
+        )  # it may have waited for us meanwhile: time starts now
         end = time.monotonic() + patience
         while (left := end - time.monotonic()) > 0:
             if not select.select([worker.process.stdout], [], [], left)[0]:

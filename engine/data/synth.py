@@ -1,7 +1,8 @@
 """A small corpus of synthetic sound events, for demonstrations and tests that must run where no recordings are at hand.
 
-Ten classes that differ in their time-frequency structure (glides, harmonics, formants, transients, noise textures) and vary within
-each class in pitch, timbre, rhythm, room, background, level and length. A clip depends only on its label, the seed and its index.
+Ten classes that differ in their time-frequency structure (glides, harmonics, formants, transients, noise textures) and
+vary within each class in pitch, timbre, rhythm, room, background, level and length. A clip depends only on its label,
+the seed and its index.
 """
 
 import argparse
@@ -31,7 +32,9 @@ FORMANT_GAINS, FORMANT_BANDWIDTHS_HZ = np.array([[1.0, 0.6, 0.35], [80.0, 110.0,
 
 
 class _Clip:
-    """A clip in the making: its random stream, what has been mixed into it so far, and the tools to make more at its rate."""
+    """A clip in the making: its random stream, what has been mixed into it so far, and the tools to make more at its
+    rate.
+    """
 
     def __init__(self, rng: np.random.Generator, seconds: float, rate: int) -> None:
         self.rng, self.rate = rng, rate
@@ -58,7 +61,9 @@ class _Clip:
         return np.arange(round(seconds * self.rate)) / self.rate
 
     def onsets(self, low: int, high: int) -> np.ndarray:
-        """From `low` to `high` ascending onsets in seconds, each at a random place in one of equal slots of the clip."""
+        """From `low` to `high` ascending onsets in seconds, each at a random place in one of equal slots of the
+        clip.
+        """
         count = self.count(low, high)
         return (np.arange(count) + self.rng.uniform(0.0, 0.7, count)) * self.seconds / count
 
@@ -69,7 +74,9 @@ class _Clip:
         room += event[: len(room)]
 
     def additive(self, pitch_hz: np.ndarray, gains: np.ndarray) -> np.ndarray:
-        """The harmonics of a pitch contour [S] with their gains [K, 1] or, every `CONTROL_HOP` samples, [K, C]; no aliases."""
+        """The harmonics of a pitch contour [S] with their gains [K, 1] or, every `CONTROL_HOP` samples, [K, C]; no
+        aliases.
+        """
         samples = np.arange(len(pitch_hz))
         points = samples[::CONTROL_HOP]
         gains = np.where(np.arange(1, len(gains) + 1)[:, None] * pitch_hz[points] < 0.45 * self.rate, gains, 0.0)
@@ -87,13 +94,17 @@ class _Clip:
         return event * np.sin(0.5 * np.pi * ramp) ** 2
 
     def filter(self, signal: np.ndarray, response: Callable[[np.ndarray], np.ndarray], ringing: int = 0) -> np.ndarray:
-        """Applies a frequency response, given as a function of Hz, that rings for `ringing` samples (by default, 0.25 s)."""
+        """Applies a frequency response, given as a function of Hz, that rings for `ringing` samples (by default, 0.25
+        s).
+        """
         size = -(-(len(signal) + (ringing or self.rate // 4)) // 8192) * 8192  # such transforms are quick
         spectrum = np.fft.rfft(signal, size) * response(np.fft.rfftfreq(size, 1 / self.rate))
         return np.fft.irfft(spectrum, size)[: len(signal)]
 
     def resonate(self, signal: np.ndarray, *modes: tuple[float, float, float]) -> np.ndarray:
-        """Two-pole resonators side by side, each given as its gain, centre and bandwidth in Hz, with zeros at 0 Hz and Nyquist."""
+        """Two-pole resonators side by side, each given as its gain, centre and bandwidth in Hz, with zeros at 0 Hz and
+        Nyquist.
+        """
 
         def response(frequency_hz: np.ndarray) -> np.ndarray:
             delay = np.exp(-2j * np.pi * frequency_hz / self.rate)
@@ -107,7 +118,9 @@ class _Clip:
 
     def tilt(self, signal: np.ndarray, slope: float) -> np.ndarray:
         """A constant slope in dB per octave above 40 Hz and nothing much below, at unit gain at 1 kHz."""
-        return self.filter(signal, lambda hz: (np.maximum(hz, 40.0) / 1000.0) ** (slope / 6.02) * np.minimum(hz / 40.0, 1.0))
+        return self.filter(
+            signal, lambda hz: (np.maximum(hz, 40.0) / 1000.0) ** (slope / 6.02) * np.minimum(hz / 40.0, 1.0)
+        )
 
 
 def _decay(times: np.ndarray, t60_seconds: float | np.ndarray) -> np.ndarray:
@@ -175,7 +188,9 @@ def _bell(clip: _Clip) -> None:
     bell = np.zeros(len(times))
     for partial_hz in prime_hz * BELL_RATIOS * clip.rng.uniform(0.98, 1.02, len(BELL_RATIOS)):
         if partial_hz < 0.45 * clip.rate:
-            partial = np.sin(2 * np.pi * partial_hz * times) * _decay(times, t60_seconds * (prime_hz / partial_hz) ** 0.6)
+            partial = np.sin(2 * np.pi * partial_hz * times) * _decay(
+                times, t60_seconds * (prime_hz / partial_hz) ** 0.6
+            )
             bell += clip.between(0.2, 1.0) * partial
     bell = clip.fade(bell, 0.002, 0.3)
     for onset in clip.onsets(1, 4):
@@ -183,7 +198,9 @@ def _bell(clip: _Clip) -> None:
 
 
 def _engine(clip: _Clip) -> None:
-    """A motor: uneven firing that speeds up and slows down, heard through a few resonances, with exhaust noise on top."""
+    """A motor: uneven firing that speeds up and slows down, heard through a few resonances, with exhaust noise on
+    top.
+    """
     rate_hz = clip.between(22, 80) * clip.drift(clip.between(0.5, 1.5), clip.rng.uniform(0.02, 0.35))
     strengths = clip.rng.uniform(0.5, 1.0, clip.count(2, 6))
     phase = np.cumsum(rate_hz) / clip.rate
@@ -244,19 +261,27 @@ def _rain(clip: _Clip) -> None:
 
 
 def _drum(clip: _Clip) -> None:
-    """A bar of sixteen steps, repeated: kick on the strong beats, snare on the weak ones, hats between, and a few strays."""
+    """A bar of sixteen steps, repeated: kick on the strong beats, snare on the weak ones, hats between, and a few
+    strays.
+    """
     step_seconds, hat_every = 15.0 / clip.between(75, 170), int(clip.rng.choice([1, 2, 2, 4]))
     times = clip.times(0.4)
     kick_hz = clip.between(45, 70) * (1 + clip.between(1.5, 4.0) * np.exp(-times / 0.03))
     kick = np.sin(2 * np.pi * np.cumsum(kick_hz) / clip.rate) * _decay(times, clip.between(0.2, 0.45))
-    rattle = clip.resonate(clip.noise(0.4), (1.0, clip.between(1200, 3000), 2500.0)) * _decay(times, clip.between(0.12, 0.35))
+    rattle = clip.resonate(clip.noise(0.4), (1.0, clip.between(1200, 3000), 2500.0)) * _decay(
+        times, clip.between(0.12, 0.35)
+    )
     body = np.sin(2 * np.pi * clip.between(160, 240) * times) * _decay(times, 0.15)
     hat = clip.resonate(clip.noise(0.4), (1.0, 7000.0, 1500.0)) * _decay(times, clip.between(0.04, 0.2))
     kick, snare, hat = (clip.fade(drum, 0.001, 0.05) for drum in (kick, 0.8 * rattle + 0.4 * body, 0.5 * hat))
     strays = clip.rng.random(16) < 0.12
     for step in range(clip.count(0, 3), int(clip.seconds / step_seconds)):
         onset, place = max(0.0, step * step_seconds + 0.003 * clip.rng.standard_normal()), step % 16
-        for drum, hit in ((kick, place % 8 == 0 or strays[place]), (snare, place % 8 == 4), (hat, place % hat_every == 0)):
+        for drum, hit in (
+            (kick, place % 8 == 0 or strays[place]),
+            (snare, place % 8 == 4),
+            (hat, place % hat_every == 0),
+        ):
             if hit:
                 clip.add(onset, clip.between(0.6, 1.0) * drum)
 
@@ -288,15 +313,18 @@ def _add_background(clip: _Clip) -> None:
 
 
 def synthesize(label: str, seed: int, index: int, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
-    """One clip, float32 [S], 2 to 6 seconds long: peak at -30 to -3 dBFS, all multiples of 2**-15, which 16-bit files hold exactly.
+    """One clip, float32 [S], 2 to 6 seconds long: peak at -30 to -3 dBFS, all multiples of 2**-15, which 16-bit files
+    hold exactly.
 
-    Raises ValueError for a label not in `CLASSES`, a seed outside 0..2**64-1, an index outside 0..2**32-1, or a rate below 16 kHz,
-    which would cut off what sets some of the classes apart.
+    Raises ValueError for a label not in `CLASSES`, a seed outside 0..2**64-1, an index outside 0..2**32-1, or a rate
+    below 16 kHz, which would cut off what sets some of the classes apart.
     """
     if label not in CLASSES:
         raise ValueError(f"unknown label {label!r}: expected one of {', '.join(CLASSES)}")
     if not 0 <= seed < 2**64 or not 0 <= index < 2**32:
-        raise ValueError(f"seed {seed} or index {index} is out of range: expected 0 <= seed < 2**64 and 0 <= index < 2**32")
+        raise ValueError(
+            f"seed {seed} or index {index} is out of range: expected 0 <= seed < 2**64 and 0 <= index < 2**32"
+        )
     if sample_rate < SAMPLE_RATE:
         raise ValueError(f"sample rate {sample_rate} Hz is too low: expected at least {SAMPLE_RATE} Hz")
     place = CLASSES.index(label)
@@ -313,7 +341,9 @@ def synthesize(label: str, seed: int, index: int, sample_rate: int = SAMPLE_RATE
 
 
 def _plan(clips: int) -> list[tuple[str, int, str]]:
-    """(label, index, split): evenly among classes, each class about 80/10/10 among splits, none empty from three clips on."""
+    """(label, index, split): evenly among classes, each class about 80/10/10 among splits, none empty from three clips
+    on.
+    """
     plan = []
     for place, label in enumerate(CLASSES):
         count = clips // len(CLASSES) + (place < clips % len(CLASSES))
@@ -334,13 +364,15 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def write_corpus(folder: Path, clips: int = 300, seed: int = 0, progress: bool = True) -> Path:
-    """Writes a corpus of 16 kHz mono 16-bit FLAC files, `folder/<label>/<label>-0000.flac` and on; the path of its manifest.
+    """Writes a corpus of 16 kHz mono 16-bit FLAC files, `folder/<label>/<label>-0000.flac` and on; the path of its
+    manifest.
 
-    The manifest `folder/manifest.csv` has columns path (relative to the folder), label and split (train, valid, test). Last of all
-    comes `folder/corpus.json`, until then corpus.json.part: a finished corpus is left as it is, an interrupted one is completed.
+    The manifest `folder/manifest.csv` has columns path (relative to the folder), label and split (train, valid, test).
+    Last of all comes `folder/corpus.json`, until then corpus.json.part: a finished corpus is left as it is, an
+    interrupted one is completed.
 
-    Raises UserError for fewer clips than classes, a seed outside 0..2**64-1, and a folder that holds anything else or cannot be
-    written to.
+    Raises UserError for fewer clips than classes, a seed outside 0..2**64-1, and a folder that holds anything else or
+    cannot be written to.
     """
     if clips < len(CLASSES):
         raise UserError(f"cannot make a corpus of {clips} clips: ask for at least {len(CLASSES)}, one for each class")
@@ -355,7 +387,9 @@ def write_corpus(folder: Path, clips: int = 300, seed: int = 0, progress: bool =
 def _fill(folder: Path, clips: int, seed: int, progress: bool) -> Path:
     manifest, begun, finished = folder / "manifest.csv", folder / "corpus.json.part", folder / "corpus.json"
     record = json.dumps({"generator": GENERATOR, "version": VERSION, "clips": clips, "seed": seed})
-    files = {folder / label / f"{label}-{index:04d}.flac": (label, index, split) for label, index, split in _plan(clips)}
+    files = {
+        folder / label / f"{label}-{index:04d}.flac": (label, index, split) for label, index, split in _plan(clips)
+    }
     mine = [path for path in (begun, finished) if path.is_file() and path.read_bytes() == record.encode()]
     if finished in mine and manifest.is_file():
         return manifest
@@ -382,7 +416,9 @@ def _fill(folder: Path, clips: int, seed: int, progress: bool) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """Writes a corpus from the command line, prints the path of its manifest and returns the exit status."""
-    parser = argparse.ArgumentParser(prog=f"python -m {GENERATOR}", description="Write a corpus of synthetic sound events.")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {GENERATOR}", description="Write a corpus of synthetic sound events."
+    )
     parser.add_argument("folder", type=Path, help="an empty or new folder, or one that an earlier run left unfinished")
     parser.add_argument("--clips", type=int, default=300, help="number of clips (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random streams (default: %(default)s)")

@@ -1,4 +1,6 @@
-"""Processes that decode files: supervised from here, they may crash, hang or run out of memory, and it costs one file."""
+"""Processes that decode files: supervised from here, they may crash, hang or run out of memory, and it costs one
+file.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ class Worker:
         self.ready = False
         self.timeout_s, self.deadline = timeout_s, time.monotonic() + max(60.0, timeout_s)  # a minute at least to start
         self._stderr, self._rest = tempfile.TemporaryFile(), b""  # noqa: SIM115
-        # The child finds the same packages as this process, but not what happens to lie in the current folder; one thread each.
+        # The child finds the same packages as this process, but not what happens to lie in the current folder; one
+        # thread each.
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         # A session of its own: Ctrl-C reaches this process alone, which then ends the worker.
@@ -34,14 +37,18 @@ class Worker:
         os.set_blocking(self.process.stdout.fileno(), False)
 
     def send(self, number: Any, job: Any) -> None:
-        """Give it a job, to be called once it is ready or has answered all of the one before: it then reads, and the pipe empties."""
+        """Give it a job, to be called once it is ready or has answered all of the one before: it then reads, and the
+        pipe empties.
+        """
         self.number, self.deadline = number, time.monotonic() + self.timeout_s
         with contextlib.suppress(BrokenPipeError):  # its end is seen by reading
             self.process.stdin.write(json.dumps(job).encode() + b"\n")
             self.process.stdin.flush()
 
     def answers(self) -> list[Any] | None:
-        """What has come since the last call, after which the time for the next answer starts anew; None at the process's end."""
+        """What has come since the last call, after which the time for the next answer starts anew; None at the
+        process's end.
+        """
         try:
             data = os.read(self.process.stdout.fileno(), 1 << 20)
         except BlockingIOError:
@@ -68,7 +75,9 @@ class Worker:
 
 
 class Pool:
-    """Workers that run one script; `close` ends them. Each may take `timeout_s` from a job, or an answer, to the next answer."""
+    """Workers that run one script; `close` ends them. Each may take `timeout_s` from a job, or an answer, to the next
+    answer.
+    """
 
     def __init__(self, script: str, arguments: Sequence[str], timeout_s: float) -> None:
         self.workers: set[Worker] = set()
@@ -81,7 +90,8 @@ class Pool:
         self._selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
 
     def wait(self) -> list[tuple[Worker, list[Any], str]]:
-        """Waits for something to happen: workers that are ready or have answered, their answers, and how each ended, "" if it lives.
+        """Waits for something to happen: workers that are ready or have answered, their answers, and how each ended, ""
+        if it lives.
 
         Raises `RuntimeError` if one could not even start.
         """
@@ -95,7 +105,9 @@ class Pool:
                 end, complaint = self.stop(worker)
                 if not worker.ready:
                     raise RuntimeError(f"a process that decodes audio did not start ({end}): {complaint}")
-                events.append((worker, [], f"took longer than {worker.timeout_s:g} s" if late else f"decoder crashed ({end})"))
+                events.append(
+                    (worker, [], f"took longer than {worker.timeout_s:g} s" if late else f"decoder crashed ({end})")
+                )
             elif worker in heard and worker.ready:
                 events.append((worker, answers, ""))
         return events

@@ -11,15 +11,17 @@ from types import FrameType, TracebackType
 
 import psutil
 
-# Set by `ssast.engine.distributed.launch`: the outer launcher leads the process group of the ranks, so it is known even after it has ended.
+# Set by `ssast.engine.distributed.launch`: the outer launcher leads the process group of the ranks, so it is known even
+# after it has ended.
 LEADER_VARIABLE = "SSAST_LAUNCHER_LEADS_GROUP"
 
 
 class StopRequest:
-    """While entered, the first SIGTERM or SIGINT only sets `asked`, so that the loop can save and leave; a second one ends the process.
+    """While entered, the first SIGTERM or SIGINT only sets `asked`, so that the loop can save and leave; a second one
+    ends the process.
 
-    DeepSpeed's launcher is two processes, of which the outer one passes no signal on: killed alone, it would leave the ranks training
-    on for ever. The end of either counts as a request, too.
+    DeepSpeed's launcher is two processes, of which the outer one passes no signal on: killed alone, it would leave the
+    ranks training on for ever. The end of either counts as a request, too.
     """
 
     def __init__(self) -> None:
@@ -59,13 +61,17 @@ class StopRequest:
         raise KeyboardInterrupt
 
     def __enter__(self) -> StopRequest:
-        if self._interrupted:  # a library has swallowed the exception, as Python itself does in finalizers and callbacks
+        if (
+            self._interrupted
+        ):  # a library has swallowed the exception, as Python itself does in finalizers and callbacks
             raise KeyboardInterrupt
         self._entered.set()
         self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -83,11 +89,15 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def _deepspeed_launchers() -> list[psutil.Process] | None:
-    """The launcher's process on this machine, and the one that started it; none under torchrun or no launcher, None if one has ended."""
+    """The launcher's process on this machine, and the one that started it; none under torchrun or no launcher, None if
+    one has ended.
+    """
     try:
         inner = psutil.Process(os.getppid())
         command = inner.cmdline()
-        if not any(part == "deepspeed.launcher.launch" or part.endswith("deepspeed/launcher/launch.py") for part in command):
+        if not any(
+            part == "deepspeed.launcher.launch" or part.endswith("deepspeed/launcher/launch.py") for part in command
+        ):
             return []
         outer = psutil.Process(os.getpgid(0)) if LEADER_VARIABLE in os.environ else inner.parent()
         return [process for process in (inner, outer) if process is not None]

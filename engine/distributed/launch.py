@@ -57,12 +57,14 @@ def supervised(train: Callable[[StopRequest], int]) -> int:
         return train(stop_request)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of GPU memory ({first_line(error)}); a smaller deepspeed.train_micro_batch_size_per_gpu (`ssast pretrain --auto-batch` "
+            f"out of GPU memory ({first_line(error)}); a smaller deepspeed.train_micro_batch_size_per_gpu (`ssast "
+            "pretrain --auto-batch` "
             "finds it) or step.activation_checkpointing=block takes less",
             every_rank=True,
         ) from None
     except RuntimeError as error:
-        # when another rank fails or leaves, collectives break here, and the launcher then ends this rank: its error is not the story
+        # when another rank fails or leaves, collectives break here, and the launcher then ends this rank: its error is
+        # not the story
         if stop_request.wait(LAUNCHER_NOTICES_S):
             rank = os.environ.get("RANK", "0")
             print(f"rank {rank} leaves without saving: {first_line(error)}", file=sys.stderr)
@@ -73,12 +75,14 @@ def supervised(train: Callable[[StopRequest], int]) -> int:
 
 
 def launch(ranks: int, module: str, arguments: list[str], *, engine: str = "deepspeed") -> int | None:
-    """Run a module in `ranks` processes on this machine and return their exit status; None if they were asked to stop, and have gone.
+    """Run a module in `ranks` processes on this machine and return their exit status; None if they were asked to stop,
+    and have gone.
 
     `engine` is `step.engine`: without DeepSpeed, torchrun launches.
 
-    DeepSpeed's launcher passes no signal on to them. Asked to stop, this process ends the launcher, whose end is what the ranks take as
-    the request (`ssast.engine.distributed.interrupt`), and waits for them; if it is itself killed outright, the kernel ends the launcher.
+    DeepSpeed's launcher passes no signal on to them. Asked to stop, this process ends the launcher, whose end is what
+    the ranks take as the request (`ssast.engine.distributed.interrupt`), and waits for them; if it is itself killed
+    outright, the kernel ends the launcher.
     """
     devices = _devices(ranks)
     if engine == "deepspeed":
@@ -112,7 +116,9 @@ def launch(ranks: int, module: str, arguments: list[str], *, engine: str = "deep
 
 
 def _devices(ranks: int) -> list[str]:
-    """The launcher's words for which GPUs, keeping to CUDA_VISIBLE_DEVICES, which it would pass over; on a CPU how many processes."""
+    """The launcher's words for which GPUs, keeping to CUDA_VISIBLE_DEVICES, which it would pass over; on a CPU how many
+    processes.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if not torch.cuda.is_available():
         return ["--num_accelerators", str(ranks)]

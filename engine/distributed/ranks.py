@@ -29,7 +29,8 @@ class Ranks:
     world_size: int
     device: torch.device
     patient_group: dist.ProcessGroup
-    """A group on the CPU whose operations wait for a day: a check of millions of files outlasts the default half hour."""
+    """A group on the CPU whose operations wait for a day: a check of millions of files outlasts the default half
+    hour."""
 
     @property
     def is_first(self) -> bool:
@@ -56,7 +57,13 @@ def join_ranks(engine: str = "deepspeed") -> Ranks:
         UserError: `engine` is "deepspeed" and DeepSpeed is not installed.
     """
     on_gpu = settle_accelerator() == "cuda"
-    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+    for key, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }.items():
         os.environ.setdefault(key, value)
     local_rank = int(os.environ["LOCAL_RANK"])
     if on_gpu:
@@ -94,15 +101,17 @@ def be_deterministic() -> None:
 
 
 def speaks_for_its_node() -> bool:
-    """Whether this process is the first of its machine, as the launcher's environment says before anything is joined."""
+    """Whether this process is the first of its machine, as the launcher's environment says before anything is
+    joined.
+    """
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def leave(status: int) -> NoReturn:
     """End this process, whose work is done, with that exit status.
 
-    Exit handlers run; the interpreter is not taken down, because the threads that gloo and others still have now and then abort the
-    process while that happens, and a status of -6 would be all that a caller sees.
+    Exit handlers run; the interpreter is not taken down, because the threads that gloo and others still have now and
+    then abort the process while that happens, and a status of -6 would be all that a caller sees.
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -1,8 +1,10 @@
-"""What training does to its clips: mixing, masking, noise. All on the device, a batch at a time, without a wait of the host.
+"""What training does to its clips: mixing, masking, noise. All on the device, a batch at a time, without a wait of the
+host.
 
-Random numbers come from counters (kernels/random.py): those of row b depend on (seed, offset + b) alone, where `offset` is the position in
-training of the first row. So a clip at a position is treated alike whatever the batch size, the rank or the device. The one thing that
-does depend on the batch is with which clip another is mixed, for it must be in the same micro-batch.
+Random numbers come from counters (kernels/random.py): those of row b depend on (seed, offset + b) alone, where `offset`
+is the position in training of the first row. So a clip at a position is treated alike whatever the batch size, the rank
+or the device. The one thing that does depend on the batch is with which clip another is mixed, for it must be in the
+same micro-batch.
 """
 
 from __future__ import annotations
@@ -13,26 +15,32 @@ from ssast.kernels.random import below, philox
 
 FULL_SCALE = 32768.0  # of int16
 BETA = 10  # both parameters of the Beta distribution that mixing shares are drawn from
-_STREAM_MIX, _STREAM_SHARE, _STREAM_MASK = 0x6D697875, 0x73686172, 0x73706563  # any constants that no other use of the seed shares
+_STREAM_MIX, _STREAM_SHARE, _STREAM_MASK = (
+    0x6D697875,
+    0x73686172,
+    0x73706563,
+)  # any constants that no other use of the seed shares
 _STREAM_NOISE, _STREAM_ROLL = 0x6E6F6973, 0x726F6C6C
 
 
 def mixup(
     waveform: torch.Tensor, lengths: torch.Tensor, targets: torch.Tensor, rate: float, seed: int, offset: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mix each clip, with probability `rate`, with another one of the batch: x = share * a + (1 - share) * b, and targets likewise.
+    """Mix each clip, with probability `rate`, with another one of the batch: x = share * a + (1 - share) * b, and
+    targets likewise.
 
-    As in the official loader, the share is drawn from Beta(10, 10), the mean of a clip is taken off it before, and that of the mix after.
-    Two things differ from it. The other clip is drawn from the micro-batch, evenly among all but the clip itself, not from the data
-    set; in a batch of one nothing is mixed. And a mix is as long as the longer of the two, where the official code cuts or pads the
-    other clip to the first one's length.
+    As in the official loader, the share is drawn from Beta(10, 10), the mean of a clip is taken off it before, and that
+    of the mix after. Two things differ from it. The other clip is drawn from the micro-batch, evenly among all but the
+    clip itself, not from the data set; in a batch of one nothing is mixed. And a mix is as long as the longer of the
+    two, where the official code cuts or pads the other clip to the first one's length.
 
     Args:
         waveform: [B, S] int16, or float in [-1, 1]; zero past `lengths` [B], in samples.
         targets: [B, C] float, at least 0.
 
     Returns:
-        (waveform float32 [B, S] in [-1, 1], lengths [B], targets [B, C]). Rows that are not mixed come as they are, bit for bit.
+        (waveform float32 [B, S] in [-1, 1], lengths [B], targets [B, C]). Rows that are not mixed come as they are, bit
+        for bit.
     """
     if not 0 <= rate <= 1:
         raise ValueError(f"the rate of mixing must be between 0 and 1, not {rate}")
@@ -60,7 +68,9 @@ def mixup(
 
 
 def beta_shares(seed: int, clip: torch.Tensor) -> torch.Tensor:
-    """float32 [B] from Beta(10, 10), which is the distribution of the 10th smallest of 19 even numbers between 0 and 1."""
+    """float32 [B] from Beta(10, 10), which is the distribution of the 10th smallest of 19 even numbers between 0 and
+    1.
+    """
     words = torch.stack(_words(seed, clip, 5, _STREAM_SHARE), dim=2).flatten(1)[:, : 2 * BETA - 1]  # [B, 19]
     return ((words.sort(dim=1).values[:, BETA - 1].double() + 0.5) / 2**32).float()
 
@@ -81,20 +91,24 @@ def spec_augment(
     *,
     value: float,
 ) -> torch.Tensor:
-    """Overwrite one band of mel bins and one stretch of frames in each clip with `value`; as torchaudio's masks are drawn.
+    """Overwrite one band of mel bins and one stretch of frames in each clip with `value`; as torchaudio's masks are
+    drawn.
 
-    A width is u * parameter with u even in [0, 1), and the start even in [0, size - width); both are rounded down. So 0 or 1 masks nothing.
-    The official loader masks with 0 before it normalises: on normalised features the same is `value` = -mean / (2 std).
+    A width is u * parameter with u even in [0, 1), and the start even in [0, size - width); both are rounded down. So 0
+    or 1 masks nothing. The official loader masks with 0 before it normalises: on normalised features the same is
+    `value` = -mean / (2 std).
 
     Args:
         features: [B, T, F].
         freq_mask, time_mask: the parameters, at most F and T.
-        lengths: [B] frames in which the stretch is placed, and which it does not exceed; all T by default, as in the official loader.
+        lengths: [B] frames in which the stretch is placed, and which it does not exceed; all T by default, as in the
+            official loader.
     """
     batch, frames, bins = features.shape
     if not (0 <= freq_mask <= bins and 0 <= time_mask <= frames):
         raise ValueError(
-            f"masks of up to {freq_mask} bins and {time_mask} frames do not fit features of {bins} bins, {frames} frames"
+            f"masks of up to {freq_mask} bins and {time_mask} frames do not fit features of {bins} bins, {frames} "
+            "frames"
         )
     words = _words(seed, _clips(batch, offset, features.device), 1, _STREAM_MASK)  # four [B, 1]
     sizes = torch.full_like(words[0], frames) if lengths is None else lengths[:, None].to(torch.int64)
@@ -103,18 +117,25 @@ def spec_augment(
     return features.masked_fill(bands[:, None, :] | stretches[:, :, None], value)
 
 
-def _span(width: torch.Tensor, start: torch.Tensor, limit: torch.Tensor, size: torch.Tensor, count: int) -> torch.Tensor:
-    """Bool [B, count]: a span of up to `limit` in the first `size` [B, 1]. In integers, so that all devices agree on the last bit."""
+def _span(
+    width: torch.Tensor, start: torch.Tensor, limit: torch.Tensor, size: torch.Tensor, count: int
+) -> torch.Tensor:
+    """Bool [B, count]: a span of up to `limit` in the first `size` [B, 1]. In integers, so that all devices agree on
+    the last bit.
+    """
     wide = (width >> 8) * limit  # in 2**-24
     first = ((start >> 8) * ((size << 24) - wide)) >> 48
     place = torch.arange(count, device=width.device)[None, :]
     return (place >= first) & (place < first + (wide >> 24))
 
 
-def noise_and_roll(features: torch.Tensor, *, seed: int, offset: int, noise: float = 0.1, roll: int = 10) -> torch.Tensor:
+def noise_and_roll(
+    features: torch.Tensor, *, seed: int, offset: int, noise: float = 0.1, roll: int = 10
+) -> torch.Tensor:
     """Add noise to each clip and shift it in time, round the end, as the official loader does with normalised features.
 
-    The noise is even in [0, a), where a is drawn for each clip, even in [0, noise); the shift is even in [-roll, roll) frames.
+    The noise is even in [0, a), where a is drawn for each clip, even in [0, noise); the shift is even in [-roll, roll)
+    frames.
 
     Args:
         features: [B, T, F].
@@ -124,8 +145,12 @@ def noise_and_roll(features: torch.Tensor, *, seed: int, offset: int, noise: flo
     amplitude, shift, _, _ = _words(seed, clip, 1, _STREAM_ROLL)  # each [B, 1]
     added = features
     if noise:
-        words = torch.stack(_words(seed, clip, -(-frames * bins // 8), _STREAM_NOISE), dim=2).flatten(1)  # [B, at least T * F / 2]
-        halves = torch.stack([words & 0xFFFF, words >> 16], dim=2).flatten(1)[:, : frames * bins]  # 16 bits are plenty for noise
+        words = torch.stack(_words(seed, clip, -(-frames * bins // 8), _STREAM_NOISE), dim=2).flatten(
+            1
+        )  # [B, at least T * F / 2]
+        halves = torch.stack([words & 0xFFFF, words >> 16], dim=2).flatten(1)[
+            :, : frames * bins
+        ]  # 16 bits are plenty for noise
         even = (halves.float() / 2**16).view(batch, frames, bins)
         added = (features.float() + even * (amplitude.float() * (noise / 2**32))[:, :, None]).to(features.dtype)
     if not roll:

@@ -20,7 +20,8 @@ class FinetuneModelSection(Section):
     """Weights to start from: a run folder, a `.safetensors` or an official `.pth`. null or none: from scratch."""
     size: Literal["tiny", "small", "base"] = "base"
     depth: int = Field(12, ge=1)
-    """Of a model from scratch. Weights bring their own, and models from scratch that are compared with them are of the same size."""
+    """Of a model from scratch. Weights bring their own, and models from scratch that are compared with them are of the
+    same size."""
     patch_shape: tuple[int, int] | None = None
     """Mel bins x frames, (16, 16) or (128, 2). null: as the weights have it; if given, they must agree."""
     stride: tuple[int, int] | None = None
@@ -40,19 +41,24 @@ class FinetuneModelSection(Section):
 
 class TaskSection(Section):
     labels: str | list[str] | None = None
-    """The classes in order: a list, a text file, or AudioSet's class_labels_indices.csv. null: those that the clips have."""
+    """The classes in order: a list, a text file, or AudioSet's class_labels_indices.csv. null: those that the clips
+    have."""
     multi_label: bool = False
     """A clip may have several labels; measured by mAP instead of accuracy."""
     loss: Literal["ce", "bce"] | None = None
-    """Cross-entropy, or a binary one for each class; null: bce if multi_label, else ce. The paper's Speech Commands takes bce."""
+    """Cross-entropy, or a binary one for each class; null: bce if multi_label, else ce. The paper's Speech Commands
+    takes bce."""
     layout: str = "auto"
-    """Of data folders, as in `ssast prepare`; speech_commands_12 makes the ten words, others and silence of version 1."""
+    """Of data folders, as in `ssast prepare`; speech_commands_12 makes the ten words, others and silence of version
+    1."""
     folds: int | None = Field(None, ge=2)
-    """Cross-validation with so many folds: those the data have, or made, grouped by `group` and alike in their classes."""
+    """Cross-validation with so many folds: those the data have, or made, grouped by `group` and alike in their
+    classes."""
     fold: Annotated[str | None, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)] = None
     """Only this fold is tested on; null: each in turn."""
     valid_fold: bool = False
-    """Validate on the fold after the tested one; otherwise on nothing, or on the held-out share `data.valid_fraction`."""
+    """Validate on the fold after the tested one; otherwise on nothing, or on the held-out share
+    `data.valid_fraction`."""
     group: Literal["recording", "speaker"] | None = "recording"
     """What is never both trained and tested on where splits are made here."""
     unseen: Literal["error", "drop"] = "error"
@@ -60,7 +66,8 @@ class TaskSection(Section):
     per_class: int | None = Field(None, ge=1)
     """Train on so many clips of each class only."""
     select: Literal["best", "last", "average"] = "best"
-    """Which weights are tested: of the best validation, of the last step, or the average over epochs `average_from` on."""
+    """Which weights are tested: of the best validation, of the last step, or the average over epochs `average_from`
+    on."""
     average_from: int = Field(1, ge=1)
     metric: str | None = None
     """That picks the best weights and is compared; null: accuracy, or mAP if multi_label."""
@@ -81,12 +88,14 @@ class FinetuneDataSection(DataSection):
     test: Paths = Field(default_factory=list)
     """Empty: the clips that are marked for test, or the fold."""
     valid_fraction: float = Field(0.1, ge=0, lt=1)
-    """Held out of the training clips for validation where nothing else is said; 0: validate on the test clips, and say so."""
+    """Held out of the training clips for validation where nothing else is said; 0: validate on the test clips, and say
+    so."""
     balanced: bool = False
     """Draw clips so that each class comes about as often."""
     mean: float | Literal["auto"] = "auto"
     std: float | Literal["auto"] = "auto"
-    """Of the log-mel features. "auto": those that the weights to start from were trained with; from scratch, measured on the clips."""
+    """Of the log-mel features. "auto": those that the weights to start from were trained with; from scratch, measured
+    on the clips."""
 
 
 class FinetuneTrainSection(TrainSection):
@@ -94,7 +103,8 @@ class FinetuneTrainSection(TrainSection):
     """Optimizer steps, or else `epochs`."""
     epochs: int | None = Field(None, ge=1)
     schedule: Literal["cosine", "constant", "decay"] = "cosine"
-    """Of the learning rate after warm-up. decay: multiplied by `decay` after `decay_from` epochs and then every `decay_every`."""
+    """Of the learning rate after warm-up. decay: multiplied by `decay` after `decay_from` epochs and then every
+    `decay_every`."""
     warmup_steps: int = Field(0, ge=0)
     decay: float = Field(0.5, gt=0, lt=1)
     decay_from: int = Field(5, ge=1)
@@ -119,7 +129,8 @@ class FinetuneConfig(RunConfig):
     data: FinetuneDataSection = FinetuneDataSection()
     train: FinetuneTrainSection
     paper: Annotated[dict[str, float], BeforeValidator(lambda value: value or {})] = Field(default_factory=dict)
-    """What the paper reports for this task, by model: printed beside our results, never mixed with them. null: nothing."""
+    """What the paper reports for this task, by model: printed beside our results, never mixed with them. null:
+    nothing."""
 
     @property
     def metric(self) -> str:
@@ -168,19 +179,23 @@ class FinetuneConfig(RunConfig):
         """Weights are kept when an epoch ends, with its validation."""
         if per_epoch % valid_every:
             raise UserError(
-                f"train.valid_every: {valid_every} does not divide an epoch of {per_epoch} steps, at whose end weights are kept for "
+                f"train.valid_every: {valid_every} does not divide an epoch of {per_epoch} steps, at whose end "
+                "weights are kept for "
                 "task.select=average; leave it out"
             )
         if steps // per_epoch < self.task.average_from:
             raise UserError(
-                f"task.average_from: epoch {self.task.average_from} on, but {steps} steps are {steps // per_epoch} whole epochs of "
+                f"task.average_from: epoch {self.task.average_from} on, but {steps} steps are {steps // per_epoch} "
+                "whole epochs of "
                 f"{per_epoch}: there is none to average"
             )
 
     def named(self, *parts: str) -> Self:
         """The same run in a folder below."""
         folder = Path(self.run.folder, self.run.name, *parts)
-        return self.model_copy(update={"run": self.run.model_copy(update={"folder": str(folder.parent), "name": folder.name})})
+        return self.model_copy(
+            update={"run": self.run.model_copy(update={"folder": str(folder.parent), "name": folder.name})}
+        )
 
     @model_validator(mode="after")
     def _fits_the_task(self) -> Self:
@@ -195,8 +210,14 @@ class FinetuneConfig(RunConfig):
             raise ValueError("task.loss: bce where clips have several labels")
         if self.task.fold is not None and self.task.folds is None:
             raise ValueError("task.fold: belongs to task.folds, the number of folds")
-        if self.task.select == "average" and self.train.epochs is not None and self.task.average_from > self.train.epochs:
-            raise ValueError(f"task.average_from: epoch {self.task.average_from} of {self.train.epochs} leaves none to average")
+        if (
+            self.task.select == "average"
+            and self.train.epochs is not None
+            and self.task.average_from > self.train.epochs
+        ):
+            raise ValueError(
+                f"task.average_from: epoch {self.task.average_from} of {self.train.epochs} leaves none to average"
+            )
         if self.task.multi_label and self.metric not in ("mAP", "AUC"):
             raise ValueError(f"task.metric: mAP or AUC where clips have several labels, not {self.metric}")
         if not self.task.multi_label and self.metric not in ("accuracy", "balanced_accuracy", "macro_f1"):
@@ -211,5 +232,7 @@ class FinetuneConfig(RunConfig):
             raise ValueError("task.folds, data.valid, data.test: either folds or named clips say what is tested on")
         for name, size in (("freq_mask", architecture.num_mel_bins), ("time_mask", architecture.input_frames)):
             if (mask := getattr(self.augment, name)) > size:
-                raise ValueError(f"augment.{name}: {mask} is wider than the features, which have {size}; set it to less")
+                raise ValueError(
+                    f"augment.{name}: {mask} is wider than the features, which have {size}; set it to less"
+                )
         return self

@@ -59,7 +59,9 @@ def read_task(config: FinetuneConfig) -> LabelledClips:
     """
     data = config.data
     if not data.train:
-        raise UserError("data.train is not set: name the folder of the data set, or a CSV of path and label: data.train=/path")
+        raise UserError(
+            "data.train is not set: name the folder of the data set, or a CSV of path and label: data.train=/path"
+        )
     marked = [(data.train, ""), (data.valid, "valid"), (data.test, "test")]
     known: list[Labelled] = []
     shards: list[Clips] = []
@@ -81,14 +83,18 @@ def read_task(config: FinetuneConfig) -> LabelledClips:
                         shards.append(clips.subset(_kept(list(clips.splits), data)))
     _refuse_twice(known)
     entries = [item.entry for item in known]
-    clips, skipped = check_clips(entries, cache_dir=cache_folder(data), min_seconds=data.min_seconds) if entries else (None, [])
+    clips, skipped = (
+        check_clips(entries, cache_dir=cache_folder(data), min_seconds=data.min_seconds) if entries else (None, [])
+    )
     parts = ([clips] if clips is not None else []) + shards
     clips = parts[0] if len(parts) == 1 else Clips.joined(parts)
     if not len(clips):
         first = f"; the first: {skipped[0].path}: {skipped[0].reason}" if skipped else ""
         raise UserError(f"{', '.join(data.train)}: none of {len(entries)} audio files can be used{first}")
     if data.strict and skipped:
-        raise UserError(f"{skipped[0].path}: {skipped[0].reason} (the first of {len(skipped)} unusable clips; data.strict is set)")
+        raise UserError(
+            f"{skipped[0].path}: {skipped[0].reason} (the first of {len(skipped)} unusable clips; data.strict is set)"
+        )
     return LabelledClips(clips, of_clips(clips, known), skipped, tuple(str(warning.message) for warning in warned))
 
 
@@ -117,29 +123,40 @@ def open_task(config: FinetuneConfig, read: LabelledClips, measured: tuple[float
         valid_fold=task.valid_fold,
     )
     vocabulary = Vocabulary.from_clips(texts, given)
-    examined = examine(texts, sources, vocabulary, split, multi_label=task.multi_label, unseen=task.unseen, strict=data.strict)
+    examined = examine(
+        texts, sources, vocabulary, split, multi_label=task.multi_label, unseen=task.unseen, strict=data.strict
+    )
     split = examined.split
     speakers = [item.speaker for item in known]
-    remarks = [*read.remarks, *examined.remarks, *check_leaks(split, sources, speakers, by_speaker=task.group == "speaker")]
+    remarks = [
+        *read.remarks,
+        *examined.remarks,
+        *check_leaks(split, sources, speakers, by_speaker=task.group == "speaker"),
+    ]
     if task.per_class is not None:
         split = replace(split, train=few(split.train, texts, task.per_class, config.run.seed))
     if not len(split.test):
         split = replace(split, test=split.valid)
         remarks.append(
-            "no clips are marked for test: the validation clips are tested on, so the result is not one on unseen choices"
+            "no clips are marked for test: the validation clips are tested on, so the result is not one on unseen "
+            "choices"
         )
     if not len(split.valid):
         split = replace(split, valid=split.test)
         if task.select == "best":
             remarks.append(
-                "nothing is held out for validation: the best weights are picked on the test clips, as the official code does"
+                "nothing is held out for validation: the best weights are picked on the test clips, as the official "
+                "code does"
             )
     if not len(split.valid):
-        raise UserError("no clips to validate or test on: mark some in a split column, name data.test, or set data.valid_fraction")
+        raise UserError(
+            "no clips to validate or test on: mark some in a split column, name data.test, or set data.valid_fraction"
+        )
     train, valid, test = (read.clips.subset(part) for part in split.parts)
     if data.sample_rate > CONVERTED_RATE and read.clips.converted.any():
         raise UserError(
-            f"data.sample_rate: {data.sample_rate}, but some files are in formats that are converted to {CONVERTED_RATE} Hz"
+            f"data.sample_rate: {data.sample_rate}, but some files are in formats that are converted to "
+            f"{CONVERTED_RATE} Hz"
         )
     mean, std = data.mean, data.std
     if isinstance(mean, str) or isinstance(std, str):
@@ -165,19 +182,24 @@ def open_task(config: FinetuneConfig, read: LabelledClips, measured: tuple[float
 
 
 def _balancing(targets: np.ndarray) -> np.ndarray:
-    """Weight of each clip [N]: the sum over its classes of one over the class's clips, as the official code draws AudioSet."""
+    """Weight of each clip [N]: the sum over its classes of one over the class's clips, as the official code draws
+    AudioSet.
+    """
     counts = targets.sum(axis=0)
     return targets @ (1.0 / np.maximum(counts, 1))
 
 
 def _kept(splits: list[str], data: FinetuneDataSection) -> np.ndarray:
-    """Bool [N]: of clips of data.train those that it does not mark for validation where data.valid names others, and test likewise."""
+    """Bool [N]: of clips of data.train those that it does not mark for validation where data.valid names others, and
+    test likewise.
+    """
     kept = np.ones(len(splits), dtype=bool)
     for name, sources in (("valid", data.valid), ("test", data.test)):
         marked = np.array([bool(sources) and read_split(split) == name for split in splits], dtype=bool)
         if marked.any():
             warnings.warn(
-                f"{marked.sum()} clips of data.train are marked for {name} and left out: data.{name} names others", stacklevel=2
+                f"{marked.sum()} clips of data.train are marked for {name} and left out: data.{name} names others",
+                stacklevel=2,
             )
         kept &= ~marked
     return kept
@@ -188,4 +210,6 @@ def _refuse_twice(known: list[Labelled]) -> None:
     seen: dict[str, str] = {}
     for item in known:
         if seen.setdefault(item.path, item.split) != item.split:
-            raise UserError(f"{item.path}: named for {seen[item.path] or 'training'} and for {item.split}; keep one of them")
+            raise UserError(
+                f"{item.path}: named for {seen[item.path] or 'training'} and for {item.split}; keep one of them"
+            )

@@ -1,4 +1,6 @@
-"""What the clips of a task are labelled with: read from manifests, folders and prepared folders, turned into targets, and looked over."""
+"""What the clips of a task are labelled with: read from manifests, folders and prepared folders, turned into targets,
+and looked over.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ SPEECH_COMMANDS_12 = "speech_commands_12"
 
 @dataclass(frozen=True)
 class Labelled:
-    """A clip and what is known of it, "" for nothing. `path` is the file, or for a clip of a prepared folder what it was made from."""
+    """A clip and what is known of it, "" for nothing. `path` is the file, or for a clip of a prepared folder what it
+    was made from.
+    """
 
     path: str
     labels: tuple[str, ...]
@@ -47,14 +51,16 @@ class Labelled:
 def read_labelled(sources: list[str], *, layout: str = "auto", cache_dir: Path | None = None) -> list[Labelled]:
     """The clips of manifests (.json, .csv, .tsv), folders, and folders that `ssast prepare` wrote, in that order.
 
-    A folder is read by the layout that it has (data/layouts.py); one of no known layout holds a folder for each class, with or without
-    folders train, valid, test above them. `layout` "speech_commands_12" reads Speech Commands as ten words, others and silence, and
-    keeps the pieces of silence in `cache_dir`. Folds are the column `fold` of a manifest, or a split called fold1, fold2 ...
+    A folder is read by the layout that it has (data/layouts.py); one of no known layout holds a folder for each class,
+    with or without folders train, valid, test above them. `layout` "speech_commands_12" reads Speech Commands as ten
+    words, others and silence, and keeps the pieces of silence in `cache_dir`. Folds are the column `fold` of a
+    manifest, or a split called fold1, fold2 ...
 
     A file that is named again with the same labels is left out, with a warning that counts them.
 
     Raises:
-        UserError: a source that cannot be read, that carries no labels, or that names a file twice with different labels.
+        UserError: a source that cannot be read, that carries no labels, or that names a file twice with different
+            labels.
     """
     found: list[Labelled] = []
     pieces: list[Labelled] = []
@@ -67,7 +73,8 @@ def read_labelled(sources: list[str], *, layout: str = "auto", cache_dir: Path |
 
 
 def of_clips(clips: Clips, labelled: Iterable[Labelled]) -> list[Labelled]:
-    """For each clip what is known of it: of a file what `labelled` says of its source, of a clip in a shard what its index says.
+    """For each clip what is known of it: of a file what `labelled` says of its source, of a clip in a shard what its
+    index says.
 
     Raises:
         KeyError: a file that is not among `labelled`.
@@ -100,7 +107,8 @@ def _read(source: str, layout: str, cache_dir: Path | None) -> list[Entry]:
         if not path.exists():
             raise UserError(f"no such file or folder: {path}")
         raise UserError(
-            f"{source} carries no labels: name a .csv, .tsv or .json manifest or a folder; make a tar one by ssast prepare"
+            f"{source} carries no labels: name a .csv, .tsv or .json manifest or a folder; make a tar one by ssast "
+            "prepare"
         )
     if layout == SPEECH_COMMANDS_12:
         remarks: list[str] = []
@@ -161,24 +169,31 @@ class Vocabulary:
         repeated = [label for label, count in Counter(self.labels).items() if count > 1]
         if repeated:
             raise UserError(f"labels: {_some(repeated)} named twice; each class needs a name of its own")
-        object.__setattr__(self, "_index", {**self.aliases, **{label: number for number, label in enumerate(self.labels)}})
+        object.__setattr__(
+            self, "_index", {**self.aliases, **{label: number for number, label in enumerate(self.labels)}}
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @classmethod
     def from_clips(cls, label_texts: Iterable[str], labels: Sequence[str] | Path | None = None) -> Vocabulary:
-        """The classes that are given, as a list or a file (`read`), or else those of the texts: sorted, by number if all are numbers."""
+        """The classes that are given, as a list or a file (`read`), or else those of the texts: sorted, by number if
+        all are numbers.
+        """
         if isinstance(labels, Path):
             return cls.read(labels)
         if labels is not None:
             return cls(tuple(labels))
         found = {label for text in dict.fromkeys(label_texts) for label in parse(text)}
-        return cls(tuple(sorted(found, key=(lambda label: (float(label), label)) if all(map(_is_number, found)) else None)))
+        return cls(
+            tuple(sorted(found, key=(lambda label: (float(label), label)) if all(map(_is_number, found)) else None))
+        )
 
     @classmethod
     def read(cls, path: Path) -> Vocabulary:
-        """From a CSV with columns index, mid and display_name, as AudioSet's class_labels_indices.csv, or a text of one label a line.
+        """From a CSV with columns index, mid and display_name, as AudioSet's class_labels_indices.csv, or a text of one
+        label a line.
 
         Where a display name comes twice, the classes are called by their mids.
 
@@ -192,8 +207,12 @@ class Vocabulary:
         if path.suffix.lower() != ".csv":
             return cls(tuple(line.strip() for line in text.splitlines() if line.strip()))
         rows = list(csv.DictReader(text.splitlines()))
-        if not rows or not all((row.get(name) or "").strip() for row in rows for name in ("index", "mid", "display_name")):
-            raise UserError(f"{path}: expected a header and rows of index, mid and display_name, as in class_labels_indices.csv")
+        if not rows or not all(
+            (row.get(name) or "").strip() for row in rows for name in ("index", "mid", "display_name")
+        ):
+            raise UserError(
+                f"{path}: expected a header and rows of index, mid and display_name, as in class_labels_indices.csv"
+            )
         if [row["index"].strip() for row in rows] != [str(number) for number in range(len(rows))]:
             raise UserError(f"{path}: the column index must count the rows from 0")
         mids, names = ([row[column].strip() for row in rows] for column in ("mid", "display_name"))
@@ -255,7 +274,8 @@ def _some(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Examined:
-    """What can be trained and measured on: the split without the clips left out, targets bool [N, C], and remarks for people.
+    """What can be trained and measured on: the split without the clips left out, targets bool [N, C], and remarks for
+    people.
 
     Bool, because millions of clips with hundreds of classes are gigabytes in any other type.
     """
@@ -277,13 +297,14 @@ def examine(
 ) -> Examined:
     """Look over the labels of a task before it begins; `label_texts` and `sources` [N] are of all clips.
 
-    Clips without a label are left out and counted; `strict` makes them an error. Labels in validation or test that no training clip
-    has are an error; with `unseen` "drop" they are taken away and counted, and clips that have no other label are left out. Labels
-    that are no class of a given vocabulary are treated the same in all three parts. A class with one training clip is a remark.
+    Clips without a label are left out and counted; `strict` makes them an error. Labels in validation or test that no
+    training clip has are an error; with `unseen` "drop" they are taken away and counted, and clips that have no other
+    label are left out. Labels that are no class of a given vocabulary are treated the same in all three parts. A class
+    with one training clip is a remark.
 
     Raises:
-        UserError: as said, or nothing left to train on, fewer than two classes, more classes than training clips, or a clip with several
-            labels where `multi_label` is false.
+        UserError: as said, or nothing left to train on, fewer than two classes, more classes than training clips, or a
+            clip with several labels where `multi_label` is false.
     """
     if unseen not in ("error", "drop"):
         raise ValueError(f'unseen is "error" or "drop", not {unseen!r}')
@@ -298,7 +319,10 @@ def examine(
             foreign[number] = unknown
     if foreign:
         names = list(dict.fromkeys(label for labels in foreign.values() for label in labels))
-        told = f"{len(foreign)} clips have labels that are no class: {_some(names)}; the first is {sources[next(iter(foreign))]}"
+        told = (
+            f"{len(foreign)} clips have labels that are no class: {_some(names)}; the first is "
+            f"{sources[next(iter(foreign))]}"
+        )
         if unseen == "error":
             raise UserError(f"{told}; add them to the list of labels, or drop unseen labels")
         remarks.append(f"{told}; these labels are taken away")
@@ -307,7 +331,8 @@ def examine(
         if several:
             names = [vocabulary.labels[at] for at in np.flatnonzero(encoded[several[0]])]
             raise UserError(
-                f"{sources[several[0]]}: has several labels, {_some(names)} ({len(several)} such clips), but the task has one a clip; "
+                f"{sources[several[0]]}: has several labels, {_some(names)} ({len(several)} such clips), but the task "
+                "has one a clip; "
                 "set multi_label"
             )
 
@@ -326,7 +351,9 @@ def examine(
     _require_learnable(counts, len(split.train), vocabulary)
     single = np.flatnonzero(counts == 1)
     if len(single):
-        remarks.append(f"{len(single)} classes have one training clip: {_some([vocabulary.labels[at] for at in single])}")
+        remarks.append(
+            f"{len(single)} classes have one training clip: {_some([vocabulary.labels[at] for at in single])}"
+        )
     return Examined(split, encoded, remarks)
 
 
@@ -346,7 +373,10 @@ def _drop_unseen(
         return split
     hit = measured[encoded[measured][:, is_unseen].any(axis=1)]
     names = [vocabulary.labels[at] for at in np.flatnonzero(is_unseen)]
-    told = f"validation and test have labels that no training clip has: {_some(names)}, in {len(hit)} clips, the first {sources[hit[0]]}"
+    told = (
+        f"validation and test have labels that no training clip has: {_some(names)}, in {len(hit)} clips, the "
+        f"first {sources[hit[0]]}"
+    )
     if unseen == "error":
         raise UserError(f"{told}; add training clips of them, or drop unseen labels")
     encoded[np.ix_(measured, is_unseen)] = False
@@ -360,6 +390,10 @@ def _require_learnable(counts: np.ndarray, clips: int, vocabulary: Vocabulary) -
         raise UserError("no training clip has a label: nothing can be learned")
     if len(vocabulary) < 2 or (counts > 0).sum() < 2:
         held = _some([vocabulary.labels[at] for at in np.flatnonzero(counts)])
-        raise UserError(f"all {clips} training clips are of one class, {held}: there is nothing to tell apart; add clips of others")
+        raise UserError(
+            f"all {clips} training clips are of one class, {held}: there is nothing to tell apart; add clips of others"
+        )
     if len(vocabulary) > clips:
-        raise UserError(f"{len(vocabulary)} classes but {clips} training clips: every class needs clips of its own; add some")
+        raise UserError(
+            f"{len(vocabulary)} classes but {clips} training clips: every class needs clips of its own; add some"
+        )

@@ -1,6 +1,7 @@
 """What a classifier's scores are worth, by scikit-learn: over all classes, and class by class.
 
-Classes without a clip to measure on are left out of all averages over classes; `classes_without_clips` says how many they are.
+Classes without a clip to measure on are left out of all averages over classes; `classes_without_clips` says how many
+they are.
 """
 
 from __future__ import annotations
@@ -20,17 +21,20 @@ from ssast.engine.files import write_whole
 """The metric that a task goes by, by whether it is multi-label."""
 
 
-def class_metrics(scores: np.ndarray, targets: np.ndarray, labels: Sequence[str], multi_label: bool) -> dict[str, float]:
+def class_metrics(
+    scores: np.ndarray, targets: np.ndarray, labels: Sequence[str], multi_label: bool
+) -> dict[str, float]:
     """The metrics of `scores` [N, C] (softmax or sigmoid) against `targets` [N, C] of 0 and 1.
 
-    One label a clip: accuracy, balanced_accuracy (mean recall of the classes) and macro_f1, where the highest score is the answer.
-    Several: mAP (mean of the average precisions), AUC (mean of the areas under the ROC curves) and d_prime, which is sqrt(2) times the
-    normal quantile of that mean AUC, as in the official code, and infinite for an AUC of 1. A class that every clip has is left out of
-    AUC; where no class is left AUC and d_prime are NaN.
+    One label a clip: accuracy, balanced_accuracy (mean recall of the classes) and macro_f1, where the highest score is
+    the answer. Several: mAP (mean of the average precisions), AUC (mean of the areas under the ROC curves) and d_prime,
+    which is sqrt(2) times the normal quantile of that mean AUC, as in the official code, and infinite for an AUC of 1.
+    A class that every clip has is left out of AUC; where no class is left AUC and d_prime are NaN.
 
     Raises:
         UserError: scores that are not finite, or no clip to measure on.
-        ValueError: shapes that differ, targets that are not 0 or 1, or other than one label a clip where `multi_label` is false.
+        ValueError: shapes that differ, targets that are not 0 or 1, or other than one label a clip where `multi_label`
+            is false.
     """
     from sklearn.metrics import accuracy_score, f1_score, recall_score
 
@@ -55,7 +59,8 @@ def per_class(
 ) -> list[dict[str, str | int | float | None]]:
     """A row for each class: label, clips, and recall, precision, f1, or where multi-label average_precision and auc.
 
-    What is not defined for a class (without clips, or for auc with all) is None; the precision of a class never answered is 0.
+    What is not defined for a class (without clips, or for auc with all) is None; the precision of a class never
+    answered is 0.
 
     Raises as `class_metrics`.
     """
@@ -79,12 +84,14 @@ def per_class(
     ]
 
 
-def write_predictions(path: Path, sources: Sequence[str], scores: np.ndarray, targets: np.ndarray, labels: Sequence[str]) -> None:
+def write_predictions(
+    path: Path, sources: Sequence[str], scores: np.ndarray, targets: np.ndarray, labels: Sequence[str]
+) -> None:
     """Write what was answered for each clip, and what was right; the file appears whole or not at all.
 
-    A .csv has columns path, target and answer (labels by name; several targets by semicolons, the answer is the highest score), then the
-    score of each class. An .npz has sources [N], scores float32 [N, C], targets uint8 [N, C] and labels [C], and is what many clips of
-    many classes fit in.
+    A .csv has columns path, target and answer (labels by name; several targets by semicolons, the answer is the highest
+    score), then the score of each class. An .npz has sources [N], scores float32 [N, C], targets uint8 [N, C] and
+    labels [C], and is what many clips of many classes fit in.
 
     Raises:
         UserError: a path that ends in neither, or that cannot be written.
@@ -93,7 +100,9 @@ def write_predictions(path: Path, sources: Sequence[str], scores: np.ndarray, ta
     if path.suffix == ".npz":
         file = io.BytesIO()
         columns = {"scores": scores.astype(np.float32), "targets": targets.astype(np.uint8)}
-        np.savez_compressed(file, sources=np.array(list(sources), dtype=str), labels=np.array(list(labels), dtype=str), **columns)
+        np.savez_compressed(
+            file, sources=np.array(list(sources), dtype=str), labels=np.array(list(labels), dtype=str), **columns
+        )
         content = file.getvalue()
     elif path.suffix == ".csv":
         table = io.StringIO(newline="")
@@ -111,7 +120,9 @@ def write_predictions(path: Path, sources: Sequence[str], scores: np.ndarray, ta
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def _checked(scores: np.ndarray, targets: np.ndarray, labels: Sequence[str], multi_label: bool) -> tuple[np.ndarray, np.ndarray]:
+def _checked(
+    scores: np.ndarray, targets: np.ndarray, labels: Sequence[str], multi_label: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """(scores, targets as bool)."""
     scores, targets = np.asarray(scores), np.asarray(targets)
     if scores.ndim != 2 or scores.shape != targets.shape or scores.shape[1] != len(labels):
@@ -121,7 +132,8 @@ def _checked(scores: np.ndarray, targets: np.ndarray, labels: Sequence[str], mul
     broken = ~np.isfinite(scores).all(axis=1)
     if broken.any():
         raise UserError(
-            f"the scores of {broken.sum()} of {len(scores)} clips are not finite, the first is clip {broken.argmax()}: the model has "
+            f"the scores of {broken.sum()} of {len(scores)} clips are not finite, the first is clip "
+            f"{broken.argmax()}: the model has "
             "diverged; lower the learning rate"
         )
     if not np.isin(targets, (0, 1)).all():
@@ -145,7 +157,9 @@ def _areas(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
     from sklearn.metrics import roc_auc_score
 
     pairs = zip(targets.T, scores.T, strict=True)
-    return np.array([roc_auc_score(truth, score) if truth.any() and not truth.all() else np.nan for truth, score in pairs])
+    return np.array(
+        [roc_auc_score(truth, score) if truth.any() and not truth.all() else np.nan for truth, score in pairs]
+    )
 
 
 def _mean(values: np.ndarray) -> float:

@@ -43,7 +43,9 @@ class FineTuning:
             targets = self._targets[clips].float()  # [B, C]
         with span("fbank"):
             if augment.mixup:
-                waveform, lengths, targets = mixup(waveform, lengths, targets, augment.mixup, (_MIX_SEED << 32) + seed, offset)
+                waveform, lengths, targets = mixup(
+                    waveform, lengths, targets, augment.mixup, (_MIX_SEED << 32) + seed, offset
+                )
             features = self.features(waveform, lengths)
             if augment.freq_mask or augment.time_mask:
                 silence = -self.data.mean / (2 * self.data.std)  # the official loader masks with 0 before it normalises
@@ -75,9 +77,12 @@ class FineTuning:
             return engine(features, method="classify").float()
 
     @torch.no_grad()
-    def scores(self, model: Callable[..., Any], batches: Iterable[tuple[Batch, int]], count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Probabilities float32 [N, C] of clips 0 ... count - 1, put together from all ranks, and [N] the clip that each row is of: another
-        one, if a clip could not be read."""
+    def scores(
+        self, model: Callable[..., Any], batches: Iterable[tuple[Batch, int]], count: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Probabilities float32 [N, C] of clips 0 ... count - 1, put together from all ranks, and [N] the clip that
+        each row is of: another one, if a clip could not be read.
+        """
         scores = torch.zeros(count, len(self.data.labels), device=self.device)
         read = torch.full((count,), -1, dtype=torch.int64, device=self.device)
         for batch, clips in batches:
@@ -115,7 +120,9 @@ class FineTuning:
 
 
 def classification_loss(logits: torch.Tensor, targets: torch.Tensor, kind: str) -> torch.Tensor:
-    """Mean over clips (and classes, for "bce") of [B, C] logits against targets [B, C] in [0, 1], which mixup makes fractions."""
+    """Mean over clips (and classes, for "bce") of [B, C] logits against targets [B, C] in [0, 1], which mixup makes
+    fractions.
+    """
     if kind == "bce":
         return functional.binary_cross_entropy_with_logits(logits, targets)
     return functional.cross_entropy(logits, targets)

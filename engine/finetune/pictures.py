@@ -30,7 +30,9 @@ NAME_LETTERS = 24
 CURVES = ("loss", "accuracy", "mAP", "lr")  # columns of metrics.jsonl that tell of fine-tuning
 
 
-def write_pictures(folder: Path, scores: np.ndarray, targets: np.ndarray, labels: Sequence[str], multi_label: bool) -> list[Path]:
+def write_pictures(
+    folder: Path, scores: np.ndarray, targets: np.ndarray, labels: Sequence[str], multi_label: bool
+) -> list[Path]:
     """Draw scores [N, C] against targets [N, C]: confusion.png where a clip has one label, and classes.png.
 
     Raises as `class_metrics`, and `UserError` if the folder cannot be written.
@@ -42,8 +44,12 @@ def write_pictures(folder: Path, scores: np.ndarray, targets: np.ndarray, labels
     return [_save(figure, folder / f"{name}.png") for name, figure in figures.items()]
 
 
-def write_learning_curve(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], x: str = "epoch") -> Path:
-    """Draw columns of metrics over `x`, a panel each: rows of kind "train" as a line, of "valid" as dots. Raises `UserError` as above."""
+def write_learning_curve(
+    path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], x: str = "epoch"
+) -> Path:
+    """Draw columns of metrics over `x`, a panel each: rows of kind "train" as a line, of "valid" as dots. Raises
+    `UserError` as above.
+    """
     return _save(draw_learning_curve(rows, columns, x), path)
 
 
@@ -57,7 +63,7 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
-# ---- confusion ------------------------------------------------------------------------------------------------------------------------
+# ---- confusion -------------------------------------------------------------------------------------------------------
 
 
 def confusion(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -67,12 +73,16 @@ def confusion(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return confusion_matrix(targets.argmax(axis=1), scores.argmax(axis=1), labels=np.arange(targets.shape[1]))
 
 
-def most_confused(counts: np.ndarray, labels: Sequence[str], most: int = MOST_CONFUSED) -> list[tuple[str, str, int, int]]:
+def most_confused(
+    counts: np.ndarray, labels: Sequence[str], most: int = MOST_CONFUSED
+) -> list[tuple[str, str, int, int]]:
     """(class, what it was taken for, how often, clips of the class) of the pairs of classes confused most often."""
     wrong = counts * ~np.eye(len(counts), dtype=bool)
     order = np.argsort(-wrong, axis=None, kind="stable")[:most]
     pairs = (np.unravel_index(place, wrong.shape) for place in order)
-    return [(labels[row], labels[at], int(wrong[row, at]), int(counts[row].sum())) for row, at in pairs if wrong[row, at]]
+    return [
+        (labels[row], labels[at], int(wrong[row, at]), int(counts[row].sum())) for row, at in pairs if wrong[row, at]
+    ]
 
 
 def draw_confusion(scores: np.ndarray, targets: np.ndarray, labels: Sequence[str]) -> Figure:
@@ -95,7 +105,13 @@ def draw_confusion(scores: np.ndarray, targets: np.ndarray, labels: Sequence[str
         for (row, column), share in np.ndenumerate(shares):
             if share > 0:
                 axes.text(
-                    column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color="white" if share > 0.35 else INK
+                    column,
+                    row,
+                    f"{100 * share:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if share > 0.35 else INK,
                 )
     _clean(axes)
     axes.spines[:].set(visible=True, color=GRID)
@@ -108,13 +124,18 @@ def draw_confusion(scores: np.ndarray, targets: np.ndarray, labels: Sequence[str
         axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.set_xlabel("answered" if named else "answered, by number of the class", fontsize=9, color=SOFT)
     axes.set_ylabel("is" if named else "is, by number of the class", fontsize=9, color=SOFT)
-    title = f"Of the clips of each class (row), the share taken for each: {_percent(np.trace(counts) / counts.sum())} are right"
+    title = (
+        f"Of the clips of each class (row), the share taken for each: {_percent(np.trace(counts) / counts.sum())} "
+        "are right"
+    )
     figure.text(0.12 / width, 1 - 0.32 / height, title, fontsize=10.5, fontweight="bold", color=INK)
     _list_confused(figure, most_confused(counts, labels), (margin + side + 0.35) / width, 1 - above / height, height)
     return figure
 
 
-def _list_confused(figure: Figure, pairs: list[tuple[str, str, int, int]], left: float, top: float, height: float) -> None:
+def _list_confused(
+    figure: Figure, pairs: list[tuple[str, str, int, int]], left: float, top: float, height: float
+) -> None:
     """From the place (left, top) of the figure downward."""
     figure.text(left, top, "Confused most often" if pairs else "Nothing was confused", fontsize=9, color=SOFT, va="top")
     line = 0.17 / height
@@ -129,11 +150,13 @@ def _list_confused(figure: Figure, pairs: list[tuple[str, str, int, int]], left:
         place -= 1.35 * line
 
 
-# ---- class by class -------------------------------------------------------------------------------------------------------------------
+# ---- class by class --------------------------------------------------------------------------------------------------
 
 
 def draw_classes(rows: Sequence[Mapping[str, Any]], values: Mapping[str, float], multi_label: bool) -> Figure:
-    """A bar for each class that has clips, best first; of many classes the best and the worst. The dashed line is the mean."""
+    """A bar for each class that has clips, best first; of many classes the best and the worst. The dashed line is the
+    mean.
+    """
     column = "average_precision" if multi_label else "recall"
     known = sorted((row for row in rows if row[column] is not None), key=lambda row: -row[column])
     cut = len(known) > ALL_UP_TO
@@ -155,27 +178,44 @@ def draw_classes(rows: Sequence[Mapping[str, Any]], values: Mapping[str, float],
             ticks.append((position, _short(row["label"], 40)))
             position += 1
         position += 1.2
-    head = {"textcoords": "offset points", "ha": "right", "va": "center", "fontsize": 7.5, "color": SOFT, "annotation_clip": False}
+    head = {
+        "textcoords": "offset points",
+        "ha": "right",
+        "va": "center",
+        "fontsize": 7.5,
+        "color": SOFT,
+        "annotation_clip": False,
+    }
     axes.annotate("clips", (1, -1), (80, 0), **head)
     axes.set_ylim(bars - 0.4, -0.6)
     axes.set_yticks(*zip(*ticks, strict=True))
     axes.set_xlim(0, 1)
     mean = values["mAP" if multi_label else "balanced_accuracy"]
     axes.axvline(mean, color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if multi_label else f"{100 * value:.3g}%"))
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:g}" if multi_label else f"{100 * value:.3g}%")
+    )
     _clean(axes)
     axes.grid(axis="x", color=GRID, linewidth=0.8)
     what = "Average precision" if multi_label else "Recall"
-    which = f"the {BARS // 2} best and the {BARS // 2} worst of {len(known)} classes" if cut else f"{len(known)} classes"
+    which = (
+        f"the {BARS // 2} best and the {BARS // 2} worst of {len(known)} classes" if cut else f"{len(known)} classes"
+    )
     without = int(values["classes_without_clips"])
     title = f"{what}: {which}, mean {f'{mean:.4f}' if multi_label else _percent(mean)}"
     figure.text(0.12 / width, 1 - 0.3 / height, title, fontsize=10.5, fontweight="bold", color=INK)
     if without:
-        figure.text(0.12 / width, 0.12 / height, f"{without} classes have no clips here and are left out", fontsize=8, color=SOFT)
+        figure.text(
+            0.12 / width,
+            0.12 / height,
+            f"{without} classes have no clips here and are left out",
+            fontsize=8,
+            color=SOFT,
+        )
     return figure
 
 
-# ---- on the way -----------------------------------------------------------------------------------------------------------------------
+# ---- on the way ------------------------------------------------------------------------------------------------------
 
 
 def draw_learning_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], x: str) -> Figure:
@@ -187,7 +227,11 @@ def draw_learning_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[str
     grid = figure.subplots(down, across, squeeze=False)
     for axes, column in zip(grid.flat, columns, strict=False):
         for kind, colour, style in (("train", TRAIN, "-"), ("valid", VALID, "o-")):
-            points = [(row[x], row[column]) for row in rows if row.get("kind") == kind and _is_number(row.get(column)) and x in row]
+            points = [
+                (row[x], row[column])
+                for row in rows
+                if row.get("kind") == kind and _is_number(row.get(column)) and x in row
+            ]
             if points:
                 label = f"{kind} {points[-1][1]:.4g}"
                 axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=1.6, markersize=3.5, label=label)

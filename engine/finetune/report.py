@@ -1,4 +1,6 @@
-"""The page of a fine-tuning command: its table, and for each arm the pictures of one run. Self-contained, readable on a phone."""
+"""The page of a fine-tuning command: its table, and for each arm the pictures of one run. Self-contained, readable on a
+phone.
+"""
 
 from __future__ import annotations
 

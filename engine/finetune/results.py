@@ -1,4 +1,6 @@
-"""The table of a comparison: each arm over its seeds and folds, what it gains over training from scratch, the paper's figures beside."""
+"""The table of a comparison: each arm over its seeds and folds, what it gains over training from scratch, the paper's
+figures beside.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +40,15 @@ class ArmSummary:
 
     def gain(self, scratch: ArmSummary | None) -> float | None:
         """Relative, as the paper averages it: 0.609 is 60.9% more than from scratch."""
-        return self.mean / scratch.mean - 1 if scratch is not None and scratch is not self and scratch.mean > 0 else None
+        return (
+            self.mean / scratch.mean - 1 if scratch is not None and scratch is not self and scratch.mean > 0 else None
+        )
 
 
 def read_results(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """What runs have left; those without results are left out. Metrics that are not finite, which JSON cannot say, are NaN."""
+    """What runs have left; those without results are left out. Metrics that are not finite, which JSON cannot say, are
+    NaN.
+    """
     files = [folder / RESULTS_FILE for folder in folders]
     results = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
     for result in results:
@@ -55,7 +61,10 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[ArmSummary]:
     arms: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         arms.setdefault(result["arm"], []).append(result)
-    return [ArmSummary(name, runs[0]["init_from"], [run["metrics"][run["metric"]] for run in runs]) for name, runs in arms.items()]
+    return [
+        ArmSummary(name, runs[0]["init_from"], [run["metrics"][run["metric"]] for run in runs])
+        for name, runs in arms.items()
+    ]
 
 
 def scratch_of(arms: Sequence[ArmSummary]) -> ArmSummary | None:
@@ -65,7 +74,10 @@ def scratch_of(arms: Sequence[ArmSummary]) -> ArmSummary | None:
 def table(arms: Sequence[ArmSummary], metric: str, paper: dict[str, float]) -> str:
     """Markdown. Our figures and the paper's stand in rows of their own: data and budgets are not the same."""
     scratch = scratch_of(arms)
-    lines = [f"| arm | starts from | {metric} (%) | deviation | runs | relative gain |", "|---|---|---:|---:|---:|---:|"]
+    lines = [
+        f"| arm | starts from | {metric} (%) | deviation | runs | relative gain |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
     for arm in arms:
         gain = arm.gain(scratch)
         cells = [
@@ -110,7 +122,9 @@ def write_summary(config: FinetuneConfig, folders: Sequence[Path]) -> Path:
     writer.writerow([*columns, "train_clips", "valid_clips", "test_clips", *metrics])
     for result in results:
         counts = [result["clips"][part] for part in ("train", "valid", "test")]
-        writer.writerow([*(result[name] for name in columns), *counts, *(result["metrics"].get(name) for name in metrics)])
+        writer.writerow(
+            [*(result[name] for name in columns), *counts, *(result["metrics"].get(name) for name in metrics)]
+        )
     write_whole(config.run_dir / "results.csv", rows.getvalue())
     write_whole(config.run_dir / "results.md", table(summarise(results), config.metric, config.paper) + "\n")
     return write_report(config, folders)

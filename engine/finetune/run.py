@@ -1,7 +1,9 @@
-"""`ssast finetune TASK [key.sub=value ...]`; under a launcher: `deepspeed --module ssast.engine.finetune.run TASK ...`, or torchrun.
+"""`ssast finetune TASK [key.sub=value ...]`; under a launcher: `deepspeed --module ssast.engine.finetune.run TASK ...`,
+or torchrun.
 
-A command is a list of runs, one for each arm, seed and fold, done one after the other in folders of their own. Finished ones are not
-done again, so the same command goes on after an interruption, and a longer one (more seeds, another arm) adds to what there is.
+A command is a list of runs, one for each arm, seed and fold, done one after the other in folders of their own. Finished
+ones are not done again, so the same command goes on after an interruption, and a longer one (more seeds, another arm)
+adds to what there is.
 """
 
 from __future__ import annotations
@@ -102,7 +104,8 @@ def run_all(config: FinetuneConfig, arms: list[Arm], seeds: int, stop_request: S
     micro_batch, _ = config.batch_sizes(ranks.world_size)
     if config.augment.mixup and micro_batch == 1:
         raise UserError(
-            "augment.mixup: clips are mixed within a micro-batch, which has one clip here; make it larger, or set mixup to 0"
+            "augment.mixup: clips are mixed within a micro-batch, which has one clip here; make it larger, or set "
+            "mixup to 0"
         )
     check_deepspeed_section(config)
     read = ranks.once(lambda: read_task(config))
@@ -127,8 +130,9 @@ def run_all(config: FinetuneConfig, arms: list[Arm], seeds: int, stop_request: S
 
 
 def plan(config: FinetuneConfig, arms: list[Arm], seeds: int, read: LabelledClips) -> Iterator[Run]:
-    """The runs: arms, then seeds, then folds. Where there is no comparison, there is no folder level for arms, and so for folds; the first
-    seed has none, so that more of them only add to what there is."""
+    """The runs: arms, then seeds, then folds. Where there is no comparison, there is no folder level for arms, and so
+    for folds; the first seed has none, so that more of them only add to what there is.
+    """
     folds = [config.task.fold] if config.task.folds is None or config.task.fold is not None else _folds(config, read)
     for name, of_arm in _with_arms(config, arms) if arms else [("", config)]:
         for seed in range(config.run.seed, config.run.seed + seeds):
@@ -177,7 +181,9 @@ def _with_arms(config: FinetuneConfig, arms: list[Arm]) -> Iterator[tuple[str, F
         weights, found = next(iter(shapes.items()))
         size = next((name for name, width in WIDTHS.items() if width == found.width), None)
         if size is None and any(path is None for _, path in arms):
-            raise UserError(f"{weights}: width {found.width} is none of {', '.join(WIDTHS)}, so no arm from scratch can be like it")
+            raise UserError(
+                f"{weights}: width {found.width} is none of {', '.join(WIDTHS)}, so no arm from scratch can be like it"
+            )
         stride = config.model.stride or found.stride
         shape = {"size": size, "depth": found.depth, "patch_shape": found.patch_shape, "stride": stride}
     for name, path in arms:
@@ -186,7 +192,9 @@ def _with_arms(config: FinetuneConfig, arms: list[Arm]) -> Iterator[tuple[str, F
 
 
 def _statistics_of_weights(config: FinetuneConfig) -> tuple[float, float] | None:
-    """Mean and std of the features that the weights to start from know: fine-tuning on features that lie elsewhere begins worse."""
+    """Mean and std of the features that the weights to start from know: fine-tuning on features that lie elsewhere
+    begins worse.
+    """
     if config.model.init_from is None:
         return None
     card = load_model(config.model.init_from).card
@@ -227,7 +235,8 @@ def _is_finished(config: FinetuneConfig) -> bool:
     steps = json.loads(file.read_text(encoding="utf-8"))["steps"] if file.is_file() else 0
     if steps > config.train.steps:
         raise UserError(
-            f"{config.run_dir}: holds a finished run of {steps} steps, not {config.train.steps}; choose another run.name"
+            f"{config.run_dir}: holds a finished run of {steps} steps, not {config.train.steps}; choose another "
+            "run.name"
         )
     return steps == config.train.steps
 
@@ -236,7 +245,8 @@ def start_model(config: FinetuneConfig, data: TaskData) -> SSAST:
     """The model as it is before the first step.
 
     Raises:
-        UserError: weights that are not of the size or patch shape that the config names, or that cannot follow its input.
+        UserError: weights that are not of the size or patch shape that the config names, or that cannot follow its
+            input.
     """
     wanted, classes, seed = config.model, len(data.labels), config.run.seed
     if wanted.init_from is None:
@@ -253,7 +263,8 @@ def start_model(config: FinetuneConfig, data: TaskData) -> SSAST:
         _check_patches(config, wanted.init_from, model.config)
         if model.card.sample_rate != config.data.sample_rate:
             raise UserError(
-                f"{wanted.init_from}: is for sound at {model.card.sample_rate} Hz; set data.sample_rate={model.card.sample_rate}"
+                f"{wanted.init_from}: is for sound at {model.card.sample_rate} Hz; set "
+                f"data.sample_rate={model.card.sample_rate}"
             )
         init_classifier(model, torch.Generator().manual_seed(seed))
         if model.config.layer_weights:  # of another task
@@ -262,7 +273,9 @@ def start_model(config: FinetuneConfig, data: TaskData) -> SSAST:
         model = resize(model, dataclasses.replace(model.config, layer_weights=True))
     if wanted.train == "head":
         freeze_encoder(model)
-    model.card = ModelCard(config.data.sample_rate, data.mean, data.std, tuple(data.labels), config.task.multi_label, wanted.pool)
+    model.card = ModelCard(
+        config.data.sample_rate, data.mean, data.std, tuple(data.labels), config.task.multi_label, wanted.pool
+    )
     return model
 
 
@@ -272,7 +285,8 @@ def _check_patches(config: FinetuneConfig, path: str, found: ModelConfig) -> Non
         ours, theirs = ("x".join(map(str, shape)) for shape in (wanted, found.patch_shape))
         raise UserError(
             f"{path}: has patches of {theirs}, this task is set up for {ours}; take a recipe for {theirs} "
-            f"({'NAME-frame' if found.patch_shape[0] > wanted[0] else 'the one without -frame'}), or set model.patch_shape and "
+            f"({'NAME-frame' if found.patch_shape[0] > wanted[0] else 'the one without -frame'}), or set "
+            "model.patch_shape and "
             "model.stride"
         )
 
@@ -316,7 +330,10 @@ def _test(run: Run, config: FinetuneConfig, data: TaskData, ranks: Ranks) -> Non
         "classes": per_class(scores, targets, data.labels, config.task.multi_label),
     }
     write_whole(config.run_dir / RESULTS_FILE, json.dumps(result, indent=2, allow_nan=False) + "\n")
-    print(f"{config.run_dir}: test {config.metric} {metrics[config.metric]:.4f} on {len(read)} clips ({chosen})", flush=True)
+    print(
+        f"{config.run_dir}: test {config.metric} {metrics[config.metric]:.4f} on {len(read)} clips ({chosen})",
+        flush=True,
+    )
 
 
 def _chosen_model(config: FinetuneConfig) -> tuple[SSAST, str]:
@@ -340,12 +357,15 @@ def _chosen_model(config: FinetuneConfig) -> tuple[SSAST, str]:
 
 @torch.no_grad()
 def _put_back_frozen(model: SSAST, start: SSAST) -> None:
-    """Weights that were not trained, bit for bit: ZeRO has no fp32 masters of them, so that checkpoints in bf16 hold them rounded."""
+    """Weights that were not trained, bit for bit: ZeRO has no fp32 masters of them, so that checkpoints in bf16 hold
+    them rounded.
+    """
     for trained, before in zip(model.parameters(), start.parameters(), strict=True):
         if not before.requires_grad:
             if not torch.equal(trained.bfloat16(), before.bfloat16()):
                 raise UserError(
-                    "model.init_from: holds other weights than when training began; start from a file that stays as it is"
+                    "model.init_from: holds other weights than when training began; start from a file that stays as "
+                    "it is"
                 )
             trained.copy_(before)
 
@@ -388,13 +408,19 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="ssast finetune",
         description="Train a classifier on labelled audio, from pretrained weights or from scratch, and test it.",
-        epilog=f"tasks: {', '.join(list_presets(FinetuneConfig))}; a CSV of path and label is data.train of the task custom",
+        epilog=f"tasks: {', '.join(list_presets(FinetuneConfig))}; a CSV of path and label is data.train of the task "
+        "custom",
     )
     parser.add_argument("task", metavar="TASK", help="the name of a recipe, or a YAML file")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe, e.g. data.train=/data/ESC-50 train.epochs=10"
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="changes to the recipe, e.g. data.train=/data/ESC-50 train.epochs=10",
     )
-    parser.add_argument("--from", dest="init_from", metavar="PATH", help=f"weights to start from, or {SCRATCH} (model.init_from)")
+    parser.add_argument(
+        "--from", dest="init_from", metavar="PATH", help=f"weights to start from, or {SCRATCH} (model.init_from)"
+    )
     parser.add_argument(
         "--compare",
         nargs="+",

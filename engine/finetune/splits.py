@@ -2,12 +2,13 @@
 
 What the data say comes first:
 
-1. With `fold` given, that fold is tested on. Where the clips have folds of their own these are taken; otherwise `folds` of them are made,
-   alike in their classes, and no recording (or speaker, as `group` says) is in two. With `valid_fold` the fold after the tested one
-   is for validation. All else is trained on.
+1. With `fold` given, that fold is tested on. Where the clips have folds of their own these are taken; otherwise `folds`
+   of them are made, alike in their classes, and no recording (or speaker, as `group` says) is in two. With `valid_fold`
+   the fold after the tested one is for validation. All else is trained on.
 2. Without it, a split column: train, valid and test in their usual spellings; clips with none are trained on.
-3. Where this leaves no clip for validation, `valid_fraction` of the training clips are held out: of every class the recordings (or
-   speakers) whose names hash lowest, so that the choice survives added files. With a fraction of 0 there is no validation.
+3. Where this leaves no clip for validation, `valid_fraction` of the training clips are held out: of every class the
+   recordings (or speakers) whose names hash lowest, so that the choice survives added files. With a fraction of 0 there
+   is no validation.
 """
 
 from __future__ import annotations
@@ -70,13 +71,15 @@ def split_clips(
     group: Group | None = "recording",
     valid_fold: bool = False,
 ) -> Split:
-    """Split N clips, of each of which the split, fold, source, speaker and labels are given as texts, "" for none; see above.
+    """Split N clips, of each of which the split, fold, source, speaker and labels are given as texts, "" for none; see
+    above.
 
     `seed` is that of folds which are made; these are called "1", "2" ...
 
     Raises:
-        UserError: a spelling of split or a fold that there is not, folds asked for where only a split column is, or the other way
-            round, more folds than groups, nothing to train on, or `group` "speaker" with a clip of no speaker.
+        UserError: a spelling of split or a fold that there is not, folds asked for where only a split column is, or the
+            other way round, more folds than groups, nothing to train on, or `group` "speaker" with a clip of no
+            speaker.
     """
     if not 0 <= valid_fraction < 1:
         raise UserError(f"valid_fraction: {valid_fraction}, expected a share between 0 and 1 of the training clips")
@@ -89,7 +92,9 @@ def split_clips(
                     f"fold {fold} is asked for, but the clips have no folds: add a column fold, or say how many to make"
                 )
             if any(splits):
-                raise UserError(f"{folds} folds are asked for, but the clips are split by a column: leave out the one or the other")
+                raise UserError(
+                    f"{folds} folds are asked for, but the clips are split by a column: leave out the one or the other"
+                )
             folds_of = _made_folds(folds, groups, labels, seed)
         train, valid, test = _by_fold(folds_of, fold, valid_fold, sources)
     elif own and not any(splits):
@@ -133,7 +138,9 @@ def _groups(sources: Sequence[str], speakers: Sequence[str], group: Group | None
         if nameless is not None:
             raise UserError(f"{nameless}: has no speaker, but clips are to be grouped by speaker; add a column speaker")
         return list(speakers)
-    return recordings(sources) if group == "recording" else [f"{number} {source}" for number, source in enumerate(sources)]
+    return (
+        recordings(sources) if group == "recording" else [f"{number} {source}" for number, source in enumerate(sources)]
+    )
 
 
 def recordings(sources: Sequence[str]) -> list[str]:
@@ -148,7 +155,9 @@ def _by_fold(folds_of: Sequence[str], fold: str, valid_fold: bool, sources: Sequ
     if fold not in names:
         raise UserError(f"there is no fold {fold}: the clips have {', '.join(names)}")
     if len(names) < 2 + valid_fold:
-        raise UserError(f"{len(names)} folds: too few to train on one and test on another{' and validate on a third' * valid_fold}")
+        raise UserError(
+            f"{len(names)} folds: too few to train on one and test on another{' and validate on a third' * valid_fold}"
+        )
     nowhere = next((source for source, name in zip(sources, folds_of, strict=True) if not name), None)
     if nowhere is not None:
         raise UserError(f"{nowhere}: has no fold, though other clips do; fill in the column fold")
@@ -159,12 +168,16 @@ def _by_fold(folds_of: Sequence[str], fold: str, valid_fold: bool, sources: Sequ
 
 
 def _made_folds(folds: int, groups: Sequence[str], labels: Sequence[str], seed: int) -> list[str]:
-    """The fold of each clip, "1" to str(folds), alike in their classes; clips with several labels count by the first."""
+    """The fold of each clip, "1" to str(folds), alike in their classes; clips with several labels count by the
+    first.
+    """
     from sklearn.model_selection import StratifiedGroupKFold
 
     different = len(set(groups))
     if folds < 2 or different < folds:
-        raise UserError(f"{folds} folds of {different} recordings or speakers: expected 2 or more folds, and that many to deal out")
+        raise UserError(
+            f"{folds} folds of {different} recordings or speakers: expected 2 or more folds, and that many to deal out"
+        )
     of = np.zeros(len(groups), dtype=np.int64)
     strata = [text.partition(",")[0].strip() for text in labels]
     # Sorted by group, so that the order in which the clips are named does not matter.
@@ -177,7 +190,11 @@ def _made_folds(folds: int, groups: Sequence[str], labels: Sequence[str], seed: 
         for stratum in strata:
             counts[stratum] += 1
         # scikit-learn refuses if no class has as many clips as there are folds; then there is nothing to be alike in.
-        classes = np.unique(strata, return_inverse=True)[1] if max(counts.values()) >= folds else np.zeros(len(strata), dtype=int)
+        classes = (
+            np.unique(strata, return_inverse=True)[1]
+            if max(counts.values()) >= folds
+            else np.zeros(len(strata), dtype=int)
+        )
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32)
         parts = splitter.split(np.zeros(len(order)), classes[order], np.asarray(groups, dtype=object)[order])
         for number, (_, held) in enumerate(parts, 1):
@@ -186,7 +203,9 @@ def _made_folds(folds: int, groups: Sequence[str], labels: Sequence[str], seed: 
 
 
 def _held_out(clips: np.ndarray, groups: Sequence[str], labels: Sequence[str], fraction: float) -> np.ndarray:
-    """About `fraction` of the clips, ascending: whole groups, from each class in proportion, and never all of a class."""
+    """About `fraction` of the clips, ascending: whole groups, from each class in proportion, and never all of a
+    class.
+    """
     strata: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     of_group: dict[str, str] = {}
     for number in clips.tolist():  # a group goes by the class of its first clip
@@ -213,10 +232,13 @@ def _hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
 
 
-def check_leaks(split: Split, sources: Sequence[str], speakers: Sequence[str], *, by_speaker: bool = False) -> list[str]:
+def check_leaks(
+    split: Split, sources: Sequence[str], speakers: Sequence[str], *, by_speaker: bool = False
+) -> list[str]:
     """Raise if the parts of a split share a recording; remarks about speakers that they share if `by_speaker`.
 
-    Recordings are told by the source and, where file names are those of ESC-50, by what these say; the sound itself is not compared.
+    Recordings are told by the source and, where file names are those of ESC-50, by what these say; the sound itself is
+    not compared.
 
     Raises:
         UserError: a recording in two parts.
@@ -230,13 +252,16 @@ def check_leaks(split: Split, sources: Sequence[str], speakers: Sequence[str], *
             if shared:
                 one, two = shared[0]
                 raise UserError(
-                    f"{name} and {other_name} share {len(shared)} recordings: {sources[one]} and {sources[two]} are of one; "
+                    f"{name} and {other_name} share {len(shared)} recordings: {sources[one]} and {sources[two]} are "
+                    "of one; "
                     "put all clips of a recording into one fold or split"
                 )
             shared = _shared(speakers, part, other) if by_speaker else []
             if shared:
                 who = ", ".join(sorted({speakers[one] for one, _ in shared})[:5])
-                remarks.append(f"{name} and {other_name} share {len(shared)} speakers ({who}): the measure will flatter")
+                remarks.append(
+                    f"{name} and {other_name} share {len(shared)} speakers ({who}): the measure will flatter"
+                )
     return remarks
 
 
@@ -247,7 +272,8 @@ def _shared(names: Sequence[str], one: np.ndarray, other: np.ndarray) -> list[tu
 
 
 def few(clips: np.ndarray, labels: Sequence[str], per_class: int, seed: int) -> np.ndarray:
-    """`per_class` of the clips for each class, ascending; a clip of several labels counts for each, so that of these there may be more.
+    """`per_class` of the clips for each class, ascending; a clip of several labels counts for each, so that of these
+    there may be more.
 
     Args:
         clips: int64 numbers, of the training clips.
@@ -267,5 +293,7 @@ def few(clips: np.ndarray, labels: Sequence[str], per_class: int, seed: int) -> 
     zero = torch.zeros_like(number)
     words = philox(seed, number & 0xFFFFFFFF, number >> 32, zero, zero + _STREAM_FEW)[0].tolist()
     rank = dict(zip(clips.tolist(), words, strict=True))
-    picked = {number for numbers in members.values() for number in sorted(numbers, key=lambda n: (rank[n], n))[:per_class]}
+    picked = {
+        number for numbers in members.values() for number in sorted(numbers, key=lambda n: (rank[n], n))[:per_class]
+    }
     return np.array(sorted(picked), dtype=np.int64)

@@ -1,7 +1,7 @@
 """`ssast embed AUDIO... --model PATH --out FILE`: embeddings of recordings, as .npz or .parquet.
 
-A recording of any length is read, encoded and written window by window. What cannot be read is listed beside FILE, in NAME.rejected.csv.
-docs/use.md describes the files.
+A recording of any length is read, encoded and written window by window. What cannot be read is listed beside FILE, in
+NAME.rejected.csv. docs/use.md describes the files.
 """
 
 from __future__ import annotations
@@ -41,10 +41,13 @@ def main(argv: list[str] | None = None) -> int:
     """Embeddings of recordings, as .npz or .parquet."""
     parser = argparse.ArgumentParser(
         prog="ssast embed",
-        description="Embeddings of recordings of any kind and length. What cannot be read is listed in NAME.rejected.csv.",
+        description="Embeddings of recordings of any kind and length. What cannot be read is listed in "
+        "NAME.rejected.csv.",
     )
     add_audio(parser)
-    parser.add_argument("--model", required=True, metavar="PATH", help="a checkpoint, ours or official, or a run folder")
+    parser.add_argument(
+        "--model", required=True, metavar="PATH", help="a checkpoint, ours or official, or a run folder"
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="NAME.npz or NAME.parquet")
     parser.add_argument("--frames", action="store_true", help="embeddings of each time step, too")
     parser.add_argument("--tokens", action="store_true", help="embeddings of each patch, too")
@@ -65,7 +68,9 @@ def main(argv: list[str] | None = None) -> int:
             writing(options.out),
             contextlib.closing(writer_type(options.out, model, about, options.frames, options.tokens)) as writer,
         ):
-            for end, clip in embed_recordings(model, recordings, **embedding_options(options), on_steps=writer.add_steps):
+            for end, clip in embed_recordings(
+                model, recordings, **embedding_options(options), on_steps=writer.add_steps
+            ):
                 recording = recordings[end.clip]
                 if clip is None:
                     rejected.append((recording.source, end.error))
@@ -79,7 +84,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(str(error)) from None
     print(
-        f"{options.out}: {len(recordings) - len(rejected)} recordings, {seconds / 60:.1f} minutes, {model.config.width} values each"
+        f"{options.out}: {len(recordings) - len(rejected)} recordings, {seconds / 60:.1f} minutes, "
+        f"{model.config.width} values each"
     )
     if rejected:
         print(f"{len(rejected)} recordings rejected: {listed}")
@@ -91,13 +97,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def add_audio(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "audio", nargs="+", metavar="AUDIO", help="an audio or video file, a folder, prepared or not, a tar, or a manifest"
+        "audio",
+        nargs="+",
+        metavar="AUDIO",
+        help="an audio or video file, a folder, prepared or not, a tar, or a manifest",
     )
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--batch-size", type=_positive, default=BATCH_SIZE, metavar="N", help="windows at a time (default: %(default)s)")
+    add(
+        "--batch-size", type=_positive, default=BATCH_SIZE, metavar="N", help="windows at a time (default: %(default)s)"
+    )
     add("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
     add(
         "--workers",
@@ -112,9 +123,23 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 def add_embedding_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--layer", type=int, metavar="N", help="after block N; 0: the embedded patches (default: after the final norm)")
-    add("--pool", choices=("mean", "cls"), help="of patches, or of cls and dist tokens (default: as the model was trained)")
-    add("--hop", type=float, metavar="S", help="seconds from window to window of long recordings (default: half a window)")
-    add("--window", type=float, metavar="S", help="fit the model to windows of so many seconds (default: what it was trained for)")
+    add(
+        "--pool",
+        choices=("mean", "cls"),
+        help="of patches, or of cls and dist tokens (default: as the model was trained)",
+    )
+    add(
+        "--hop",
+        type=float,
+        metavar="S",
+        help="seconds from window to window of long recordings (default: half a window)",
+    )
+    add(
+        "--window",
+        type=float,
+        metavar="S",
+        help="fit the model to windows of so many seconds (default: what it was trained for)",
+    )
     add("--padding", action="store_true", help="let the padding of short recordings count, as the official code does")
 
 
@@ -124,7 +149,8 @@ def embedding_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def open_model(path: str, device: str, window: float | None = None, labels: Path | None = None) -> SSAST:
-    """A model on a device ("auto": a GPU if there is one), fitted to windows of so many seconds, with labels out of a file, if given.
+    """A model on a device ("auto": a GPU if there is one), fitted to windows of so many seconds, with labels out of a
+    file, if given.
 
     Raises:
         UserError: no such model or device, or a list of labels that is not as long as the model has classes.
@@ -140,7 +166,9 @@ def open_model(path: str, device: str, window: float | None = None, labels: Path
             raise UserError(f"{labels}: names {len(names)} classes, the model has {model.config.num_classes}")
         model.card = dataclasses.replace(model.card, labels=names)
     try:
-        return model.to("cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device)
+        return model.to(
+            "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
+        )
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: cannot be used: {str(error).splitlines()[0]}") from None
 
@@ -198,7 +226,9 @@ _positive.__name__ = "number of at least 1"  # as argparse calls it
 
 
 class _Writer(Protocol):
-    """Steps of the recording in hand are added as they come; then it is finished or forgotten. `write` makes the file appear."""
+    """Steps of the recording in hand are added as they come; then it is finished or forgotten. `write` makes the file
+    appear.
+    """
 
     def add_steps(self, steps: torch.Tensor) -> None: ...
     def forget(self) -> None: ...
@@ -299,7 +329,10 @@ class _Parquet:
         except ImportError:
             raise UserError("writing .parquet needs pyarrow: pip install pyarrow, or write .npz") from None
         width, rows = model.config.width, model.config.grid[0]
-        fields = [(name, pa.string()) for name in TEXTS] + [("seconds", pa.float64()), ("clip", pa.list_(pa.float32(), width))]
+        fields = [(name, pa.string()) for name in TEXTS] + [
+            ("seconds", pa.float64()),
+            ("clip", pa.list_(pa.float32(), width)),
+        ]
         fields += [("frames", pa.list_(pa.list_(pa.float32(), width)))] if frames else []
         fields += [("tokens", pa.list_(pa.list_(pa.float32(), rows * width)))] if tokens else []
         metadata = about | {"seconds_per_frame": str(seconds_per_step(model)), "frequencies": str(rows)}
@@ -307,7 +340,9 @@ class _Parquet:
         self._stack = contextlib.ExitStack()
         aside = self._stack.enter_context(_aside(path))
         self._file = self._stack.enter_context(pq.ParquetWriter(aside, self._schema))
-        self._steps: dict[str, list[np.ndarray]] = {name: [] for name in ("frames", "tokens") if name in self._schema.names}
+        self._steps: dict[str, list[np.ndarray]] = {
+            name: [] for name in ("frames", "tokens") if name in self._schema.names
+        }
         self._rows: list[tuple[Any, ...]] = []
 
     def add_steps(self, steps: torch.Tensor) -> None:
@@ -319,7 +354,9 @@ class _Parquet:
             parts.clear()
 
     def finish(self, recording: Recording, seconds: float, clip: np.ndarray) -> None:
-        texts = [text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for text in _texts(recording)]
+        texts = [
+            text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for text in _texts(recording)
+        ]
         self._rows.append((*texts, seconds, clip, *(np.concatenate(parts) for parts in self._steps.values())))
         self.forget()
         if len(self._rows) == PARQUET_ROWS or self._steps:
@@ -327,7 +364,8 @@ class _Parquet:
 
     def _flush(self) -> None:
         columns = [
-            self._array(field.type, values) for field, values in zip(self._schema, zip(*self._rows, strict=True), strict=True)
+            self._array(field.type, values)
+            for field, values in zip(self._schema, zip(*self._rows, strict=True), strict=True)
         ]
         self._file.write_table(self._pa.table(columns, schema=self._schema))
         self._rows = []
@@ -339,7 +377,9 @@ class _Parquet:
             return pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(values)), kind.list_size)
         if pa.types.is_list(kind):
             offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
-            return pa.ListArray.from_arrays(pa.array(offsets), self._array(kind.value_type, [value.ravel() for value in values]))
+            return pa.ListArray.from_arrays(
+                pa.array(offsets), self._array(kind.value_type, [value.ravel() for value in values])
+            )
         return pa.array(values, kind)
 
     def write(self) -> None:

@@ -1,7 +1,7 @@
 """`ssast evaluate MODEL --data DATA`: a fine-tuned model on a test set, or with `--probe` the embeddings of any model.
 
-A probe is a k-nearest-neighbours or a linear classifier on clip embeddings, which are standardised by the training part. What is tested
-on: the clips that DATA marks so, its folds in turn, or else five folds made of it.
+A probe is a k-nearest-neighbours or a linear classifier on clip embeddings, which are standardised by the training
+part. What is tested on: the clips that DATA marks so, its folds in turn, or else five folds made of it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,15 @@ from ssast.engine.files import write_whole
 from ssast.engine.finetune.config import MAIN
 from ssast.engine.model.ssast import SSAST
 
-from .embed import add_embedding_options, add_run_options, embedding_options, open_model, require_some, to_stderr, writing
+from .embed import (
+    add_embedding_options,
+    add_run_options,
+    embedding_options,
+    open_model,
+    require_some,
+    to_stderr,
+    writing,
+)
 from .inference import End, class_encoder, embed_recordings, encode_recordings, prediction_windows
 
 PROBES = ("knn", "linear")
@@ -92,7 +100,9 @@ def read_data(sources: Sequence[str]) -> Data:
 
     plain = [source for source in sources if not is_prepared(Path(source))]
     labelled = read_labelled(plain) if plain else []
-    recordings = [Recording(item.path, item.path, -1, -1, ",".join(item.labels), item.speaker, item.split) for item in labelled]
+    recordings = [
+        Recording(item.path, item.path, -1, -1, ",".join(item.labels), item.speaker, item.split) for item in labelled
+    ]
     for source in sources:
         if source not in plain:
             clips = open_shards(Path(source))
@@ -149,12 +159,15 @@ def _chosen(data: Data, options: argparse.Namespace) -> tuple[Data, str]:
     if options.fold is not None:
         fold = options.fold.lower().removeprefix("fold")
         if fold not in fold_names(data.folds):
-            raise UserError(f"there is no fold {fold}: the clips have {', '.join(fold_names(data.folds)) or 'no folds'}")
+            raise UserError(
+                f"there is no fold {fold}: the clips have {', '.join(fold_names(data.folds)) or 'no folds'}"
+            )
         return data.subset([number for number, name in enumerate(data.folds) if name == fold]), f"fold {fold}"
     of = [read_split(split) for split in data.splits]
     if options.split is None and any(data.folds) and not any(data.splits):
         raise UserError(
-            "the clips come in folds, of which the model was trained on most: name the one it was tested on by --fold, or --split all"
+            "the clips come in folds, of which the model was trained on most: name the one it was tested on by "
+            "--fold, or --split all"
         )
     if options.split == "all" or (options.split is None and not any(data.splits)):
         return data, "all clips"
@@ -231,7 +244,9 @@ def _planned(data: Data, options: argparse.Namespace) -> _Plan:
     parts, remarks = [], []
     for split in splits:
         remarks += check_leaks(split, data.sources, data.speakers, by_speaker=True)
-        found = examine(data.labels, data.sources, vocabulary, split, multi_label=options.multi_label, unseen=options.unseen)
+        found = examine(
+            data.labels, data.sources, vocabulary, split, multi_label=options.multi_label, unseen=options.unseen
+        )
         if not len(found.split.test):
             raise UserError("there is no clip to test on")
         parts.append(found)
@@ -239,7 +254,9 @@ def _planned(data: Data, options: argparse.Namespace) -> _Plan:
     return _Plan(vocabulary, parts, told, group, remarks)
 
 
-def _embeddings(model: SSAST, data: Data, options: argparse.Namespace) -> tuple[dict[int, np.ndarray], list[tuple[str, str]]]:
+def _embeddings(
+    model: SSAST, data: Data, options: argparse.Namespace
+) -> tuple[dict[int, np.ndarray], list[tuple[str, str]]]:
     found: dict[int, np.ndarray] = {}
     rejected = []
     for end, clip in embed_recordings(model, data.recordings, **embedding_options(options)):
@@ -292,11 +309,18 @@ def _probe(probe: str, number: int, values: np.ndarray, data: Data, plan: _Plan,
     split, targets = plan.parts[number].split, plan.parts[number].targets.astype(np.int64)
     train, test = split.train, split.test
     if probe == "knn":
-        scores, told = knn_scores(values[train], targets[train], values[test], options.k), f"k={min(options.k, len(train))}"
+        scores, told = (
+            knn_scores(values[train], targets[train], values[test], options.k),
+            f"k={min(options.k, len(train))}",
+        )
     else:
         training = data.subset(train.tolist())
-        strength = _chosen_strength(values[train], targets[train], training, options.multi_label, plan.group, options.seed)
-        scores, converged = linear_scores(values[train], targets[train], values[test], strength or 1.0, options.multi_label)
+        strength = _chosen_strength(
+            values[train], targets[train], training, options.multi_label, plan.group, options.seed
+        )
+        scores, converged = linear_scores(
+            values[train], targets[train], values[test], strength or 1.0, options.multi_label
+        )
         told = (
             f"C={strength or 1.0:g}"
             + ("" if strength else ", too few clips to choose it")
@@ -307,7 +331,9 @@ def _probe(probe: str, number: int, values: np.ndarray, data: Data, plan: _Plan,
 
 
 def knn_scores(train: np.ndarray, targets: np.ndarray, test: np.ndarray, k: int) -> np.ndarray:
-    """[n, C] shares of the k nearest of train [N, D] by the cosine of standardised values, each weighted by (1 + cosine) / 2."""
+    """[n, C] shares of the k nearest of train [N, D] by the cosine of standardised values, each weighted by (1 +
+    cosine) / 2.
+    """
     from sklearn.neighbors import NearestNeighbors
     from sklearn.preprocessing import StandardScaler
 
@@ -321,7 +347,9 @@ def knn_scores(train: np.ndarray, targets: np.ndarray, test: np.ndarray, k: int)
 def linear_scores(
     train: np.ndarray, targets: np.ndarray, test: np.ndarray, strength: float, multi_label: bool
 ) -> tuple[np.ndarray, bool]:
-    """[n, C] probabilities by logistic regression on standardised values, and whether it converged; 0 for classes never seen."""
+    """[n, C] probabilities by logistic regression on standardised values, and whether it converged; 0 for classes never
+    seen.
+    """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.multiclass import OneVsRestClassifier
@@ -340,7 +368,9 @@ def linear_scores(
     return found, not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
 
 
-def _chosen_strength(values: np.ndarray, targets: np.ndarray, data: Data, multi_label: bool, group: str, seed: int) -> float | None:
+def _chosen_strength(
+    values: np.ndarray, targets: np.ndarray, data: Data, multi_label: bool, group: str, seed: int
+) -> float | None:
     """The C that does best on folds of the training part; None if that has too few clips to tell."""
     from ssast.engine.finetune.metrics import class_metrics
     from ssast.engine.finetune.splits import split_clips
@@ -359,15 +389,21 @@ def _chosen_strength(values: np.ndarray, targets: np.ndarray, data: Data, multi_
     names = [str(number) for number in range(targets.shape[1])]
 
     def measure(strength: float) -> float:
-        parts = [linear_scores(values[s.train], targets[s.train], values[s.test], strength, multi_label)[0] for s in splits]
-        results = [class_metrics(part, targets[s.test], names, multi_label) for part, s in zip(parts, splits, strict=True)]
+        parts = [
+            linear_scores(values[s.train], targets[s.train], values[s.test], strength, multi_label)[0] for s in splits
+        ]
+        results = [
+            class_metrics(part, targets[s.test], names, multi_label) for part, s in zip(parts, splits, strict=True)
+        ]
         return mean(result[MAIN[multi_label]] for result in results)
 
     return max(STRENGTHS, key=measure)  # the strongest regularisation of equal ones
 
 
 def _chance(targets: np.ndarray, multi_label: bool) -> float:
-    """What a constant answer gets on targets [N, C]: the share of the most frequent class, or for mAP that of a class on average."""
+    """What a constant answer gets on targets [N, C]: the share of the most frequent class, or for mAP that of a class
+    on average.
+    """
     shares = targets.mean(axis=0)
     return float(shares[shares > 0].mean() if multi_label else shares.max())
 
@@ -375,7 +411,9 @@ def _chance(targets: np.ndarray, multi_label: bool) -> float:
 # What is said of it
 
 
-def _report(title: str, answers: list[Answer], data: Data, labels: Sequence[str], multi_label: bool, out: Path | None) -> None:
+def _report(
+    title: str, answers: list[Answer], data: Data, labels: Sequence[str], multi_label: bool, out: Path | None
+) -> None:
     from ssast.engine.finetune.metrics import class_metrics
 
     main_metric = MAIN[multi_label]
@@ -384,15 +422,25 @@ def _report(title: str, answers: list[Answer], data: Data, labels: Sequence[str]
     values = [result[main_metric] for result in results]
     if len(answers) > 1:
         for answer, value in zip(answers, values, strict=True):
-            print(f"  {answer.name}: {main_metric} {value:.1%} of {len(answer.numbers)} clips{answer.told and f', {answer.told}'}")
+            print(
+                f"  {answer.name}: {main_metric} {value:.1%} of {len(answer.numbers)} "
+                f"clips{answer.told and f', {answer.told}'}"
+            )
     chance = _chance(np.concatenate([answer.targets for answer in answers]), multi_label)
     spread = f" +- {stdev(values):.1%} over {len(values)} folds" if len(values) > 1 else ""
     others = [
-        f"{name} {mean(result[name] for result in results):.3f}" for name in results[0] if name not in (main_metric, UNMEASURED)
+        f"{name} {mean(result[name] for result in results):.3f}"
+        for name in results[0]
+        if name not in (main_metric, UNMEASURED)
     ]
-    others += [f"{results[0][UNMEASURED]:g} classes without clips"] if len(results) == 1 and results[0][UNMEASURED] else []
+    others += (
+        [f"{results[0][UNMEASURED]:g} classes without clips"] if len(results) == 1 and results[0][UNMEASURED] else []
+    )
     only = f" ({answers[0].told})" if len(answers) == 1 and answers[0].told else ""
-    print(f"{title}{only}: {main_metric} {mean(values):.1%}{spread}, {clips} clips, chance {chance:.1%}; {', '.join(others)}")
+    print(
+        f"{title}{only}: {main_metric} {mean(values):.1%}{spread}, {clips} clips, chance {chance:.1%}; "
+        f"{', '.join(others)}"
+    )
     if out is not None:
         with writing(out):
             _write(out, title, answers, results, data, labels, multi_label)
@@ -415,7 +463,9 @@ def _write(
     scores, targets = (np.concatenate([getattr(answer, name) for answer in answers]) for name in ("scores", "targets"))
     rows = []
     for answer, result in zip(answers, results, strict=True):
-        known = {name: value if math.isfinite(value) else None for name, value in result.items()}  # JSON has no other numbers
+        known = {
+            name: value if math.isfinite(value) else None for name, value in result.items()
+        }  # JSON has no other numbers
         rows.append({"part": answer.name, "how": answer.told, "clips": len(answer.numbers), **known})
     content = {"evaluated": title, "chance": _chance(targets, multi_label), "results": rows}
     write_whole(out / "metrics.json", json.dumps(content, indent=1) + "\n")
@@ -434,22 +484,48 @@ def _tell_rejected(count: int, rejected: list[tuple[str, str]]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ssast evaluate",
-        description="Measure a fine-tuned model on a test set, or with --probe the embeddings of any. DATA is a manifest with labels, "
+        description="Measure a fine-tuned model on a test set, or with --probe the embeddings of any. DATA is a "
+        "manifest with labels, "
         "a folder of a known layout or with a sub-folder for each class, or what ssast prepare wrote.",
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="a checkpoint, ours or official, or a run folder")
     add("--data", required=True, nargs="+", metavar="DATA")
-    add("--probe", nargs="+", choices=PROBES, help="measure embeddings: k nearest neighbours, or a linear classifier on them")
-    add("--split", choices=("train", "valid", "test", "all"), help="of a fine-tuned model: clips to measure on (default: test)")
+    add(
+        "--probe",
+        nargs="+",
+        choices=PROBES,
+        help="measure embeddings: k nearest neighbours, or a linear classifier on them",
+    )
+    add(
+        "--split",
+        choices=("train", "valid", "test", "all"),
+        help="of a fine-tuned model: clips to measure on (default: test)",
+    )
     add("--fold", metavar="F", help="the fold of DATA to test on (default with --probe: each in turn)")
-    add("--folds", type=_folds, metavar="N", help=f"make N folds of DATA (default where it marks nothing: {MADE_FOLDS})")
-    add("--group", choices=("recording", "speaker"), help="what no two folds share (default: speakers where that can be)")
+    add(
+        "--folds", type=_folds, metavar="N", help=f"make N folds of DATA (default where it marks nothing: {MADE_FOLDS})"
+    )
+    add(
+        "--group",
+        choices=("recording", "speaker"),
+        help="what no two folds share (default: speakers where that can be)",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of folds that are made (default: 0)")
     add("--k", type=_neighbours, default=5, metavar="N", help="neighbours that vote (default: %(default)s)")
     add("--multi-label", action="store_true", help="of a probe: clips may have several labels")
-    add("--unseen", choices=("error", "drop"), default="error", help="clips of labels that training had not (default: error)")
-    add("--labels", type=Path, metavar="FILE", help="names of the classes: a list, or AudioSet's class_labels_indices.csv")
+    add(
+        "--unseen",
+        choices=("error", "drop"),
+        default="error",
+        help="clips of labels that training had not (default: error)",
+    )
+    add(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="names of the classes: a list, or AudioSet's class_labels_indices.csv",
+    )
     add("--out", type=Path, metavar="FOLDER", help="write metrics.json, predictions.csv and pictures")
     add_embedding_options(parser)
     add_run_options(parser)

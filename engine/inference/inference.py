@@ -1,8 +1,8 @@
 """A trained model on sound of any length: windows cut, encoded and put together again.
 
-A window is what the model was built for: `input_frames` rows of features. A shorter clip is padded, as in training; a longer one is cut
-into windows that overlap, the last of which ends with the clip. Where windows overlap, what they say of the same stretch is averaged, so
-that no sound counts more than other sound.
+A window is what the model was built for: `input_frames` rows of features. A shorter clip is padded, as in training; a
+longer one is cut into windows that overlap, the last of which ends with the clip. Where windows overlap, what they say
+of the same stretch is averaged, so that no sound counts more than other sound.
 
 Words: a frame is a row of features, 10 ms apart; a step is a column of patches, `stride[1]` frames apart.
 """
@@ -39,9 +39,9 @@ Encoder = Callable[[torch.Tensor], torch.Tensor]
 class Embedding:
     """Embeddings of B clips of up to G steps: float32, on the model's device.
 
-    `clip` [B, D]; `frames` [B, G, D], the mean over frequency of each step's patches; `tokens` [B, G, f, D] the patches themselves, low
-    frequencies first, if they were asked for. Clip b has `num_frames[b]` steps, rows past them are zero. Step g begins at
-    g * `seconds_per_frame`.
+    `clip` [B, D]; `frames` [B, G, D], the mean over frequency of each step's patches; `tokens` [B, G, f, D] the patches
+    themselves, low frequencies first, if they were asked for. Clip b has `num_frames[b]` steps, rows past them are
+    zero. Step g begins at g * `seconds_per_frame`.
     """
 
     clip: torch.Tensor
@@ -55,7 +55,8 @@ class Embedding:
 class Prediction:
     """What a classifier says of B clips: `probabilities` [B, C], the mean over windows, of the classes `labels` [C].
 
-    `windows[b]` [W, C] are those of each window of clip b, which covers the seconds `times[b]` [W, 2] from and to. All float32.
+    `windows[b]` [W, C] are those of each window of clip b, which covers the seconds `times[b]` [W, 2] from and to. All
+    float32.
     """
 
     probabilities: torch.Tensor
@@ -72,7 +73,9 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Windows:
-    """How a model's windows lie on a recording: `frames` long, every `hop` frames, the last moved back to a multiple of `align`."""
+    """How a model's windows lie on a recording: `frames` long, every `hop` frames, the last moved back to a multiple of
+    `align`.
+    """
 
     sample_rate: int
     frames: int
@@ -81,7 +84,8 @@ class Windows:
 
     @staticmethod
     def of(model: SSAST, hop: float | None, align: int, most: int) -> Windows:
-        """`hop` in seconds, rounded down to a multiple of `align` frames, and `most` frames at most; None: half a window.
+        """`hop` in seconds, rounded down to a multiple of `align` frames, and `most` frames at most; None: half a
+        window.
 
         Raises:
             ValueError: no such hop.
@@ -107,12 +111,17 @@ class Windows:
         return frame * self.shift / self.sample_rate
 
     def cut(self, blocks: Iterable[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-        """A recording that comes in blocks [n] as (first frame, samples [S]); holds little more than a window and a block of it.
+        """A recording that comes in blocks [n] as (first frame, samples [S]); holds little more than a window and a
+        block of it.
 
         Raises:
             ValueError: at the end, if there was not one whole frame.
         """
-        held, origin, start = np.zeros(0, dtype=np.int16), 0, 0  # `held` begins at the frame `origin`, the next window at `start`
+        held, origin, start = (
+            np.zeros(0, dtype=np.int16),
+            0,
+            0,
+        )  # `held` begins at the frame `origin`, the next window at `start`
         for block in blocks:
             held = np.concatenate((held, block)) if len(held) else block.copy()
             while len(held) >= (start - origin) * self.shift + self.samples:
@@ -122,7 +131,8 @@ class Windows:
         whole = count_frames(len(held), self.sample_rate)
         if not whole:
             raise ValueError(
-                f"too short: {len(held)} samples at {self.sample_rate} Hz, one frame of 25 ms needs {frame_geometry(self.sample_rate)[0]}"
+                f"too short: {len(held)} samples at {self.sample_rate} Hz, one frame of 25 ms needs "
+                f"{frame_geometry(self.sample_rate)[0]}"
             )
         if start == 0:
             yield 0, held
@@ -143,7 +153,9 @@ class Window:
 
 @dataclass(frozen=True)
 class End:
-    """All windows of `clip`, which has so many `samples`, have come. `error`: why there are no more, "" if it ended as it should."""
+    """All windows of `clip`, which has so many `samples`, have come. `error`: why there are no more, "" if it ended as
+    it should.
+    """
 
     clip: int
     samples: int
@@ -151,7 +163,9 @@ class End:
 
 
 def read_windows(clip: int, blocks: Iterable[np.ndarray], windows: Windows) -> Iterator[Window | End]:
-    """A recording's windows, and its end. What makes it unusable, a ValueError of `blocks` or of cutting them, becomes the end's error."""
+    """A recording's windows, and its end. What makes it unusable, a ValueError of `blocks` or of cutting them, becomes
+    the end's error.
+    """
     samples = 0
 
     def counted() -> Iterator[np.ndarray]:
@@ -175,9 +189,11 @@ def read_windows(clip: int, blocks: Iterable[np.ndarray], windows: Windows) -> I
 def encode_windows(
     model: SSAST, events: Iterable[Window | End], encode: Encoder, batch_size: int
 ) -> Iterator[tuple[Window | End, torch.Tensor | None]]:
-    """The events in their order, with each window what `encode` makes of its features: [B, T, F] -> a row of [B, ...] in float32.
+    """The events in their order, with each window what `encode` makes of its features: [B, T, F] -> a row of [B, ...]
+    in float32.
 
-    Windows of different recordings share batches. A window's samples may be gone by the time it comes back: they are not kept.
+    Windows of different recordings share batches. A window's samples may be gone by the time it comes back: they are
+    not kept.
     """
     waiting: list[Window | End] = []
     count = 0
@@ -190,7 +206,9 @@ def encode_windows(
     yield from _encoded(model, waiting, encode)
 
 
-def _encoded(model: SSAST, events: list[Window | End], encode: Encoder) -> Iterator[tuple[Window | End, torch.Tensor | None]]:
+def _encoded(
+    model: SSAST, events: list[Window | End], encode: Encoder
+) -> Iterator[tuple[Window | End, torch.Tensor | None]]:
     found = [event for event in events if isinstance(event, Window)]
     rows = iter(encode(features_of(model, [window.samples for window in found])).float() if found else ())
     for event in events:
@@ -198,7 +216,9 @@ def _encoded(model: SSAST, events: list[Window | End], encode: Encoder) -> Itera
 
 
 def features_of(model: SSAST, clips: Sequence[np.ndarray]) -> torch.Tensor:
-    """[B, T, F] features as in training, padded, of clips [S] at the model's sample rate, int16 or float32 of full scale 1."""
+    """[B, T, F] features as in training, padded, of clips [S] at the model's sample rate, int16 or float32 of full
+    scale 1.
+    """
     card, config = model.card, model.config
     waveform = np.zeros((len(clips), max(map(len, clips))), dtype=np.float32)
     for row, clip in zip(waveform, clips, strict=True):
@@ -217,7 +237,9 @@ def features_of(model: SSAST, clips: Sequence[np.ndarray]) -> torch.Tensor:
 
 
 def hidden_states(model: SSAST, features: torch.Tensor) -> Iterator[torch.Tensor]:
-    """[B, T, F] -> [B, 2 + P, D] for each layer: 0, the embedded patches; i from 1 to depth, what block i gives, before the final norm."""
+    """[B, T, F] -> [B, 2 + P, D] for each layer: 0, the embedded patches; i from 1 to depth, what block i gives, before
+    the final norm.
+    """
     x = model.embedding(patchify(features, model.config.patch_shape, model.config.stride))
     yield x
     for block in model.blocks:
@@ -235,7 +257,9 @@ def layer_encoder(model: SSAST, layer: int | None) -> Encoder:
         return model.encode
     states = range(model.config.depth + 1)
     if not -len(states) <= layer < len(states):
-        raise ValueError(f"layer must be None or from 0 (the embedded patches) to {states[-1]} (the last block), not {layer}")
+        raise ValueError(
+            f"layer must be None or from 0 (the embedded patches) to {states[-1]} (the last block), not {layer}"
+        )
     return lambda features: next(islice(hidden_states(model, features), states[layer], None))
 
 
@@ -278,7 +302,9 @@ class Steps:
         return self._take(len(self._held))
 
     def clip(self) -> torch.Tensor:
-        """[D] of the whole recording, after `finish`: the mean of all patches, or with `pool` "cls" of the cls and dist tokens."""
+        """[D] of the whole recording, after `finish`: the mean of all patches, or with `pool` "cls" of the cls and dist
+        tokens.
+        """
         return self._prefix / self._prefix_weight if self.pool == "cls" else self._sum.mean(dim=0) / self.count
 
     def _take(self, count: int) -> torch.Tensor | None:
@@ -321,21 +347,23 @@ def embed(
     """Embeddings of clips of any length.
 
     Args:
-        waveform: [S] one clip; [B, S] a batch of mono clips; [B, C, S] a batch of clips of C channels; or a list of clips [S] or [C, S],
-            of any lengths. One stereo clip [2, S] must therefore be given as `[clip]`: by itself it is a batch of two. Integers of
-            their type's full scale, or float of full scale 1.
+        waveform: [S] one clip; [B, S] a batch of mono clips; [B, C, S] a batch of clips of C channels; or a list of
+            clips [S] or [C, S], of any lengths. One stereo clip [2, S] must therefore be given as `[clip]`: by itself
+            it is a batch of two. Integers of their type's full scale, or float of full scale 1.
         sample_rate: of `waveform`, in Hz; resampled to the model's, channels averaged.
-        layer: None: after the final norm; 0: the embedded patches; 1 to depth: after that block; negative: from the last block back.
-        pool: what the clip's embedding is the mean of: "mean": patches; "cls": the cls and dist tokens, over windows; None: what the
-            model's classifier was trained with, "mean" for pretrained ones.
-        hop: seconds from window to window in a clip longer than the model's input, rounded down to whole steps; None: half a window.
+        layer: None: after the final norm; 0: the embedded patches; 1 to depth: after that block; negative: from the
+            last block back.
+        pool: what the clip's embedding is the mean of: "mean": patches; "cls": the cls and dist tokens, over windows;
+            None: what the model's classifier was trained with, "mean" for pretrained ones.
+        hop: seconds from window to window in a clip longer than the model's input, rounded down to whole steps; None:
+            half a window.
         padding: count the patches of padding of a clip shorter than the model's input, as the official code does.
         tokens: return them as well; they take f times the memory of frames.
         batch_size: windows at a time.
 
     Raises:
-        ValueError: no clips, a clip shorter than one frame of 25 ms, samples that are not finite or beyond any full scale, a shape or
-            type that is no sound, a sample rate below 1000 Hz, or no such layer, pool or hop.
+        ValueError: no clips, a clip shorter than one frame of 25 ms, samples that are not finite or beyond any full
+            scale, a shape or type that is no sound, a sample rate below 1000 Hz, or no such layer, pool or hop.
     """
     clips = as_clips(waveform, sample_rate, model.card.sample_rate)
     pool = known_pool(model, pool)
@@ -364,7 +392,8 @@ def predict(
     hop: float | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> Prediction:
-    """Probabilities of the classes for clips of any length, pooled as the classifier was trained: over all tokens, padding too.
+    """Probabilities of the classes for clips of any length, pooled as the classifier was trained: over all tokens,
+    padding too.
 
     Args:
         waveform, sample_rate: as `embed` takes them.
@@ -460,9 +489,11 @@ def embed_recordings(
     workers: int = 1,
     on_steps: Callable[[torch.Tensor], None] = lambda steps: None,
 ) -> Iterator[tuple[End, torch.Tensor | None]]:
-    """Each recording's end and embedding [D], in order; None where the end has an error. Of a long one, little is held at a time.
+    """Each recording's end and embedding [D], in order; None where the end has an error. Of a long one, little is held
+    at a time.
 
-    `on_steps` is given its steps [k, f, D] as they are done, before its end comes; those of one with an error are to be forgotten.
+    `on_steps` is given its steps [k, f, D] as they are done, before its end comes; those of one with an error are to be
+    forgotten.
 
     Raises:
         ValueError: no such layer, pool or hop.
@@ -508,7 +539,11 @@ def as_clips(waveform: Waveform | Sequence[Waveform], sample_rate: int, wanted_r
 
 
 def _as_clip(clip: Waveform, number: int, sample_rate: int, wanted_rate: int) -> np.ndarray:
-    samples = clip.detach().cpu().float().numpy() if _is_float(clip) else np.asarray(clip.cpu() if torch.is_tensor(clip) else clip)
+    samples = (
+        clip.detach().cpu().float().numpy()
+        if _is_float(clip)
+        else np.asarray(clip.cpu() if torch.is_tensor(clip) else clip)
+    )
     if samples.ndim not in (1, 2):
         raise ValueError(f"clip {number} must be [S] or [C, S], not of shape {samples.shape}")
     if samples.ndim == 2 and not 1 <= len(samples) <= MOST_CHANNELS:
@@ -523,7 +558,8 @@ def _as_clip(clip: Waveform, number: int, sample_rate: int, wanted_rate: int) ->
         raise ValueError(f"clip {number}: NaN or infinite samples ({np.count_nonzero(~np.isfinite(mono))})")
     if peak > MAX_PEAK:
         raise ValueError(
-            f"clip {number}: peak {peak:.3g}, where float samples have a full scale of 1 (int16 ones are divided by 32768)"
+            f"clip {number}: peak {peak:.3g}, where float samples have a full scale of 1 (int16 ones are divided by "
+            "32768)"
         )
     if sample_rate == wanted_rate or not len(mono):
         return mono

@@ -1,4 +1,5 @@
-"""`ssast predict AUDIO... --model FINE_TUNED`: the most probable classes of recordings, of the whole or window by window.
+"""`ssast predict AUDIO... --model FINE_TUNED`: the most probable classes of recordings, of the whole or window by
+window.
 
 Probabilities of a recording are the mean over its windows. `--out` writes the rows that are printed as .csv or .json.
 """
@@ -45,7 +46,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--top", type=int, metavar="K", help="classes to show (default: 5; with --timeline 1)")
     add("--timeline", type=float, metavar="HOP", help="show each window, one every HOP seconds, instead of their mean")
     add("--out", type=Path, metavar="FILE", help="NAME.csv or NAME.json, of the same rows")
-    add("--labels", type=Path, metavar="FILE", help="names of the classes, where the model has none: a list, or AudioSet's CSV")
+    add(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="names of the classes, where the model has none: a list, or AudioSet's CSV",
+    )
     add_run_options(parser)
     options = parser.parse_args(argv)
     top = options.top or (1 if options.timeline else 5)
@@ -64,12 +70,17 @@ def main(argv: list[str] | None = None) -> int:
         windows, encode = prediction_windows(model, options.timeline), class_encoder(model)
         probabilities: list[torch.Tensor] = []
         times: list[tuple[float, float]] = []
-        events = encode_recordings(model, recordings, windows, encode, batch_size=options.batch_size, workers=options.workers)
+        events = encode_recordings(
+            model, recordings, windows, encode, batch_size=options.batch_size, workers=options.workers
+        )
         for event, row in events:
             if isinstance(event, Window):
                 probabilities.append(row)
                 times.append(
-                    (windows.seconds(event.start), windows.seconds(event.start) + len(event.samples) / windows.sample_rate)
+                    (
+                        windows.seconds(event.start),
+                        windows.seconds(event.start) + len(event.samples) / windows.sample_rate,
+                    )
                 )
                 continue
             path = recordings[event.clip].source
@@ -78,7 +89,10 @@ def main(argv: list[str] | None = None) -> int:
                 to_stderr(f"{path}: {event.error}")
             else:
                 if not options.timeline:
-                    probabilities, times = [torch.stack(probabilities).mean(dim=0)], [(0.0, event.samples / windows.sample_rate)]
+                    probabilities, times = (
+                        [torch.stack(probabilities).mean(dim=0)],
+                        [(0.0, event.samples / windows.sample_rate)],
+                    )
                 found = list(_rows(path, probabilities, times, labels, top))
                 tqdm.write(_shown(path, found, bool(options.timeline)))
                 rows += found if options.out is not None else []

@@ -1,6 +1,8 @@
-"""SSAST models as an upstream of s3prl, the toolkit of the SUPERB benchmark: waveforms of any length to the hidden states of all layers.
+"""SSAST models as an upstream of s3prl, the toolkit of the SUPERB benchmark: waveforms of any length to the hidden
+states of all layers.
 
-With this package installed, s3prl takes the model through a folder `s3prl/upstream/ssast_engine` with two one-line files,
+With this package installed, s3prl takes the model through a folder `s3prl/upstream/ssast_engine` with two one-line
+files,
 
     expert.py    from ssast.engine.inference.s3prl import UpstreamExpert
     hubconf.py   from ssast.engine.inference.s3prl import ssast_engine
@@ -45,11 +47,12 @@ class UpstreamExpert(nn.Module):
         Args:
             ckpt: what `ssast.engine.load_model` reads.
             model_config: not used; s3prl may give it.
-            window_secs: length of the windows that the model sees, to which its position embedding is fitted; default its own. For
-                short clips a window of their length is faster and sees less padding (the authors: 1 s for commands, 6 s for emotion).
+            window_secs: length of the windows that the model sees, to which its position embedding is fitted; default
+                its own. For short clips a window of their length is faster and sees less padding (the authors: 1 s for
+                commands, 6 s for emotion).
             stride: of the patches, (mel bins, frames); default as saved. The authors' upstream takes 10.
-            frequency: what becomes of the patches above each other at one time: their "mean", or as in the authors' upstream, "concat":
-                one after the other in a frame of f * D values.
+            frequency: what becomes of the patches above each other at one time: their "mean", or as in the authors'
+                upstream, "concat": one after the other in a frame of f * D values.
             windows_at_once: how many windows go through the model together, which bounds memory.
             ignored: what s3prl gives to all upstreams.
 
@@ -65,7 +68,9 @@ class UpstreamExpert(nn.Module):
             raise UserError(f"{ckpt}: is for {self.model.card.sample_rate} Hz; s3prl gives {SAMPLE_RATE} Hz")
         self.frequency, self.windows_at_once = frequency, windows_at_once
         for name, parameter in self.model.named_parameters():
-            if name.startswith(("class_head", "recon_head", "classifier", "layer_weights")) or name.endswith("mask_token"):
+            if name.startswith(("class_head", "recon_head", "classifier", "layer_weights")) or name.endswith(
+                "mask_token"
+            ):
                 parameter.requires_grad_(False)  # no hidden state depends on them
 
     def get_downsample_rates(self, key: str | None = None) -> int:
@@ -79,25 +84,30 @@ class UpstreamExpert(nn.Module):
             wavs: float32 waveforms in [-1, 1] at 16 kHz, each [S].
 
         Returns:
-            "hidden_states": the tokens before the first and after every block, each [B, T', D] (f * D for "concat"), zero past a
-            clip's own length; "last_hidden_state": after the final norm. T' is that of the longest clip, of S samples
-            round(S / downsample rate), at least 1.
+            "hidden_states": the tokens before the first and after every block, each [B, T', D] (f * D for "concat"),
+            zero past a clip's own length; "last_hidden_state": after the final norm. T' is that of the longest clip, of
+            S samples round(S / downsample rate), at least 1.
         """
         if not wavs:
             raise ValueError("wavs is empty")
         lengths = [len(wav) for wav in wavs]
         times = [max(1, round(length / self.get_downsample_rates())) for length in lengths]
         windows = self._windows(wavs, lengths, max(times))  # [B, W, T, F]
-        layers = [self._encode(chunk) for chunk in windows.flatten(0, 1).split(self.windows_at_once)]  # of each [L, w, t, D]
-        states = torch.cat(layers, dim=1).unflatten(1, windows.shape[:2]).flatten(2, 3)[:, :, : max(times)]  # [L, B, T', D]
+        layers = [
+            self._encode(chunk) for chunk in windows.flatten(0, 1).split(self.windows_at_once)
+        ]  # of each [L, w, t, D]
+        states = (
+            torch.cat(layers, dim=1).unflatten(1, windows.shape[:2]).flatten(2, 3)[:, :, : max(times)]
+        )  # [L, B, T', D]
         time = torch.arange(max(times), device=states.device)
         is_past = time[None, :] >= torch.tensor(times, device=states.device)[:, None]  # [B, T']
         *hidden, last = states.masked_fill(is_past[..., None], 0.0)
         return {"hidden_states": hidden, "last_hidden_state": last}
 
     def _windows(self, wavs: list[torch.Tensor], lengths: list[int], times: int) -> torch.Tensor:
-        """[B, W, T, F] normalised features. Each window starts where the patches of the one before it would go on, so that all patches
-        lie on one line of time, a stride apart."""
+        """[B, W, T, F] normalised features. Each window starts where the patches of the one before it would go on, so
+        that all patches lie on one line of time, a stride apart.
+        """
         config, card = self.model.config, self.model.card
         step = config.grid[1] * config.stride[1]  # frames
         count = -(-times // config.grid[1])

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from .ssast import NUM_PREFIX, PATCH_VALUES, SSAST, ModelConfig
 
 FLOP_FORMULA = (
-    "forward per clip = 2 P K D (projection) + L (24 N D^2 + 4 N^2 D) (blocks) + heads * 2 M (D^2 + K D) + 2 M^2 K (InfoNCE); "
+    "forward per clip = 2 P K D (projection) + L (24 N D^2 + 4 N^2 D) (blocks) + heads * 2 M (D^2 + K D) + 2 M^2 K "
+    "(InfoNCE); "
     "backward = 2 x forward; a multiply-add counts 2"
 )
 
@@ -48,10 +49,11 @@ def count_parameters(model: SSAST) -> int:
 def memory_estimate(
     model: ModelConfig, parameters: int, *, micro_batch: int, bf16: bool, stage: int, world_size: int
 ) -> dict[str, int]:
-    """Bytes on each device: weights, gradients and optimizer state as the ZeRO stage holds them, without DeepSpeed's buffers.
+    """Bytes on each device: weights, gradients and optimizer state as the ZeRO stage holds them, without DeepSpeed's
+    buffers.
 
-    Activations are an estimate: 17 values of the width for each token and block (inputs of the norms and products, q, k, v, both sides
-    of the GELU), attention weights not stored.
+    Activations are an estimate: 17 values of the width for each token and block (inputs of the norms and products, q,
+    k, v, both sides of the GELU), attention weights not stored.
     """
     masters = bf16 and stage > 0  # without ZeRO the weights themselves are fp32
     low = 2 if bf16 else 4

@@ -1,7 +1,9 @@
-"""The Audio Spectrogram Transformer of SSAST: patch embedding, ViT encoder, two pretraining heads, and a classifier for fine-tuning.
+"""The Audio Spectrogram Transformer of SSAST: patch embedding, ViT encoder, two pretraining heads, and a classifier for
+fine-tuning.
 
-Shapes: B clips, T frames, F mel bins, f x t patch grid, P = f * t patches, K = 256 values of a patch, M masked patches, D width,
-H heads, N = 2 + P tokens, C classes. Patch p = frequency index * t + time index; tokens are [cls, dist, patches...].
+Shapes: B clips, T frames, F mel bins, f x t patch grid, P = f * t patches, K = 256 values of a patch, M masked patches,
+D width, H heads, N = 2 + P tokens, C classes. Patch p = frequency index * t + time index; tokens are [cls, dist,
+patches...].
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ class ModelConfig:
             )
         if self.pretraining_heads and self.patch_values != PATCH_VALUES:
             raise ValueError(
-                f"patches must hold {PATCH_VALUES} values to be pretrained on, {self.patch_shape} holds {self.patch_values}"
+                f"patches must hold {PATCH_VALUES} values to be pretrained on, {self.patch_shape} holds "
+                f"{self.patch_values}"
             )
 
     @property
@@ -189,7 +192,9 @@ class SSAST(nn.Module):
         super().__init__()
         self.config = config
         self.card = card or ModelCard()
-        self.unused: dict[str, torch.Tensor] = {}  # tensors of an official file that no computation uses, kept for writing it back
+        self.unused: dict[
+            str, torch.Tensor
+        ] = {}  # tensors of an official file that no computation uses, kept for writing it back
         self.embedding = PatchEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
@@ -197,16 +202,21 @@ class SSAST(nn.Module):
             self.class_head = _two_layers(config.width)
             self.recon_head = _two_layers(config.width)
         if config.num_classes is not None:
-            self.classifier = nn.Sequential(nn.LayerNorm(config.width, eps=1e-5), nn.Linear(config.width, config.num_classes))
+            self.classifier = nn.Sequential(
+                nn.LayerNorm(config.width, eps=1e-5), nn.Linear(config.width, config.num_classes)
+            )
         if config.layer_weights:
             self.layer_weights = nn.Parameter(torch.zeros(1 + config.depth))
 
     def forward(self, *args: Any, method: str = "pretrain_patches", **kwargs: Any) -> Any:
-        """The method of that name. Engines that wrap the model, DeepSpeed's and DistributedDataParallel, have this one way in."""
+        """The method of that name. Engines that wrap the model, DeepSpeed's and DistributedDataParallel, have this one
+        way in.
+        """
         return getattr(self, method)(*args, **kwargs)
 
     def encode(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """[B, T, F] normalised log-mel -> [B, 2 + P, D] tokens after the final norm; `mask` [B, M] patch numbers to hide.
+        """[B, T, F] normalised log-mel -> [B, 2 + P, D] tokens after the final norm; `mask` [B, M] patch numbers to
+        hide.
 
         Raises:
             ValueError: features of another size than the model was built for.
@@ -228,8 +238,8 @@ class SSAST(nn.Module):
         Args:
             features: [B, T, F] normalised log-mel; also the target, in its own precision.
             mask: [B, M] patch numbers.
-            recon_mask: a second mask for the reconstruction, in a forward pass of its own, as the official code does. None: one
-                forward pass and one mask for both.
+            recon_mask: a second mask for the reconstruction, in a forward pass of its own, as the official code does.
+                None: one forward pass and one mask for both.
             softmax_over: see `ssast.kernels.mspm_loss`.
             objective: "joint", "discriminative" or "generative".
             recon_weight: lambda of the joint loss.
@@ -256,7 +266,8 @@ class SSAST(nn.Module):
         self._check_pretraining(objective)
         if patches.ndim != 3 or patches.shape[1:] != (self.config.num_patches, self.config.patch_values):
             raise ValueError(
-                f"patches must be [B, {self.config.num_patches}, {self.config.patch_values}] for this model, not {tuple(patches.shape)}"
+                f"patches must be [B, {self.config.num_patches}, {self.config.patch_values}] for this model, not "
+                f"{tuple(patches.shape)}"
             )
         if recon_mask is None:
             return self._masked_loss(patches, mask, softmax_over, objective, recon_weight)
@@ -273,8 +284,8 @@ class SSAST(nn.Module):
         """What the pretrained heads make of masked clips.
 
         Returns:
-            [B, T', F'] the reconstruction in the masked patches and NaN elsewhere (T', F': what whole patches cover), and
-            [B, M] bool: which masked patches were found, by the rule of the pretext accuracy.
+            [B, T', F'] the reconstruction in the masked patches and NaN elsewhere (T', F': what whole patches cover),
+            and [B, M] bool: which masked patches were found, by the rule of the pretext accuracy.
         """
         self._check_pretraining("joint")
         patches = self._patchify(features)
@@ -285,7 +296,8 @@ class SSAST(nn.Module):
         return unpatchify(canvas, self.config.grid, self.config.patch_shape), found
 
     def classify(self, features: torch.Tensor, pool: str | None = None) -> torch.Tensor:
-        """[B, T, F] -> [B, C] logits; pool: "mean" of the patch tokens, "cls": mean of the cls and the dist token, None: the card's.
+        """[B, T, F] -> [B, C] logits; pool: "mean" of the patch tokens, "cls": mean of the cls and the dist token,
+        None: the card's.
 
         Raises:
             ValueError: a model without classifier, or an unknown `pool`.
@@ -303,7 +315,8 @@ class SSAST(nn.Module):
         frames, bins = self.config.input_frames, self.config.num_mel_bins
         if features.ndim != 3 or features.shape[1:] != (frames, bins):
             raise ValueError(
-                f"features must be [B, {frames}, {bins}] (frames x mel bins) for this model, not {tuple(features.shape)}; "
+                f"features must be [B, {frames}, {bins}] (frames x mel bins) for this model, not "
+                f"{tuple(features.shape)}; "
                 "load it with input_frames=... for another length"
             )
         return patchify(features, self.config.patch_shape, self.config.stride)
@@ -345,7 +358,7 @@ class SSAST(nn.Module):
 
         return predict(self, waveform, sample_rate, **options)
 
-    # --- the two parts that torch.compile is given ------------------------------------------------------------------------------------
+    # --- the two parts that torch.compile is given --------------------------------------------------------------------
 
     def _encoder(self, x: torch.Tensor) -> torch.Tensor:  # [B, N, D] -> [B, N, D]
         for block in self.blocks:
@@ -364,10 +377,14 @@ class SSAST(nn.Module):
         masked = gather_rows(tokens, mask + NUM_PREFIX)  # [B, M, D]
         class_pred = self.class_head(masked) if objective != "generative" else None
         recon_pred = self.recon_head(masked) if objective != "discriminative" else None
-        return mspm_loss(class_pred, recon_pred, patches, mask=mask, softmax_over=softmax_over, recon_weight=recon_weight)
+        return mspm_loss(
+            class_pred, recon_pred, patches, mask=mask, softmax_over=softmax_over, recon_weight=recon_weight
+        )
 
     def checkpoint_activations(self, kind: str) -> None:
-        """What the backward pass computes again: "none", "selective" (all of a block but its products and attention), or "block" (all)."""
+        """What the backward pass computes again: "none", "selective" (all of a block but its products and attention),
+        or "block" (all).
+        """
         for block in self.blocks:
             block.activation_checkpointing = kind
 
@@ -378,8 +395,9 @@ class SSAST(nn.Module):
                 module.fp8 = True
 
     def compile_regions(self, regions: str, **options: Any) -> None:
-        """Have torch.compile make the encoder one graph ("encoder"), or each block ("blocks": equal, they share the code of one), and
-        heads and loss another. `options` are torch.compile's."""
+        """Have torch.compile make the encoder one graph ("encoder"), or each block ("blocks": equal, they share the
+        code of one), and heads and loss another. `options` are torch.compile's.
+        """
         if regions == "encoder":
             self._encoder = torch.compile(self._encoder, **options)
         else:
@@ -401,7 +419,9 @@ def _two_layers(width: int) -> nn.Sequential:
 
 
 def init_weights(model: SSAST, generator: torch.Generator | None = None) -> None:
-    """Initial values with the distributions of the official code (DeiT's for the encoder, PyTorch's defaults for the heads)."""
+    """Initial values with the distributions of the official code (DeiT's for the encoder, PyTorch's defaults for the
+    heads).
+    """
     for name, parameter in model.named_parameters():
         _init_parameter(name, parameter, model.config, generator)
 
@@ -420,7 +440,9 @@ def _init_parameter(name: str, parameter: torch.Tensor, config: ModelConfig, gen
     elif name == "layer_weights":
         parameter.zero_()  # equal shares
     elif name == "embedding.mask_token":
-        parameter.normal_(0.0, math.sqrt(1.0 / config.width), generator=generator)  # Xavier normal of a [1, 1, D] tensor
+        parameter.normal_(
+            0.0, math.sqrt(1.0 / config.width), generator=generator
+        )  # Xavier normal of a [1, 1, D] tensor
     elif name.startswith("blocks"):
         parameter.zero_()
     else:  # PyTorch's default of Linear and Conv2d
@@ -437,7 +459,8 @@ def build_model(config: ModelConfig, seed: int = 0) -> SSAST:
 
 
 def resize(model: SSAST, config: ModelConfig, position_resize: str = "exact") -> SSAST:
-    """The same weights in a model for another input size, stride or set of heads; heads that `model` lacks stay freshly initialised.
+    """The same weights in a model for another input size, stride or set of heads; heads that `model` lacks stay freshly
+    initialised.
 
     Raises:
         ValueError: a change that weights cannot follow (width, depth, patch shape), or an unknown `position_resize`.
@@ -453,17 +476,22 @@ def resize(model: SSAST, config: ModelConfig, position_resize: str = "exact") ->
     for key, value in model.state_dict().items():
         if key in weights and (keeps_classifier or not key.startswith("classifier")):
             weights[key] = value
-    weights["embedding.position"] = resize_position(weights["embedding.position"], model.config.grid, config.grid, position_resize)
+    weights["embedding.position"] = resize_position(
+        weights["embedding.position"], model.config.grid, config.grid, position_resize
+    )
     new.load_state_dict(weights)
     return new
 
 
-def resize_position(position: torch.Tensor, old: tuple[int, int], new: tuple[int, int], method: str = "exact") -> torch.Tensor:
-    """Fit a position embedding [2 + f t, D] to another grid: along each axis cut out the middle if shorter, interpolate if longer.
+def resize_position(
+    position: torch.Tensor, old: tuple[int, int], new: tuple[int, int], method: str = "exact"
+) -> torch.Tensor:
+    """Fit a position embedding [2 + f t, D] to another grid: along each axis cut out the middle if shorter, interpolate
+    if longer.
 
     Args:
-        method: "exact" does just that. "official" reproduces the authors' code, which passes the rows through a height of 8 whenever
-            the grid is not cut in time, and cuts in frequency by the length in time.
+        method: "exact" does just that. "official" reproduces the authors' code, which passes the rows through a height
+            of 8 whenever the grid is not cut in time, and cuts in frequency by the length in time.
 
     Raises:
         ValueError: an unknown method, or a case in which the official code fails.
@@ -500,7 +528,9 @@ def _resize_official(image: torch.Tensor, old: tuple[int, int], new: tuple[int, 
     else:
         image = _interpolate(image, new)
     if image.shape[2:] != new:
-        raise ValueError(f"position_resize='official': the official code fails on a grid of {old} for {new}; use 'exact'")
+        raise ValueError(
+            f"position_resize='official': the official code fails on a grid of {old} for {new}; use 'exact'"
+        )
     return image
 
 

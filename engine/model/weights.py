@@ -1,6 +1,7 @@
 """Weights in and out: our safetensors, and the checkpoints of the official code (https://github.com/YuanGongND/ssast).
 
-A file always loads whole or not at all: a tensor that is missing, left over or of another shape is an error that names it.
+A file always loads whole or not at all: a tensor that is missing, left over or of another shape is an error that names
+it.
 """
 
 from __future__ import annotations
@@ -27,9 +28,17 @@ log = logging.getLogger("ssast")
 
 WEIGHTS_FILE = "model.safetensors"
 FORMAT = "ssast-engine/1"
-UNUSED_OFFICIAL = ("v.head.weight", "v.head.bias", "v.head_dist.weight", "v.head_dist.bias")  # DeiT's own heads: saved, never used
+UNUSED_OFFICIAL = (
+    "v.head.weight",
+    "v.head.bias",
+    "v.head_dist.weight",
+    "v.head_dist.bias",
+)  # DeiT's own heads: saved, never used
 UNUSED_CLASSES = 1000
-FINETUNE_STRIDES = {(16, 16): ((10, 10), (16, 16)), (128, 2): ((128, 1), (128, 2))}  # the paper's fine-tuning stride first
+FINETUNE_STRIDES = {
+    (16, 16): ((10, 10), (16, 16)),
+    (128, 2): ((128, 1), (128, 2)),
+}  # the paper's fine-tuning stride first
 
 
 def load_model(
@@ -45,21 +54,23 @@ def load_model(
     """Load a model, on the CPU, in evaluation mode.
 
     Args:
-        path: an official `.pth` (pretrained or fine-tuned), a `.safetensors` of ours, a run folder, or one of its checkpoints.
-        num_classes: build a model for fine-tuning: a freshly initialised classifier takes the place of the pretraining heads. A
-            trained classifier with this very number of classes is kept.
+        path: an official `.pth` (pretrained or fine-tuned), a `.safetensors` of ours, a run folder, or one of its
+            checkpoints.
+        num_classes: build a model for fine-tuning: a freshly initialised classifier takes the place of the pretraining
+            heads. A trained classifier with this very number of classes is kept.
         input_frames, input_bins: T and F of the features; default as saved. The position embedding is fitted to them.
-        stride: of the patches, one number or (mel bins, frames); default as saved. Below the patch shape, patches overlap.
+        stride: of the patches, one number or (mel bins, frames); default as saved. Below the patch shape, patches
+            overlap.
         heads: attention heads, which official files do not hold; default width / 64.
         position_resize: "exact" or "official", see `ssast.engine.model.ssast.resize_position`.
 
-    An official fine-tuned file does not say for which stride and input it was made. `stride` is then taken as what it *was* made for;
-    left out, the paper's fine-tuning stride is assumed where it fits the number of tokens, which is logged. The input follows from
-    the number of tokens; another `input_frames` is fitted as for any other model.
+    An official fine-tuned file does not say for which stride and input it was made. `stride` is then taken as what it
+    *was* made for; left out, the paper's fine-tuning stride is assumed where it fits the number of tokens, which is
+    logged. The input follows from the number of tokens; another `input_frames` is fitted as for any other model.
 
     Raises:
-        UserError: no such file, not a checkpoint, tensors missing, left over or of another shape (each is named), or settings that
-            contradict the file.
+        UserError: no such file, not a checkpoint, tensors missing, left over or of another shape (each is named), or
+            settings that contradict the file.
     """
     file = find_weights(Path(path))
     if is_safetensors(file):
@@ -112,14 +123,23 @@ def save_model(model: SSAST, path: str | os.PathLike[str], format: str = "safete
 def save_weights(weights: dict[str, torch.Tensor], model: SSAST, path: Path) -> None:
     """Write named tensors as safetensors, with the shape and the card of the model they belong to."""
     tensors = {name: value.contiguous().cpu() for name, value in weights.items()}
-    described = {"config": json.dumps(dataclasses.asdict(model.config)), "card": json.dumps(dataclasses.asdict(model.card))}
+    described = {
+        "config": json.dumps(dataclasses.asdict(model.config)),
+        "card": json.dumps(dataclasses.asdict(model.card)),
+    }
     save_file(tensors, path, metadata={"format": FORMAT, **described})
     permit_as_usual(path)
 
 
 def is_write_error(error: Exception) -> bool:
-    """Whether a full disk or the like speaks: Python, safetensors, or torch, whose zip writer raises a plain RuntimeError."""
-    return isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
+    """Whether a full disk or the like speaks: Python, safetensors, or torch, whose zip writer raises a plain
+    RuntimeError.
+    """
+    return (
+        isinstance(error, OSError | SafetensorError)
+        or "PytorchStreamWriter" in str(error)
+        or "inline_container" in str(error)
+    )
 
 
 def find_weights(path: Path) -> Path:
@@ -134,9 +154,13 @@ def find_weights(path: Path) -> Path:
         raise UserError(f"{path}: no such file or folder")
     if (path / WEIGHTS_FILE).is_file():
         return path / WEIGHTS_FILE
-    candidates = sorted((path / "checkpoints").glob(f"step-*/{WEIGHTS_FILE}"), key=lambda p: int(p.parent.name.split("-")[1]))
+    candidates = sorted(
+        (path / "checkpoints").glob(f"step-*/{WEIGHTS_FILE}"), key=lambda p: int(p.parent.name.split("-")[1])
+    )
     if not candidates:
-        raise UserError(f"{path}: neither a checkpoint ({WEIGHTS_FILE}) nor a run folder with checkpoints/step-N/{WEIGHTS_FILE}")
+        raise UserError(
+            f"{path}: neither a checkpoint ({WEIGHTS_FILE}) nor a run folder with checkpoints/step-N/{WEIGHTS_FILE}"
+        )
     best = path / "checkpoints" / "best" / WEIGHTS_FILE
     return best if best.is_file() else candidates[-1]
 
@@ -210,16 +234,21 @@ def _official_config(
     input_bins: int | None,
 ) -> ModelConfig:
     if "v.pos_embed" not in tensors or "v.patch_embed.proj.weight" not in tensors:
-        raise UserError(f"{file}: not an official SSAST checkpoint (no v.pos_embed and v.patch_embed.proj.weight in it)")
+        raise UserError(
+            f"{file}: not an official SSAST checkpoint (no v.pos_embed and v.patch_embed.proj.weight in it)"
+        )
     if "v.dist_token" not in tensors:
-        raise UserError(f"{file}: has no v.dist_token (a model of one prefix token, base_nokd, which SSAST cannot pretrain either)")
+        raise UserError(
+            f"{file}: has no v.dist_token (a model of one prefix token, base_nokd, which SSAST cannot pretrain either)"
+        )
     width = tensors["v.pos_embed"].shape[-1]
     blocks = {int(match[1]) for key in tensors if (match := re.match(r"v\.blocks\.(\d+)\.", key))}
     patch_shape = tuple(tensors["v.patch_embed.proj.weight"].shape[2:])
     pretraining = "p_input_tdim" in tensors
     if heads is None and width % HEAD_DIM:
         raise UserError(
-            f"{file}: width {width} is no multiple of {HEAD_DIM}, so the number of attention heads must be given (heads=...)"
+            f"{file}: width {width} is no multiple of {HEAD_DIM}, so the number of attention heads must be given "
+            "(heads=...)"
         )
     if pretraining:
         bins, frames, own_stride = int(tensors["p_input_fdim"]), int(tensors["p_input_tdim"]), patch_shape
@@ -250,7 +279,9 @@ def _finetuned_input(
     frames: int | None,
     bins: int | None,
 ) -> tuple[int, int, tuple[int, int]]:
-    """(mel bins, frames, stride) that a fine-tuned file was made for, from its number of patches and what the caller knows."""
+    """(mel bins, frames, stride) that a fine-tuned file was made for, from its number of patches and what the caller
+    knows.
+    """
     bins = bins or 128
     fitting = []  # (whether `frames` is what it was made for, shortest input, stride)
     for guess in (stride,) if stride else FINETUNE_STRIDES.get(patch_shape, (patch_shape,)):
@@ -316,7 +347,8 @@ def _to_official(model: SSAST, prefix: str = "module.") -> dict[str, torch.Tenso
         raise UserError("the official format holds no classifier over weighted layers; keep it as safetensors")
     if config.pretraining_heads and (config.stride != config.patch_shape or config.num_classes is not None):
         raise UserError(
-            "the official format holds pretraining models without overlap or classifier, or fine-tuned ones (num_classes=...)"
+            "the official format holds pretraining models without overlap or classifier, or fine-tuned ones "
+            "(num_classes=...)"
         )
     tensors: dict[str, torch.Tensor] = {}
     if config.pretraining_heads:
@@ -334,4 +366,6 @@ def _to_official(model: SSAST, prefix: str = "module.") -> dict[str, torch.Tenso
         tensors[key] = model.unused.get(key, torch.zeros(shape))
     for ours, theirs in (("class_head.", "cpredlayer."), ("recon_head.", "gpredlayer."), ("classifier.", "mlp_head.")):
         tensors |= {theirs + key.removeprefix(ours): value for key, value in weights.items() if key.startswith(ours)}
-    return {prefix + key: value.clone() for key, value in tensors.items()}  # views would be saved with all their storage
+    return {
+        prefix + key: value.clone() for key, value in tensors.items()
+    }  # views would be saved with all their storage

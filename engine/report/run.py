@@ -45,7 +45,9 @@ DARK = Theme("#1c1c1f", "#ececee", "#9b9ba1", "#303035", "#78aef0", "#f2a25c", "
 
 
 class Curve(NamedTuple):
-    """One picture: a column of metrics.jsonl over the steps. The scale is "" (as the data ask), "zero" (from 0) or "log"."""
+    """One picture: a column of metrics.jsonl over the steps. The scale is "" (as the data ask), "zero" (from 0) or
+    "log".
+    """
 
     column: str
     file: str
@@ -70,7 +72,9 @@ CURVES = (
 
 
 class Clip(NamedTuple):
-    """A validation clip: its spectrogram [T, F], the hidden patches, what was drawn into them, and which of them were found."""
+    """A validation clip: its spectrogram [T, F], the hidden patches, what was drawn into them, and which of them were
+    found.
+    """
 
     name: str
     features: np.ndarray
@@ -116,7 +120,9 @@ class Run:
 
     @cached_property
     def guides(self) -> dict[str, dict[str, float]]:
-        """What a model that has learned nothing would reach, by column and kind of row, where the files of the run tell it."""
+        """What a model that has learned nothing would reach, by column and kind of row, where the files of the run tell
+        it.
+        """
         guides = {"nce": {kind: math.log(hidden) for kind, hidden in self.hidden.items()}}
         guides["accuracy"] = {kind: 1 / hidden for kind, hidden in self.hidden.items()}
         errors = [errors[1] for clip in self.clips if (errors := clip.errors())]
@@ -127,7 +133,9 @@ class Run:
     def clips(self) -> list[Clip]:
         """The first example clips. What a head made that was not trained says nothing, and is left out."""
         shape, found, drawn = tuple(self.examples.get("patch_shape", ())), self.records("accuracy"), self.records("mse")
-        rows = zip(*(self.examples.get(key, ()) for key in ("names", "features", "mask", "recon", "found")), strict=True)
+        rows = zip(
+            *(self.examples.get(key, ()) for key in ("names", "features", "mask", "recon", "found")), strict=True
+        )
         clips = [Clip(*row, shape) for row in rows][:MOST_CLIPS]
         clips = clips if found else [clip._replace(found=None) for clip in clips]
         return clips if drawn else [clip._replace(recon=np.full_like(clip.recon, np.nan)) for clip in clips]
@@ -137,7 +145,9 @@ def read_run(folder: Path) -> Run:
     """Read a run folder, which need not be finished."""
     for name in ("config.yaml", "metrics.jsonl"):
         if not (folder / name).is_file():
-            raise UserError(f"{folder} is not a run folder: it has no {name}. Name the folder that a pretraining run wrote.")
+            raise UserError(
+                f"{folder} is not a run folder: it has no {name}. Name the folder that a pretraining run wrote."
+            )
     config = _read(folder / "config.yaml", lambda path: dict(yaml.safe_load(path.read_text("utf-8")) or {}))
     examples = _read(folder / "reconstruction.npz", lambda path: dict(np.load(path)))
     return Run(folder, config, *rows_by_kind(folder / "metrics.jsonl"), examples)
@@ -210,7 +220,9 @@ def expand_mask(patches: np.ndarray, shape: tuple[int, int], size: tuple[int, in
 
 
 def patch_corners(patches: np.ndarray, shape: tuple[int, int], frames: int) -> np.ndarray:
-    """The first frame and the lowest mel bin of each patch [M, 2]: patches are numbered along time first, then upward."""
+    """The first frame and the lowest mel bin of each patch [M, 2]: patches are numbered along time first, then
+    upward.
+    """
     f_index, t_index = np.divmod(patches, frames // shape[1])
     return np.stack([t_index * shape[1], f_index * shape[0]], axis=1)
 
@@ -280,7 +292,12 @@ def draw_clip(number: int, clip: Clip, theme: Theme) -> Figure:
     figure.text(0.125, 1 - 0.22 / height, f"Clip {number}", fontsize=10.5, fontweight="bold", color=theme.ink)
     rows = figure.subplots(len(ratios), sharex=True, sharey=True, gridspec_kw={"hspace": 0.35, "height_ratios": ratios})
     figure.subplots_adjust(left=0.125, right=0.97, bottom=0.36 / height, top=1 - 0.52 / height)
-    look = {"cmap": SPECTROGRAM.with_extremes(bad=theme.hidden), "interpolation": "nearest", "aspect": "auto", "origin": "lower"}
+    look = {
+        "cmap": SPECTROGRAM.with_extremes(bad=theme.hidden),
+        "interpolation": "nearest",
+        "aspect": "auto",
+        "origin": "lower",
+    }
     look |= dict(zip(("vmin", "vmax"), np.percentile(clip.features, (1, 99)), strict=True))
     for axes, (title, picture) in zip(rows, panels.items(), strict=False):
         axes.imshow(picture.T, extent=(0, frames * FRAME_SECONDS, 0, bins), **look)
@@ -301,7 +318,9 @@ def _draw_found(axes: Axes, clip: Clip, theme: Theme) -> None:
     corners = np.array([(0, 0), (width, 0), (width, height), (0, height)])
     boxes = (patch_corners(clip.mask, clip.patch_shape, len(clip.features))[:, None] + corners) * (FRAME_SECONDS, 1)
     narrow = width < len(clip.features) / 100
-    missed = {"facecolor": theme.missed} if narrow else {"facecolor": "none", "edgecolor": theme.missed, "linewidth": 0.8}
+    missed = (
+        {"facecolor": theme.missed} if narrow else {"facecolor": "none", "edgecolor": theme.missed, "linewidth": 0.8}
+    )
     axes.add_collection(PolyCollection(boxes[clip.found], facecolor=theme.found, linewidth=0))
     axes.add_collection(PolyCollection(boxes[~clip.found], clip_on=False, **missed))
     title = f"Found {clip.found.sum()} (green), missed {(~clip.found).sum()} (red{'' if narrow else ' outline'})"
@@ -339,8 +358,12 @@ def write_report(run_dir: Path) -> Path:
     for number in range(len(clips) + 1, MOST_CLIPS + 1):  # of an earlier report
         (folder / f"clip-{number}.png").unlink(missing_ok=True)
     page = run.folder / "report.html"
-    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=ChainableUndefined)
-    html = templates.get_template("run.html.j2").render(run=run, curves=curves, clips=clips, all_curves=CURVES, **_facts(run))
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=ChainableUndefined
+    )
+    html = templates.get_template("run.html.j2").render(
+        run=run, curves=curves, clips=clips, all_curves=CURVES, **_facts(run)
+    )
     _write_aside(page, html.encode())
     return page
 
@@ -360,7 +383,9 @@ def _write_aside(path: Path, content: bytes) -> None:
 
 
 def _throughput(folder: Path) -> dict[str, Any]:
-    """The main figures of the throughput report and its picture of the step, where `ssast profile` measured this config."""
+    """The main figures of the throughput report and its picture of the step, where `ssast profile` measured this
+    config.
+    """
     found = _read(folder / "report.json", lambda path: dict(json.loads(path.read_text("utf-8"))))
     picture = folder / "pictures" / "report-step.png"
     if found and picture.is_file():
@@ -371,14 +396,18 @@ def _throughput(folder: Path) -> dict[str, Any]:
 def _facts(run: Run) -> dict[str, Any]:
     """What the page tells besides the pictures. Its words are in the template."""
     last = (run.valid or run.train or [{}])[-1]
-    skipped = _read(run.folder / "skipped.csv", lambda path: list(csv.DictReader(io.StringIO(path.read_text("utf-8", "replace")))))
+    skipped = _read(
+        run.folder / "skipped.csv", lambda path: list(csv.DictReader(io.StringIO(path.read_text("utf-8", "replace"))))
+    )
     best = ("checkpoints/best.json", "checkpoints/best/best.json")
     environment, data, *best = (
         _read(run.folder / name, lambda path: dict(json.loads(path.read_text("utf-8"))))
         for name in ("environment.json", "data.json", *best)
     )
     return {
-        "state": next((row for row in reversed(run.events) if row.get("event") in ("start", "resume", "stop", "done")), {}),
+        "state": next(
+            (row for row in reversed(run.events) if row.get("event") in ("start", "resume", "stop", "done")), {}
+        ),
         "last": {column: _number(last.get(column)) for column in ("step", "accuracy", "nce", "mse")},
         "clips_per_s": median_low(_points(run.train, "clips_per_s")[1].tolist() or [0]),
         "audio_seconds": audio_seconds(run.train),
@@ -390,7 +419,9 @@ def _facts(run: Run) -> dict[str, Any]:
         "skipped_kinds": Counter(
             re.split("[:(]", row.get("reason") or "no reason given")[0].strip() for row in skipped
         ).most_common(),
-        "checkpoints": sorted((path.name for path in run.folder.glob("checkpoints/step-*")), key=lambda name: (len(name), name)),
+        "checkpoints": sorted(
+            (path.name for path in run.folder.glob("checkpoints/step-*")), key=lambda name: (len(name), name)
+        ),
         "best": best[0] or best[1],
         "environment": environment,
         "throughput": _throughput(run.folder / PROFILE_FOLDER),

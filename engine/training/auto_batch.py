@@ -14,7 +14,8 @@ from ssast.engine.model.cost import memory_estimate
 from ssast.engine.model.ssast import SSAST, build_model
 
 GRAIN = 8  # clips; matrix products like multiples of it
-SHARE = 0.9  # of the memory that is free, for activations and state: the rest is fragments, buffers of collectives, the loader
+# of the memory that is free, for activations and state: the rest is fragments, buffers of collectives, the loader
+SHARE = 0.9
 MOST = 1 << 16
 
 
@@ -60,10 +61,19 @@ def largest_micro_batch(config: Config, ranks: Ranks) -> int:
     model.checkpoint_activations(config.step.activation_checkpointing)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     state = memory_estimate(
-        config.architecture, parameters, micro_batch=0, bf16=config.bf16, stage=config.zero_stage, world_size=ranks.world_size
+        config.architecture,
+        parameters,
+        micro_batch=0,
+        bf16=config.bf16,
+        stage=config.zero_stage,
+        world_size=ranks.world_size,
     )
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
         reserved = int(sum(state.values()) + (1 - SHARE) * free)
         found = _try_sizes(model, config, device, reserved)
         torch.cuda.empty_cache()
@@ -98,7 +108,9 @@ def activation_bytes(model: SSAST, config: Config, device: torch.device, clips: 
 
 
 def _try_sizes(model: SSAST, config: Config, device: torch.device, reserved: int) -> int:
-    """Doubling until it does not fit, then halving the gap; `reserved` bytes are held meanwhile for what a run holds besides."""
+    """Doubling until it does not fit, then halving the gap; `reserved` bytes are held meanwhile for what a run holds
+    besides.
+    """
     held = torch.empty(reserved, dtype=torch.uint8, device=device)
     fits, too_many = 0, None
     size = GRAIN

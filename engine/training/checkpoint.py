@@ -1,8 +1,9 @@
 """Checkpoints of a run: `checkpoints/step-N/`, whole or not there at all, and `checkpoints/best/`.
 
-A step folder holds the engine's own files (weights, optimizer state, this engine's small state) and `model.safetensors`, the fp32
-weights free of ranks and ZeRO stages, which `load_model` reads. It is written under another name and renamed when every rank is done,
-so a process killed at any moment leaves only whole checkpoints behind.
+A step folder holds the engine's own files (weights, optimizer state, this engine's small state) and
+`model.safetensors`, the fp32 weights free of ranks and ZeRO stages, which `load_model` reads. It is written under
+another name and renamed when every rank is done, so a process killed at any moment leaves only whole checkpoints
+behind.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def save_checkpoint(engine: Engine, run_dir: Path, step: int, state: dict[str, A
     weights = full_weights(engine)
     if broken := next((name for name, value in (weights or {}).items() if not value.isfinite().all()), None):
         raise UserError(
-            f"{folder / name}: not written: {broken} is not finite after step {step}; earlier ones are whole", every_rank=True
+            f"{folder / name}: not written: {broken} is not finite after step {step}; earlier ones are whole",
+            every_rank=True,
         )
     try:
         if dist.get_rank() == 0:
@@ -73,7 +75,8 @@ def save_checkpoint(engine: Engine, run_dir: Path, step: int, state: dict[str, A
             raise
         free = shutil.disk_usage(folder).free / 2**30
         raise UserError(
-            f"{folder / name}: the checkpoint could not be written ({first_line(error)}; {free:.1f} GiB free); earlier ones are whole",
+            f"{folder / name}: the checkpoint could not be written ({first_line(error)}; {free:.1f} GiB free); "
+            "earlier ones are whole",
             every_rank=True,
         ) from None
     dist.barrier()
@@ -91,7 +94,8 @@ def load_checkpoint(engine: Engine, run_dir: Path, name: str) -> None:
     path, _ = engine.load_checkpoint(str(run_dir / "checkpoints"), tag=name)
     if path is None:
         raise UserError(
-            f"{run_dir / 'checkpoints' / name}: could not be loaded; it was written by another step.engine, or is damaged"
+            f"{run_dir / 'checkpoints' / name}: could not be loaded; it was written by another step.engine, or is "
+            "damaged"
         )
 
 
@@ -101,7 +105,8 @@ def read_state(run_dir: Path, step: int) -> dict[str, Any]:
 
 
 def convert_for_other_ranks(run_dir: Path, step: int) -> str:
-    """Make a copy of a ZeRO checkpoint that any number of ranks can load (DeepSpeed's universal checkpoint); return its name.
+    """Make a copy of a ZeRO checkpoint that any number of ranks can load (DeepSpeed's universal checkpoint); return its
+    name.
 
     Raises:
         UserError: DeepSpeed's converter failed.
@@ -159,8 +164,9 @@ def remove_incomplete(run_dir: Path) -> None:
 
 
 def full_weights(engine: Engine) -> dict[str, torch.Tensor] | None:
-    """Every parameter whole and in fp32, on rank 0 (None elsewhere); every rank calls it. Taken from the optimizer's master weights
-    where there are any."""
+    """Every parameter whole and in fp32, on rank 0 (None elsewhere); every rank calls it. Taken from the optimizer's
+    master weights where there are any.
+    """
     weights = {}
     whole_of = _as_it_is if isinstance(engine, PlainEngine) else _gathered
     for name, parameter in _model(engine).named_parameters():
@@ -191,11 +197,14 @@ def _model(engine: Engine) -> SSAST:
 
 
 def _check_space(engine: Engine, folder: Path) -> None:
-    """Before anything is written: weights, master weights and two moments in fp32, and the fp32 copy for `load_model`."""
+    """Before anything is written: weights, master weights and two moments in fp32, and the fp32 copy for
+    `load_model`.
+    """
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in _model(engine).parameters())
     needed, free = 20 * parameters, shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"{folder}: a checkpoint needs {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; make room and run the same "
+            f"{folder}: a checkpoint needs {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; make room "
+            "and run the same "
             "command again, training goes on from the last checkpoint"
         )

@@ -38,7 +38,8 @@ class Compilation:
         """Around a forward pass in training. From the third step on, having to compile is an error.
 
         Raises:
-            UserError: a graph that exists did not fit and would have been compiled anew, as would every step from then on.
+            UserError: a graph that exists did not fit and would have been compiled anew, as would every step from then
+                on.
         """
         if self.regions == "off":
             yield
@@ -89,4 +90,8 @@ def choose_compile(compile: str, *, device: torch.device, zero_stage: int, world
         return compile, "as configured"
     if device.type != "cuda":
         return "off", "CPU"
-    return ("encoder", "one GPU") if world_size == 1 else ("blocks", "several GPUs: gradients are exchanged block by block")
+    return (
+        ("encoder", "one GPU")
+        if world_size == 1
+        else ("blocks", "several GPUs: gradients are exchanged block by block")
+    )

@@ -1,4 +1,6 @@
-"""What a batch is trained for. The trainer knows the loop, an objective knows the losses; pretraining is one, fine-tuning another."""
+"""What a batch is trained for. The trainer knows the loop, an objective knows the losses; pretraining is one,
+fine-tuning another.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,14 @@ class Objective(Protocol):
     """Every trained parameter takes part in every loss."""
 
     def losses(self, engine: Callable[..., Any], batch: Batch) -> Sequence[torch.Tensor]:
-        """Scalars of one micro-batch, the loss to be minimised first. `engine` wraps the model and is called in its place."""
+        """Scalars of one micro-batch, the loss to be minimised first. `engine` wraps the model and is called in its
+        place.
+        """
 
     def validate(self, engine: Callable[..., Any], batches: Iterable[tuple[Batch, int]]) -> dict[str, float]:
-        """Metrics over all ranks. `batches` are this rank's, each with the number of its clips that count; every rank has as many."""
+        """Metrics over all ranks. `batches` are this rank's, each with the number of its clips that count; every rank
+        has as many.
+        """
 
     def judge(self, metrics: dict[str, float]) -> tuple[str, float]:
         """(name of the metric that picks the best weights, what is higher when it is better)."""
@@ -71,7 +77,9 @@ class Pretraining:
                 num_frames=config.model.input_frames,
                 mean=self.mean,
                 std=self.std,
-                dtype=torch.bfloat16 if config.bf16 else torch.float32,  # of what is predicted, too: factors of the loss's products
+                dtype=torch.bfloat16
+                if config.bf16
+                else torch.float32,  # of what is predicted, too: factors of the loss's products
                 patch=config.architecture.patch_shape,
             )  # [B, P, K]
         with span("mask + embed"):
@@ -90,7 +98,9 @@ class Pretraining:
             )
 
     def validate(self, engine: Callable[..., Any], batches: Iterable[tuple[Batch, int]]) -> dict[str, float]:
-        """Means over all validation clips. The masks are the same every time, and 400 of 512 patches whatever training masks."""
+        """Means over all validation clips. The masks are the same every time, and 400 of 512 patches whatever training
+        masks.
+        """
         sums = torch.zeros(len(self.metrics) + 1, dtype=torch.float64, device=self.device)
         for batch, clips in batches:
             losses = self.losses(engine, batch, validation=True)
@@ -107,7 +117,9 @@ class Pretraining:
 
     def validation_row(self, metrics: dict[str, float]) -> dict[str, Any]:
         untrained = {"discriminative": ("mse",), "generative": ("nce", "accuracy")}.get(self.config.objective.name, ())
-        return {"num_masked": self.config.valid_num_masked} | {key: metrics[key] for key in metrics if key not in untrained}
+        return {"num_masked": self.config.valid_num_masked} | {
+            key: metrics[key] for key in metrics if key not in untrained
+        }
 
     def keep_epoch(self, step: int) -> int | None:
         return None

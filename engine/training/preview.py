@@ -19,12 +19,17 @@ PREVIEW_CLIPS = 3
 
 
 def write_preview(config: Config, data: Dataset, run_dir: Path, step: int) -> None:
-    """Write `reconstruction.npz`: features [N, T, F], mask [N, M], recon [N, T, F] (NaN where not masked), found [N, M], names [N],
-    patch_shape [2], step."""
+    """Write `reconstruction.npz`: features [N, T, F], mask [N, M], recon [N, T, F] (NaN where not masked), found [N,
+    M], names [N], patch_shape [2], step.
+    """
     model = load_model(run_dir / "checkpoints" / f"step-{step}")
     index = _longest(data, config.num_samples, config.data.sample_rate)
     decoder = AudioDecoder(
-        data.valid, num_samples=config.num_samples, sample_rate=config.data.sample_rate, batch_size=PREVIEW_CLIPS, num_threads=1
+        data.valid,
+        num_samples=config.num_samples,
+        sample_rate=config.data.sample_rate,
+        batch_size=PREVIEW_CLIPS,
+        num_threads=1,
     )
     decoded = decoder.decode(index, np.zeros(len(index), dtype=np.int64))
     decoder.close()

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 # What may differ between the config of a run folder and that of the command that goes on with it.
 _MAY_CHANGE = """
 run.name run.folder run.wandb train.steps train.log_every train.keep_last data.num_threads data.prefetch data.cache_dir
-data.max_bad_fraction step.compile step.compile_mode step.activation_checkpointing deepspeed.steps_per_print deepspeed.wall_clock_breakdown
+data.max_bad_fraction step.compile step.compile_mode step.activation_checkpointing deepspeed.steps_per_print
+deepspeed.wall_clock_breakdown
 """
 LOCK_FILE = ".lock"
 LOCK_PATIENCE_S = 60.0
@@ -45,13 +46,16 @@ def check_run_dir(config: RunConfig) -> None:
         return  # a run that failed before its first step
     if not saved.is_file() or not (run_dir / "environment.json").is_file():
         raise UserError(
-            f"{run_dir}: holds files but no run (no config.yaml and environment.json); choose another run.name or run.folder"
+            f"{run_dir}: holds files but no run (no config.yaml and environment.json); choose another run.name or "
+            "run.folder"
         )
     old, new = _saved_config(saved, type(config)), config.model_dump(mode="json")
     may_change = set(MAY_CHANGE)
     if old.get("deepspeed", {}).get("train_batch_size") is not None:  # the batch itself stays
         may_change |= {"deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps"}
-    changed = [f"{key} was {before}, is now {after}" for key, before, after in differences(old, new) if key not in may_change]
+    changed = [
+        f"{key} was {before}, is now {after}" for key, before, after in differences(old, new) if key not in may_change
+    ]
     if changed:
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
         raise UserError(
@@ -81,7 +85,8 @@ def locked(run_dir: Path) -> Iterator[None]:
     """Hold the run folder for this process alone; the system lets go of it when the process ends, however it ends.
 
     Raises:
-        UserError: another process holds it for longer than ranks need that save and leave because their launcher was killed.
+        UserError: another process holds it for longer than ranks need that save and leave because their launcher was
+            killed.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -138,7 +143,8 @@ def prepare_run_dir(config: RunConfig, data: Dataset, world_size: int) -> None:
     except OSError as error:
         raise UserError(f"{run_dir}: the run folder cannot be written: {error.strerror}") from None
     print(
-        f"{len(data.train)} clips to train on and {len(data.valid)} to validate on, {data.train.hours + data.valid.hours:.2f} h; "
+        f"{len(data.train)} clips to train on and {len(data.valid)} to validate on, "
+        f"{data.train.hours + data.valid.hours:.2f} h; "
         f"mean {data.mean:.4f}, std {data.std:.4f}"
     )
     if data.skipped:

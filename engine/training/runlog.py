@@ -1,4 +1,6 @@
-"""What a run writes down while it goes on: metrics.jsonl, TensorBoard, Weights & Biases, and a line or bar for the person watching."""
+"""What a run writes down while it goes on: metrics.jsonl, TensorBoard, Weights & Biases, and a line or bar for the
+person watching.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +31,17 @@ class RunLog:
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
         self._wandb = _start_wandb(config, run_dir) if config.run.wandb else None
         on_terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=config.train.steps, initial=first_step, unit="step", disable=not on_terminal, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=config.train.steps, initial=first_step, unit="step", disable=not on_terminal, dynamic_ncols=True
+        )
         self._plain = not on_terminal
         self._last_line = 0.0
 
     def row(self, kind: str, step: int, **values: Any) -> None:
-        values = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+        values = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
         self._rows.write(json.dumps({"kind": kind, "step": step, **values, "time": round(time.time(), 3)}) + "\n")
         self._rows.flush()
         numbers = {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, int | float)}
@@ -90,4 +97,6 @@ def _start_wandb(config: RunConfig, run_dir: Path) -> Any:
     if not id_file.is_file():
         write_whole(id_file, wandb.util.generate_id())
     run_id = id_file.read_text().strip()
-    return wandb.init(id=run_id, name=config.run.name, dir=run_dir, config=config.model_dump(mode="json"), resume="allow")
+    return wandb.init(
+        id=run_id, name=config.run.name, dir=run_dir, config=config.model_dump(mode="json"), resume="allow"
+    )

@@ -1,4 +1,6 @@
-"""The learning rate: linear warm-up, then halving on a plateau of the validation metric, a cosine, a decay by epochs, or constant."""
+"""The learning rate: linear warm-up, then halving on a plateau of the validation metric, a cosine, a decay by epochs,
+or constant.
+"""
 
 import math
 from typing import Any
@@ -9,9 +11,9 @@ from ssast.engine.config import TrainSection
 class Schedule:
     """`lr(step)` for optimizer step `step`, counted from 0.
 
-    The plateau rule is that of `torch.optim.lr_scheduler.ReduceLROnPlateau` with mode "max", which the official code uses: a
-    validation is better if it beats the best one by a share of 1e-4; after more than `plateau_patience` that do not, the rate is
-    multiplied by `plateau_factor`.
+    The plateau rule is that of `torch.optim.lr_scheduler.ReduceLROnPlateau` with mode "max", which the official code
+    uses: a validation is better if it beats the best one by a share of 1e-4; after more than `plateau_patience` that do
+    not, the rate is multiplied by `plateau_factor`.
     """
 
     THRESHOLD = 1e-4
@@ -24,7 +26,9 @@ class Schedule:
         warmup = self.train.warmup_steps
         if step < warmup:
             return self.peak_lr * (step + 1) / warmup
-        if self.train.schedule == "decay":  # torch.optim.lr_scheduler.MultiStepLR with a milestone every `decay_every` epochs
+        if (
+            self.train.schedule == "decay"
+        ):  # torch.optim.lr_scheduler.MultiStepLR with a milestone every `decay_every` epochs
             past = step // self.train.steps_per_epoch - self.train.decay_from
             return self.peak_lr * self.train.decay ** max(0, past // self.train.decay_every + 1)
         if self.train.schedule != "cosine":
@@ -35,7 +39,9 @@ class Schedule:
 
     def after_validation(self, metric: float) -> bool:
         """Take in a validation metric (higher is better); return whether it is the best so far."""
-        better = metric > self.best + self.THRESHOLD * abs(self.best) if math.isfinite(self.best) else math.isfinite(metric)
+        better = (
+            metric > self.best + self.THRESHOLD * abs(self.best) if math.isfinite(self.best) else math.isfinite(metric)
+        )
         if better:
             self.best, self.bad_validations = metric, 0
             return True

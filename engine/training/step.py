@@ -1,4 +1,6 @@
-"""Which implementation serves where there are several: optimizer and layer norms. The results are the same up to rounding."""
+"""Which implementation serves where there are several: optimizer and layer norms. The results are the same up to
+rounding.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from ssast.engine.model.ssast import SSAST
 def build_optimizer(
     groups: list[dict[str, Any]], section: dict[str, Any], backend: str, device: torch.device
 ) -> tuple[torch.optim.Optimizer, str]:
-    """The paper's Adam (weight decay added to the gradient) or AdamW, from DeepSpeed's `optimizer` section, and the backend's name.
+    """The paper's Adam (weight decay added to the gradient) or AdamW, from DeepSpeed's `optimizer` section, and the
+    backend's name.
 
     Args:
         groups: of parameters.
@@ -49,7 +52,8 @@ def choose_optimizer(backend: str, device: torch.device) -> str:
 
 
 def use_norms(model: SSAST, backend: str, *, device: torch.device, compiled: bool) -> str:
-    """Give the model's layer norms to a backend, as in `StepSection.norm`; its name. Parameters keep their names and values.
+    """Give the model's layer norms to a backend, as in `StepSection.norm`; its name. Parameters keep their names and
+    values.
 
     Raises:
         UserError: apex is asked for and is not installed, or is another project of that name.

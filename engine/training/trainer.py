@@ -1,4 +1,6 @@
-"""The training loop: one engine, DeepSpeed's or plain PyTorch's, for any number of ranks, any ZeRO stage, bf16 or fp32."""
+"""The training loop: one engine, DeepSpeed's or plain PyTorch's, for any number of ranks, any ZeRO stage, bf16 or
+fp32.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Means over all clips of one optimizer step, whether any rank was asked to stop during it, and what else its row will say."""
+    """Means over all clips of one optimizer step, whether any rank was asked to stop during it, and what else its row
+    will say.
+    """
 
     step: int
     losses: dict[str, float]
@@ -64,10 +68,13 @@ class StepMetrics:
 class Trainer:
     """One run: the engine, its place in the data, and what is logged and kept.
 
-    Building it joins the model to the engine; `train` goes on from the last checkpoint of the run folder, if there is one.
+    Building it joins the model to the engine; `train` goes on from the last checkpoint of the run folder, if there is
+    one.
     """
 
-    def __init__(self, config: RunConfig, data: Dataset, model: SSAST, ranks: Ranks, objective: Objective | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, data: Dataset, model: SSAST, ranks: Ranks, objective: Objective | None = None
+    ) -> None:
         """`objective`: pretraining, unless told otherwise."""
         self.objective = objective or Pretraining(config, data, ranks)
         self.config, self.data, self.ranks, self.run_dir = config, data, ranks, config.run_dir
@@ -94,10 +101,13 @@ class Trainer:
         self.compilation = Compilation(model, regions, config.step.compile_mode)
         if self.compilation.replays_graphs and self.accumulation > 1:
             raise UserError(
-                f"step.compile_mode: {config.step.compile_mode} replays CUDA graphs, whose gradients the next micro-batch overwrites; "
+                f"step.compile_mode: {config.step.compile_mode} replays CUDA graphs, whose gradients the next "
+                "micro-batch overwrites; "
                 f"take a batch without gradient accumulation (here {self.accumulation}), or another mode"
             )
-        self.compiled = f"{regions} ({reason})" if regions == "off" else f"{regions}, {config.step.compile_mode} ({reason})"
+        self.compiled = (
+            f"{regions} ({reason})" if regions == "off" else f"{regions}, {config.step.compile_mode} ({reason})"
+        )
         self.engine = self._build_engine(model, optimizer)
         self.schedule = Schedule(config.train, self.optimizer_section["params"]["lr"])
         self.step = 0
@@ -122,11 +132,17 @@ class Trainer:
             return deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)[0]
 
     def train(self, stop_request: StopRequest) -> bool:
-        """Train to the last step; return False if asked to stop before it. In either case a checkpoint is left at the last step."""
+        """Train to the last step; return False if asked to stop before it. In either case a checkpoint is left at the
+        last step.
+        """
         config = self.config
         resumed = self._resume()
         log = RunLog(config, self.run_dir, self.step) if self.ranks.is_first else None
-        self._event(log, "resume" if resumed else "start", f"{self.clips_per_step} clips a step on {self.ranks.world_size} ranks")
+        self._event(
+            log,
+            "resume" if resumed else "start",
+            f"{self.clips_per_step} clips a step on {self.ranks.world_size} ranks",
+        )
         self._event(log, "attention", self.choose_attention())
         described = ", ".join(f"{key}: {value}" for key, value in self.describe_step().items())
         self._event(log, "step", described)
@@ -189,13 +205,19 @@ class Trainer:
             "optimizer": self.optimizer,
             "norm": self.norm,
             "activation_checkpointing": config.step.activation_checkpointing,
-            "mlp": ("fp8" if self.ranks.device.type == "cuda" else "fp8, emulated") if config.step.fp8_mlp else "as precision",
+            "mlp": ("fp8" if self.ranks.device.type == "cuda" else "fp8, emulated")
+            if config.step.fp8_mlp
+            else "as precision",
         }
 
     def choose_attention(self) -> str:
         """Settle the backend of attention, the same on every rank, before the first step; what to log of it."""
         config, model = self.config, self.engine.module.config
-        name = self._resume_from.state.get("attention") if self._resume_from and self.attention == "auto" else self.attention
+        name = (
+            self._resume_from.state.get("attention")
+            if self._resume_from and self.attention == "auto"
+            else self.attention
+        )
         if name in (None, "auto"):
             name = "torch" if config.run.deterministic else None
         shape = (self.micro_batch, model.heads, 2 + model.num_patches, model.width // model.heads)
@@ -234,18 +256,22 @@ class Trainer:
         if not isinstance(self.engine, PlainEngine):
             self.engine.destroy()
 
-    # --- metrics, read one step late so that the host never waits for the step that it has just launched ------------------------------
+    # --- metrics, read one step late so that the host never waits for the step that it has just launched --------------
 
     def _exchange_metrics(self, values: torch.Tensor, stop: bool, row: dict[str, Any] | None) -> StepMetrics | None:
         """Send this step's metrics round; return those of the step before."""
         previous = self._collect_metrics()
-        summed = torch.cat((values, torch.full((1,), float(stop), device=values.device)))  # filled there: a copy would wait
+        summed = torch.cat(
+            (values, torch.full((1,), float(stop), device=values.device))
+        )  # filled there: a copy would wait
         work = dist.all_reduce(summed, async_op=True)
         arrived = work.wait
         if summed.is_cuda:
             work.wait()  # makes the stream wait, not the host
             if row is not None and isinstance(row["grad_norm"], torch.Tensor):
-                summed = torch.cat((summed, row.pop("grad_norm").detach().float().reshape(1)))  # reading it by itself would wait
+                summed = torch.cat(
+                    (summed, row.pop("grad_norm").detach().float().reshape(1))
+                )  # reading it by itself would wait
             summed = torch.empty(summed.shape, pin_memory=True).copy_(summed, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
@@ -268,7 +294,9 @@ class Trainer:
 
     def _row(self, learning_rate: float, grad_norm: torch.Tensor | None, clock: Clock) -> dict[str, Any] | None:
         """What this step's row will say beside its metrics; None if it has none."""
-        if not self.ranks.is_first or not (self.step % self.config.train.log_every == 0 or self.step == self.config.train.steps):
+        if not self.ranks.is_first or not (
+            self.step % self.config.train.log_every == 0 or self.step == self.config.train.steps
+        ):
             return None
         norm = grad_norm if grad_norm is not None else self.engine.get_global_grad_norm()
         epoch = round(self.samples / len(self.data.train), 4)
@@ -284,7 +312,8 @@ class Trainer:
             return False
         if not math.isfinite(metrics.losses["loss"]):
             raise UserError(
-                f"the loss of step {metrics.step} is {metrics.losses['loss']}; checkpoints before it are whole. Try a lower learning "
+                f"the loss of step {metrics.step} is {metrics.losses['loss']}; checkpoints before it are whole. Try a "
+                "lower learning "
                 "rate, a longer train.warmup_steps, or deepspeed.gradient_clipping=1.0"
             )
         if log is not None and metrics.row is not None:
@@ -303,7 +332,7 @@ class Trainer:
         if log is not None:
             log.row("event", self.step, event=event, detail=detail)
 
-    # --- validation -----------------------------------------------------------------------------------------------------------------
+    # --- validation ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _validate(self, log: RunLog | None) -> None:
@@ -329,7 +358,7 @@ class Trainer:
             with self.compilation.left_out():
                 yield batch, clips
 
-    # --- data -----------------------------------------------------------------------------------------------------------------------
+    # --- data ---------------------------------------------------------------------------------------------------------
 
     def train_loader(self) -> Prefetcher:
         data = self.config.data
@@ -348,7 +377,11 @@ class Trainer:
         weights, seed = self.config.data.weights, self.config.run.seed
         if self.data.draw_weights is not None:
             return WeightedOrder(self.data.draw_weights, seed)
-        return SampleOrder(len(self.data.train), seed) if weights is None else MixedOrder(self.data.train_sizes, weights, seed)
+        return (
+            SampleOrder(len(self.data.train), seed)
+            if weights is None
+            else MixedOrder(self.data.train_sizes, weights, seed)
+        )
 
     def _decoder(self, clips: Clips) -> AudioDecoder:
         data = self.config.data
@@ -366,7 +399,7 @@ class Trainer:
         self._bad_clips.append(bad)
         append_skipped(self.run_dir / "skipped.csv", bad)
 
-    # --- state ----------------------------------------------------------------------------------------------------------------------
+    # --- state --------------------------------------------------------------------------------------------------------
 
     def _save(self, log: RunLog | None) -> None:
         state = {
@@ -401,13 +434,16 @@ class Trainer:
         if point.is_universal:
             self.ranks.once(lambda: remove_incomplete(self.run_dir))
         self.step, self.samples = point.state["step"], point.state["samples"]
-        self.samples -= self.samples % (self.micro_batch * self.ranks.world_size)  # another batch size begins at a whole batch
+        self.samples -= self.samples % (
+            self.micro_batch * self.ranks.world_size
+        )  # another batch size begins at a whole batch
         self.schedule.load_state_dict(point.state["schedule"])
         if self.ranks.is_first:
             print(f"resuming from step {self.step} ({self.samples} clips)", flush=True)
             if point.state["data"] != self.data.train.fingerprint:
                 print(
-                    "warning: the training clips are not those the run began with; their order from here on is another", flush=True
+                    "warning: the training clips are not those the run began with; their order from here on is another",
+                    flush=True,
                 )
         return True
 
@@ -421,7 +457,9 @@ class _ResumePoint:
 
 
 class Clock:
-    """Rates since the row before: clips a second, seconds of audio a second, and the share of time spent waiting for data."""
+    """Rates since the row before: clips a second, seconds of audio a second, and the share of time spent waiting for
+    data.
+    """
 
     def __init__(self, clips_per_step: int, seconds_per_clip: float) -> None:
         self.clips_per_step, self.seconds_per_clip = clips_per_step, seconds_per_clip
@@ -452,8 +490,9 @@ class Clock:
 
 
 def deepspeed_config(config: RunConfig, *, universal: bool = False) -> dict[str, Any]:
-    """The run's DeepSpeed section, less the optimizer that we build, with gradients accumulated in fp32 unless told otherwise;
-    `universal`: to load a checkpoint that was converted for another number of ranks."""
+    """The run's DeepSpeed section, less the optimizer that we build, with gradients accumulated in fp32 unless told
+    otherwise; `universal`: to load a checkpoint that was converted for another number of ranks.
+    """
     section = copy.deepcopy(config.deepspeed)
     if universal:
         section.setdefault("checkpoint", {})["load_universal"] = True
@@ -462,15 +501,17 @@ def deepspeed_config(config: RunConfig, *, universal: bool = False) -> dict[str,
     if config.uses_autocast:
         section["bf16"] = {"enabled": False}
     elif config.bf16:
-        # its own default has the host wait for the device in every step, to skip a step whose gradients are not finite; the metrics
-        # and the weights to be saved tell of those anyway
+        # its own default has the host wait for the device in every step, to skip a step whose gradients are not finite;
+        # the metrics and the weights to be saved tell of those anyway
         section["bf16"].setdefault("check_grad_overflow", False)
     section.setdefault("gradient_clipping", 0.0)  # DeepSpeed's own default clips at 1
     if config.zero_stage == 3:
         # its own linear layer adds up bias gradients in another order, so that stage 3 would drift from the others
         section["zero_optimization"].setdefault("memory_efficient_linear", False)
     section.setdefault("steps_per_print", 10**9)
-    section.setdefault("timers", {"throughput": {"enabled": False}})  # it waits for the device twice in every micro-batch
+    section.setdefault(
+        "timers", {"throughput": {"enabled": False}}
+    )  # it waits for the device twice in every micro-batch
     section["zero_allow_untested_optimizer"] = True
     section.setdefault("zero_force_ds_cpu_optimizer", False)  # offloading with PyTorch's Adam: nothing to compile
     return section

@@ -38,7 +38,9 @@ def test_two_trees_take_turns(repository, monkeypatch, capsys):
     order = []
 
     def measure(site, label, arguments, left, out):
-        words = [(site / "ssast" / room / "word").read_text() for room in ("kernels", "engine", "configs", "benchmarks")]
+        words = [
+            (site / "ssast" / room / "word").read_text() for room in ("kernels", "engine", "configs", "benchmarks")
+        ]
         order.append(words[0])
         assert words == [order[-1], order[-1], order[-1], "new"]  # measured by this tree's benchmark, both
         assert label.startswith("before [" if order[-1] == "old" else "this tree [")
@@ -78,7 +80,9 @@ def test_no_such_revision(repository):
 def test_a_tree_is_measured_in_a_process_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     arguments = kernels.parse(["mask", "--seconds", "0.01", "--compare", "HEAD"])
-    medians = compare._measure(compare._site(tmp_path / "site", ROOT, ROOT), "this tree", arguments, None, tmp_path / "rows.csv")
+    medians = compare._measure(
+        compare._site(tmp_path / "site", ROOT, ROOT), "this tree", arguments, None, tmp_path / "rows.csv"
+    )
     assert [entry[0] for entry in medians] == ["mask", "mask"] and min(medians.values()) > 0
 
 

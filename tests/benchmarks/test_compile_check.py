@@ -41,7 +41,9 @@ def operators_of_kernels() -> set[str]:
     return {
         name
         for name, function in functions.items()
-        if inspect.isfunction(function) and "backend" in inspect.signature(function).parameters and '"triton"' in function.__doc__
+        if inspect.isfunction(function)
+        and "backend" in inspect.signature(function).parameters
+        and '"triton"' in function.__doc__
     }
 
 
@@ -51,7 +53,8 @@ def test_every_operator_compiles_for_every_generation(tmp_path):
     file = tmp_path / "compile.csv"
     script = (
         "import sys; from pathlib import Path; from ssast.benchmarks import compile_check;"
-        "compile_check.FILE = Path(sys.argv[1]); sys.exit(compile_check.main(['--targets', '80', '90', '100', '--save']))"
+        "compile_check.FILE = Path(sys.argv[1]); sys.exit(compile_check.main(['--targets', '80', '90', '100', "
+        "'--save']))"
     )
     done = subprocess.run([sys.executable, "-c", script, str(file)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
@@ -73,7 +76,9 @@ def test_faults():
     }.items():
         found = replace(KERNEL, **change).faults()
         assert len(found) == 1 and fault in found[0], (fault, found)
-    assert replace(KERNEL, hgmma=0, hmma=8, warps=1).faults() == []  # a warpgroup instruction is out of one warp's reach
+    assert (
+        replace(KERNEL, hgmma=0, hmma=8, warps=1).faults() == []
+    )  # a warpgroup instruction is out of one warp's reach
     assert replace(KERNEL, hgmma=0, has_dot=False).faults() == []
 
 
@@ -106,5 +111,7 @@ def test_mistakes_are_one_line(capsys):
 @pytest.mark.slow
 def test_starts_over_without_the_interpreter():
     command = [sys.executable, "-m", "ssast.benchmarks.compile_check", "mask", "--targets", "80", "--jobs", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "TRITON_INTERPRET": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "TRITON_INTERPRET": "1"}
+    )
     assert done.returncode == 0 and "_mask_kernel" in done.stdout, done.stdout + done.stderr

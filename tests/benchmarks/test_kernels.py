@@ -24,7 +24,9 @@ def _on_the_cpu_with_small_ceilings(monkeypatch):
 
     def quick(setting):
         for case in real(setting):
-            yield dataclasses.replace(case, make_inputs=lambda seed: {}, providers=(Provider("torch", lambda: torch.zeros(1)),))
+            yield dataclasses.replace(
+                case, make_inputs=lambda seed: {}, providers=(Provider("torch", lambda: torch.zeros(1)),)
+            )
 
     monkeypatch.setattr(kernels, "ceiling_cases", quick)
 
@@ -51,7 +53,18 @@ def test_rows_are_complete(tmp_path, capsys):
     assert {("loss", name, mode) for name in ("torch", "official loop") for mode in kernels.MODES} <= measured
     for row in rows:
         assert row["kind"] == "cpu" and row["power_limit_w"] == row["driver"] == ""
-        for name in ("shape", "dtype", "method", "needed_bytes", "date", "commit", "device", "cores", "torch", "triton"):
+        for name in (
+            "shape",
+            "dtype",
+            "method",
+            "needed_bytes",
+            "date",
+            "commit",
+            "device",
+            "cores",
+            "torch",
+            "triton",
+        ):
             assert row[name], name
         assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"]) and int(row["samples"]) >= 5
         if row["operator"] != "ceiling":
@@ -62,7 +75,10 @@ def test_rows_are_complete(tmp_path, capsys):
             assert 0 <= float(row["error"]) <= float(row["allowed"]) and row["checked"]
     # a second run adds to the file
     assert kernels.main(["mask", "--out", str(file), *QUICK]) == 0
-    assert read_rows(file)[: len(rows)] == rows and {row["operator"] for row in read_rows(file)[len(rows) :]} == {"ceiling", "mask"}
+    assert read_rows(file)[: len(rows)] == rows and {row["operator"] for row in read_rows(file)[len(rows) :]} == {
+        "ceiling",
+        "mask",
+    }
 
 
 def test_without_a_file_the_rows_go_to_stdout(capsys):
@@ -130,7 +146,8 @@ def test_the_deadline_is_kept(monkeypatch, tmp_path, capsys):
     add_provider(monkeypatch, "mask", Provider("slow", slow))
     file, began = tmp_path / "rows.csv", time.perf_counter()
     assert (
-        kernels.main(["embed", "mask", "--modes", "forward", "--deadline", "1.5", "--out", str(file), *QUICK]) == kernels.INCOMPLETE
+        kernels.main(["embed", "mask", "--modes", "forward", "--deadline", "1.5", "--out", str(file), *QUICK])
+        == kernels.INCOMPLETE
     )
     assert time.perf_counter() - began < 6
     error = capsys.readouterr().err
@@ -165,8 +182,14 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         (["mask", "--seconds", "0"], "kernels: --seconds 0: must be above 0"),
         (["mask", "--out", str(taken / "rows.csv"), *QUICK], f"kernels: {taken}/rows.csv: cannot be written: "),
         (["mask", "--out", str(tmp_path), *QUICK], f"kernels: {tmp_path}: cannot be written: Is a directory"),
-        (["mask", "--out", str(tmp_path / "other.csv"), *QUICK], f"kernels: {tmp_path}/other.csv: holds something else"),
-        (["mask", "--out", str(tmp_path / "empty.csv"), *QUICK], f"kernels: {tmp_path}/empty.csv: holds something else"),
+        (
+            ["mask", "--out", str(tmp_path / "other.csv"), *QUICK],
+            f"kernels: {tmp_path}/other.csv: holds something else",
+        ),
+        (
+            ["mask", "--out", str(tmp_path / "empty.csv"), *QUICK],
+            f"kernels: {tmp_path}/empty.csv: holds something else",
+        ),
         (["mask", "--plot", str(taken), *QUICK], f"kernels: --plot {taken}: cannot be written: "),
     ]:
         assert kernels.main(argv) == 2, argv
@@ -220,4 +243,6 @@ def test_production_cases_are_well_formed(operator):
 
 def test_colours_differ():
     names = [f"provider {i}" for i in range(6)]
-    assert len(set(plots._colours([{"provider": name} for name in [*names, "triton", "torch", "compiled"]]).values())) == 9
+    assert (
+        len(set(plots._colours([{"provider": name} for name in [*names, "triton", "torch", "compiled"]]).values())) == 9
+    )

@@ -1,4 +1,6 @@
-"""The loader's benchmark on tiny sizes: it runs, its contestants do the same work, its verdicts follow from the rows."""
+"""The loader's benchmark on tiny sizes: it runs, its contestants do the same work, its verdicts follow from the
+rows.
+"""
 
 import csv
 import importlib.util
@@ -69,7 +71,10 @@ def test_all_read_the_same_samples(clips, codec):
 
 
 def test_the_official_way_makes_features_of_them(clips):
-    features, waveform = two_epochs(clips, "official way", "wav", "files"), two_epochs(clips, "this engine", "wav", "files")
+    features, waveform = (
+        two_epochs(clips, "official way", "wav", "files"),
+        two_epochs(clips, "this engine", "wav", "files"),
+    )
     expected = official_fbank(waveform, num_frames=FRAMES, mean=MEAN, std=STD, dtype=torch.float32)
     assert features.shape == (2 * CLIPS, FRAMES, 128)
     torch.testing.assert_close(features, expected, atol=2e-3, rtol=0)
@@ -78,7 +83,9 @@ def test_the_official_way_makes_features_of_them(clips):
 def test_peers_that_are_installed_take_part():
     """Else the comparison above would pass without them."""
     assert runs("soundfile, DataLoader") and runs("libsndfile alone") and runs("official way")
-    assert runs("webdataset, DataLoader") == all(importlib.util.find_spec(name) for name in ("webdataset", "braceexpand"))
+    assert runs("webdataset, DataLoader") == all(
+        importlib.util.find_spec(name) for name in ("webdataset", "braceexpand")
+    )
 
 
 def test_a_repeated_index_reads_the_clips_again(clips, tmp_path):
@@ -96,13 +103,15 @@ def test_given_recordings_are_cut(clips, tmp_path):
     assert first.shape[1] == 3200 and first.abs().max() > 0
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------------------------
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_the_whole_benchmark(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(command, "COLD_STARTS", 1)
-    options = f"--codecs wav --workers 1 --clips {CLIPS} --length {SECONDS} --batch {BATCH} --rounds 2 --seconds 0.05".split()
+    options = (
+        f"--codecs wav --workers 1 --clips {CLIPS} --length {SECONDS} --batch {BATCH} --rounds 2 --seconds 0.05".split()
+    )
     options += [
         "--batches",
         "40",
@@ -134,9 +143,18 @@ def test_the_whole_benchmark(tmp_path, monkeypatch, capfd):
 
 def test_who_fails_is_not_passed_over(clips):
     """Raised, not measured as nothing."""
-    job = {"folder": str(clips.folder / "nowhere"), "num_samples": 10, "codec": "wav", "batch": 2, "source": "files", "workers": 1}
+    job = {
+        "folder": str(clips.folder / "nowhere"),
+        "num_samples": 10,
+        "codec": "wav",
+        "batch": 2,
+        "source": "files",
+        "workers": 1,
+    }
     with pytest.raises(race.UserError, match="libsndfile alone, wav: ended with status 1"):
-        race.run_race([job | {"contestant": "libsndfile alone"}], sorted(os.sched_getaffinity(0))[:1], rounds=1, seconds=0.01)
+        race.run_race(
+            [job | {"contestant": "libsndfile alone"}], sorted(os.sched_getaffinity(0))[:1], rounds=1, seconds=0.01
+        )
 
 
 @pytest.mark.parametrize("options", [["--rounds", "0"], ["--seconds", "0"], ["--workers", "100000"]])
@@ -152,13 +170,28 @@ def test_the_verb(capsys):
     assert bench.main.__doc__.splitlines()[0]
 
 
-# ---- verdicts and tables --------------------------------------------------------------------------------------------------------------
+# ---- verdicts and tables ---------------------------------------------------------------------------------------------
 
 
 def row(metric, contestant, codec, source, value, workers=1, **more):
     cpu = more.pop("cpu", value)
-    made = {"metric": metric, "contestant": contestant, "codec": codec, "source": source, "workers": workers, "batch": 32}
-    made |= {"clip_s": 10.0, "clips": 400, "audio": "synthetic", "entries": "", "batches": "", "rounds": 5, "note": "soundfile 1"}
+    made = {
+        "metric": metric,
+        "contestant": contestant,
+        "codec": codec,
+        "source": source,
+        "workers": workers,
+        "batch": 32,
+    }
+    made |= {
+        "clip_s": 10.0,
+        "clips": 400,
+        "audio": "synthetic",
+        "entries": "",
+        "batches": "",
+        "rounds": 5,
+        "note": "soundfile 1",
+    }
     made |= {"p25": value * 0.9, "p50": value, "p75": value * 1.1, "cpu_p25": cpu, "cpu_p50": cpu, "cpu_p75": cpu}
     made |= {"run": "1", "date": "2026-01-02", "commit": "abc", "device": "CPU Y", "cores": 4, "torch": "2.13"}
     return made | more
@@ -181,7 +214,11 @@ def met(rows):
 def test_verdicts():
     assert met(rates(5000, 90, 100, 30)) == [True, True, True]
     assert met(rates(4999, 89.9, 100, 29.9)) == [False, False, True]
-    assert met(rates(9000, 200, 100, 67)) == [True, True, False]  # 2.99 times the better of the peers; libsndfile alone is none
+    assert met(rates(9000, 200, 100, 67)) == [
+        True,
+        True,
+        False,
+    ]  # 2.99 times the better of the peers; libsndfile alone is none
     assert met(rates(9000, 90, 100, 30, workers=2)) == [True]  # a core, and alone on the core, are of one core
     read_back = [{name: str(value) for name, value in each.items()} for each in rates(5000, 90, 100, 30)]
     assert aims.verdicts(read_back) == aims.verdicts(rates(5000, 90, 100, 30))
@@ -189,7 +226,9 @@ def test_verdicts():
 
 def test_verdicts_are_of_wall_time():
     (verdict,) = aims.verdicts([row("clips_per_s", "this engine", "wav", "shards", 4000, cpu=8000)])
-    assert not verdict.met and "4,000 clips/s (8,000 a CPU second)" in str(verdict) and str(verdict).startswith("MISSED")
+    assert (
+        not verdict.met and "4,000 clips/s (8,000 a CPU second)" in str(verdict) and str(verdict).startswith("MISSED")
+    )
 
 
 def test_who_was_left_out_is_not_the_best():

@@ -8,14 +8,23 @@ import torch.distributed as dist
 
 from ssast.benchmarks import kernels
 from ssast.benchmarks.rows import read_rows
-from ssast.benchmarks.throughput.measure import in_memory, memory_split, nothing_to_read, run_steps, trace_steps, undisturbed
+from ssast.benchmarks.throughput.measure import (
+    in_memory,
+    memory_split,
+    nothing_to_read,
+    run_steps,
+    trace_steps,
+    undisturbed,
+)
 from ssast.benchmarks.throughput.timeline import busy_seconds, read_trace, step_parts, top_kernels
 from ssast.engine.config import load_config
 from ssast.engine.distributed.ranks import Ranks
 from ssast.engine.model.ssast import build_model
 from ssast.engine.training.trainer import Clock, Trainer
 
-pytestmark = pytest.mark.skipif(os.environ.get("SSAST_TEST_DEVICE") != "cuda", reason="needs a GPU and SSAST_TEST_DEVICE=cuda")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("SSAST_TEST_DEVICE") != "cuda", reason="needs a GPU and SSAST_TEST_DEVICE=cuda"
+)
 
 
 def test_kernels_are_right_and_timed_in_graphs(tmp_path, capsys):
@@ -27,7 +36,10 @@ def test_kernels_are_right_and_timed_in_graphs(tmp_path, capsys):
     assert {row["operator"] for row in kernel_rows} == {"fbank", "mask", "embed", "loss", "attention"}
     for row in kernel_rows:
         assert (
-            row["kind"] == "cuda" and row["device"] == torch.cuda.get_device_name() and row["driver"] and float(row["peak_mib"]) > 0
+            row["kind"] == "cuda"
+            and row["device"] == torch.cuda.get_device_name()
+            and row["driver"]
+            and float(row["peak_mib"]) > 0
         )
         assert row["method"] == "graph" and "no CUDA graph" not in row["note"], row
     assert {row["method"] for row in rows if row["provider"] == "official loop"} == {"events"}
@@ -71,7 +83,9 @@ def test_a_trace_of_the_gpu_accounts_for_the_whole_step(trainer, tmp_path):
         assert parts.seconds[part] > 0, part
     idle = parts.seconds["data wait"] + parts.seconds["host gaps"]
     assert busy_seconds(trace) == pytest.approx(parts.step_seconds - idle, rel=0.02)
-    assert any(row.flop for row in top_kernels(trace, 50) if row.part == "backward"), "no product of the backward pass is known"
+    assert any(row.flop for row in top_kernels(trace, 50) if row.part == "backward"), (
+        "no product of the backward pass is known"
+    )
 
 
 def test_memory_on_the_gpu_adds_up_to_the_peak(trainer):

@@ -44,12 +44,16 @@ def small(tmp_path) -> Path:
 
 def ssast(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "ssast.engine.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
 
 
 @pytest.mark.slow
 def test_a_profile_of_two_ranks(small, corpus):
-    """Parts add up, rates follow from the steps, every rank leaves a trace, and the run folder stays free for the run."""
+    """Parts add up, rates follow from the steps, every rank leaves a trace, and the run folder stays free for the
+    run.
+    """
     given = [f"data.train={corpus}", f"data.cache_dir={small.parent / 'cache'}"]
     done = ssast("profile", str(small), *given, "--ranks", "2", "--steps", "6", "--warmup", "3")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -178,12 +182,16 @@ def test_step_rows(bench, tmp_path):
     rows = [bench.row(case) for case in cases]
     ours, official, refused = rows
     assert ours["optimizer"] == "torch" and ours["steps"] == official["steps"] == 2
-    assert float(ours["clips_per_s"]) * float(ours["tflop_per_clip"]) == pytest.approx(float(ours["tflop_per_s"]), rel=1e-3)
+    assert float(ours["clips_per_s"]) * float(ours["tflop_per_clip"]) == pytest.approx(
+        float(ours["tflop_per_s"]), rel=1e-3
+    )
     assert ours["mfu"] == "", "a CPU has no known peak"
     assert refused["clips_per_s"] == "" and "apex.optimizers.FusedAdam" in refused["note"]
     for row in rows:
         append_row(tmp_path / "rows.csv", row)
-    assert step_table(tmp_path / "rows.csv") == headline_table(tmp_path / "rows.csv") == "not measured yet", "no GPU, no table"
+    assert step_table(tmp_path / "rows.csv") == headline_table(tmp_path / "rows.csv") == "not measured yet", (
+        "no GPU, no table"
+    )
     on_gpu = [{**row, "kind": "cuda", "device": "NVIDIA X"} for row in read_rows(tmp_path / "rows.csv")]
     for row in on_gpu:
         append_row(tmp_path / "gpu.csv", row)
@@ -198,7 +206,9 @@ def test_the_step_benchmark_begins_with_what_says_most():
     assert [case.provider for case in found[:4]] == ["this engine", "this engine", "eager", "official way"]
     assert "step.compile=encoder" in found[0].settings and "deepspeed.zero_optimization.stage=3" in found[-1].settings
     assert all(
-        "step.engine=ddp" in case.settings for case in step.cases([4], "ddp", on_gpu=False) if case.provider == "this engine"
+        "step.engine=ddp" in case.settings
+        for case in step.cases([4], "ddp", on_gpu=False)
+        if case.provider == "this engine"
     )
 
 

@@ -14,7 +14,12 @@ from ssast.kernels import fbank
 
 CPU = torch.device("cpu")
 STATS = {"mean": -4.3, "std": 4.6}
-TINY = ["model.depth=1", "model.input_frames=64", "mask.num_masked=20", "objective.recon_weight=10"]  # 8 x 4 or 1 x 32 patches
+TINY = [
+    "model.depth=1",
+    "model.input_frames=64",
+    "mask.num_masked=20",
+    "objective.recon_weight=10",
+]  # 8 x 4 or 1 x 32 patches
 KINDS = {"patches": ["mask.cluster=[3,4]"], "frames": ["model.patch_shape=[128,2]", "mask.cluster=null"]}
 BF16 = "deepspeed.bf16={enabled: true}"
 
@@ -30,7 +35,9 @@ def patches() -> Config:
 
 
 def make_model(config: Config) -> SSAST:
-    """With no parameter at a value that hides it: biases are not zero, and predictions large enough for the softmax to matter."""
+    """With no parameter at a value that hides it: biases are not zero, and predictions large enough for the softmax to
+    matter.
+    """
     model, generator = build_model(config.architecture), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -58,8 +65,8 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-# What they differ in is the order of sums in float32, and in the filter banks the square root that the official way takes and undoes:
-# about 1e-6 of the loss, somewhat more of a gradient.
+# What they differ in is the order of sums in float32, and in the filter banks the square root that the official way
+# takes and undoes: about 1e-6 of the loss, somewhat more of a gradient.
 @pytest.mark.parametrize(
     ("kind", "options"),
     [(OfficialWay, {}), (Eager, {}), (Compiled, {"backend": "aot_eager"})],
@@ -74,7 +81,9 @@ def test_loss_and_gradients_are_the_engines(config, kind, options):
 
     passes_twice = kind is OfficialWay
     features = fbank(waveform, num_frames=config.model.input_frames, **STATS)
-    ours = model.pretrain(features, mask, recon_mask if passes_twice else None, recon_weight=config.objective.recon_weight)
+    ours = model.pretrain(
+        features, mask, recon_mask if passes_twice else None, recon_weight=config.objective.recon_weight
+    )
     ours.loss.backward()
     other = model.pretrain(features, mask, softmax_over="targets").nce
     assert abs(other - ours.nce) > 0.05  # the weights are such that the softmax's direction shows
@@ -86,7 +95,8 @@ def test_loss_and_gradients_are_the_engines(config, kind, options):
     theirs = dict(baseline.model.named_parameters())
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert theirs.keys() == expected.keys()
-    unmoved = "class_head.2.bias"  # a constant added to all predictions changes no softmax over them: rounding alone is left
+    # a constant added to all predictions changes no softmax over them: rounding alone is left
+    unmoved = "class_head.2.bias"
     assert theirs[unmoved].grad.norm() < 1e-4 * theirs["class_head.2.weight"].grad.norm()
     for name in expected.keys() - {unmoved}:
         assert relative(theirs[name].grad, expected[name]) < 1e-4, name
@@ -130,7 +140,9 @@ def test_bf16_is_near_fp32_and_is_not_fp32(patches):
     assert losses[0].dtype == torch.float32
     assert 1e-6 < abs(losses[0] / losses[1] - 1) < 1e-2  # bf16 keeps 2^-9 of each value; errors of many average out
     gradients = [torch.cat([p.grad.flatten() for p in baseline.model.parameters()]) for baseline in (low, full)]
-    assert relative(*gradients) < 0.1  # scores of tens, rounded to bf16, are off by 0.06: so are the shares of a softmax
+    assert (
+        relative(*gradients) < 0.1
+    )  # scores of tens, rounded to bf16, are off by 0.06: so are the shares of a softmax
 
 
 def test_compiled_is_one_graph_and_compiled_once(patches):
@@ -167,7 +179,11 @@ def test_the_first_step_is_the_engines(patches, kind, monkeypatch):
     """The same masks, the optimizer of the config: the same weights after it."""
     adam = load_config(
         "demo",
-        [*TINY, "deepspeed.optimizer={type: Adam, params: {lr: 1e-3, betas: [0.95, 0.999], eps: 1.0e-3, weight_decay: 0.1}}"],
+        [
+            *TINY,
+            "deepspeed.optimizer={type: Adam, params: {lr: 1e-3, betas: [0.95, 0.999], eps: 1.0e-3, weight_decay: "
+            "0.1}}",
+        ],
     )
     model, waveform, mask = make_model(adam), make_waveform(adam), make_mask(adam, 3)
     baseline = make(kind, adam, model)
@@ -202,7 +218,9 @@ def test_masks(config, kind):
 @pytest.mark.parametrize(("cluster", "low", "high"), [("null", 0.0, 0.13), ("[3]", 0.35, 1.0), ("[5]", 0.5, 1.0)])
 def test_masks_come_in_squares(kind, cluster, low, high):
     """On the paper's grid, with few masked: the share of masked patches whose neighbour above is masked, too."""
-    config = load_config("demo", ["model.input_frames=1024", "model.depth=1", "mask.num_masked=50", f"mask.cluster={cluster}"])
+    config = load_config(
+        "demo", ["model.input_frames=1024", "model.depth=1", "mask.num_masked=50", f"mask.cluster={cluster}"]
+    )
     masked = torch.zeros(100, 512).scatter_(1, make(kind, config).draw_mask(100), 1.0).view(100, 8, 64)
     both = masked[:, 1:] * masked[:, :-1]
     assert low <= (both.sum() / masked[:, 1:].sum()).item() <= high
@@ -212,7 +230,9 @@ def test_step_draws_a_mask_for_each_pass(patches, monkeypatch):
     for kind, passes in ((OfficialWay, 2), (Eager, 1)):
         baseline, drawn = make(kind, patches), []
         real = baseline.draw_mask
-        monkeypatch.setattr(baseline, "draw_mask", lambda batch, real=real, drawn=drawn: drawn.append(real(batch)) or drawn[-1])
+        monkeypatch.setattr(
+            baseline, "draw_mask", lambda batch, real=real, drawn=drawn: drawn.append(real(batch)) or drawn[-1]
+        )
         baseline.step(make_waveform(patches))
         assert len(drawn) == passes
     waveform, mask, other = make_waveform(patches), make_mask(patches, 3), make_mask(patches, 4)
@@ -241,7 +261,11 @@ def test_the_list(patches):
     [
         (Eager, ["objective.name=generative"], "objective.name: the baselines train with joint only, not generative"),
         (OfficialWay, ["objective.softmax_over=targets"], "objective.softmax_over"),
-        (OfficialWay, ["data.sample_rate=8000"], "'official way' knows 16000 Hz and 128 mel bins only, not 8000 and 128"),
+        (
+            OfficialWay,
+            ["data.sample_rate=8000"],
+            "'official way' knows 16000 Hz and 128 mel bins only, not 8000 and 128",
+        ),
         (OfficialWay, ["mask.num_masked=31"], "masks at most 30 patches, not 31"),
     ],
 )

@@ -15,7 +15,10 @@ from ssast.engine.finetune.config import FinetuneConfig
 def audio(tmp_path):
     (tmp_path / "audio" / "manifests").mkdir(parents=True)
     for name in study.UNLABELED:
-        rows = [(f"{name}/{number}.wav", "a", "who", split) for number, split in enumerate(("train", "valid", "pretrain", "test"))]
+        rows = [
+            (f"{name}/{number}.wav", "a", "who", split)
+            for number, split in enumerate(("train", "valid", "pretrain", "test"))
+        ]
         if name in ("speech", "music_misc"):
             rows = rows[2:3]
         with open(tmp_path / "audio" / "manifests" / f"{name}.csv", "w", newline="") as stream:
@@ -54,7 +57,12 @@ def test_rows_hold_the_mean_over_seeds_and_the_gain_over_scratch(tmp_path):
             result |= {"clips": {"train": 50, "test": 10}, "classes": [{}, {}], "steps": 5}
             (folder / "results.json").write_text(json.dumps(result))
     scratch, pretrained = study.measured(study.TASKS[0], "few", tmp_path)
-    assert (scratch["arm"], scratch["mean"], scratch["deviation"], scratch["relative_gain"]) == ("scratch", 0.3, 0.1, "")
+    assert (scratch["arm"], scratch["mean"], scratch["deviation"], scratch["relative_gain"]) == (
+        "scratch",
+        0.3,
+        0.1,
+        "",
+    )
     assert (pretrained["mean"], pretrained["relative_gain"], pretrained["runs"]) == (0.5, round(2 / 3, 4), 3)
 
 
@@ -64,4 +72,6 @@ def test_the_configs_are_valid_at_every_scale(scale):
     load_config(study.CONFIGS / "pretrain.yaml", for_pretraining)
     for task in study.TASKS:
         config = load_config(study.CONFIGS / f"{task.name}.yaml", for_tasks, FinetuneConfig)
-        assert config.task.select == "last" and config.data.valid_fraction == 0, "nothing may be picked on the test clips"
+        assert config.task.select == "last" and config.data.valid_fraction == 0, (
+            "nothing may be picked on the test clips"
+        )

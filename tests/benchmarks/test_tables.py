@@ -32,8 +32,21 @@ def test_environment_is_said():
 
 def kernel_row(operator, provider, micros, **more):
     row = {"operator": operator, "provider": provider, "mode": "forward", "shape": "B=2", "dtype": "bfloat16"}
-    row |= {"p20_ms": micros * 0.9e-3, "p50_ms": micros * 1e-3, "p80_ms": micros * 1.1e-3, "gb_per_s": "", "tflop_per_s": ""}
-    row |= {"copy_share": 0.25, "matmul_share": "", "kind": "cuda", "power_limit_w": "700", "driver": "580.1", "device": "GPU X"}
+    row |= {
+        "p20_ms": micros * 0.9e-3,
+        "p50_ms": micros * 1e-3,
+        "p80_ms": micros * 1.1e-3,
+        "gb_per_s": "",
+        "tflop_per_s": "",
+    }
+    row |= {
+        "copy_share": 0.25,
+        "matmul_share": "",
+        "kind": "cuda",
+        "power_limit_w": "700",
+        "driver": "580.1",
+        "device": "GPU X",
+    }
     return row | {"torch": "2.11", "triton": "3.6", "commit": "abc", "date": "2026-01-02"} | more
 
 
@@ -49,7 +62,10 @@ def results(tmp_path, monkeypatch):
 
 
 def test_kernels_table_is_of_gpus_only(results):
-    assert tables.render("<!-- table: kernels -->\n?\n<!-- end -->") == "<!-- table: kernels -->\nnot measured yet\n<!-- end -->"
+    assert (
+        tables.render("<!-- table: kernels -->\n?\n<!-- end -->")
+        == "<!-- table: kernels -->\nnot measured yet\n<!-- end -->"
+    )
     results("kernels.csv", kernel_row("mask", "torch", 100.0, kind="cpu"))
     assert tables.kernels_table() == "not measured yet"
 
@@ -88,8 +104,26 @@ def test_compile_table(results):
             "hgmma": 0,
             "utchmma": 0,
         },
-        {"variant": "A=1", **common, "target": "sm_90", "registers": 96, "shared_bytes": 2048, "hmma": 0, "hgmma": 2, "utchmma": 0},
-        {"variant": "A=2", **common, "target": "sm_90", "registers": 90, "shared_bytes": 0, "hmma": 0, "hgmma": 0, "utchmma": 0},
+        {
+            "variant": "A=1",
+            **common,
+            "target": "sm_90",
+            "registers": 96,
+            "shared_bytes": 2048,
+            "hmma": 0,
+            "hgmma": 2,
+            "utchmma": 0,
+        },
+        {
+            "variant": "A=2",
+            **common,
+            "target": "sm_90",
+            "registers": 90,
+            "shared_bytes": 0,
+            "hmma": 0,
+            "hgmma": 0,
+            "utchmma": 0,
+        },
     )
     assert tables.compile_table().splitlines() == [
         "| operator | kernel | first launched at | sm_80 | sm_90 |",
@@ -97,7 +131,8 @@ def test_compile_table(results):
         "| loss | _k A=1 | B=16 | 128 regs, 2 KiB, 8 HMMA | 96 regs, 2 KiB, 2 HGMMA |",
         "| loss | _k A=2 | B=16 |  | 90 regs, 0 KiB |",
         "",
-        "Registers a thread, shared memory of a block, matrix instructions. 3 kernels, none of them spilling registers; triton 3.7.",
+        "Registers a thread, shared memory of a block, matrix instructions. 3 kernels, none of them spilling "
+        "registers; triton 3.7.",
     ]
 
 

@@ -32,7 +32,11 @@ KERNEL = "void flash<Traits<64, 128>, a & b | c>::bwd(Params const*)"
 
 
 def parts_of(step_seconds):
-    return {"steps": 4, "step_seconds": step_seconds, "seconds": {name: share * step_seconds for name, share in SHARES.items()}}
+    return {
+        "steps": 4,
+        "step_seconds": step_seconds,
+        "seconds": {name: share * step_seconds for name, share in SHARES.items()},
+    }
 
 
 def cpu_profile():
@@ -44,7 +48,13 @@ def cpu_profile():
         "format": 1,
         "written": "2026-11-22 20:00 UTC",
         "command": "ssast profile demo",
-        "environment": {"command": "ssast profile demo", "devices": ["cpu"], "torch": "2.13.0", "git_commit": "abc", "gpu": None},
+        "environment": {
+            "command": "ssast profile demo",
+            "devices": ["cpu"],
+            "torch": "2.13.0",
+            "git_commit": "abc",
+            "gpu": None,
+        },
         "config": {"run": {"name": "demo"}, "model": {"size": "tiny"}, "step": {"compile": "auto"}},
         "setup": {
             "device": "cpu",
@@ -67,7 +77,11 @@ def cpu_profile():
             "activation_checkpointing": "none",
             "fp8_mlp": False,
         },
-        "flops": {"formula": "forward per clip = 2 P K D + ...", "forward_per_clip": 100_000_000, "train_per_clip": 300_000_000},
+        "flops": {
+            "formula": "forward per clip = 2 P K D + ...",
+            "forward_per_clip": 100_000_000,
+            "train_per_clip": 300_000_000,
+        },
         "peak": None,
         "ceiling_rates": {"matmul_tflops": 0.11, "copy_gb_per_s": 11.0, "dtype": "float32"},
         "steps": {"warmup": 3, "seconds": seconds, "data_wait_seconds": [0.002] * 12},
@@ -139,11 +153,24 @@ def gpu_profile():
         *[(f"triton_red_fused_native_layer_norm_{i}", 0.004 / (i + 1), 0.003 / (i + 1), "backward") for i in range(20)],
     ]
     profile["kernels"] = [
-        {"name": name, "calls": 12 * (i + 1), "seconds": spent, "share": spent / 0.2, "floor_seconds": floor, "part": part}
+        {
+            "name": name,
+            "calls": 12 * (i + 1),
+            "seconds": spent,
+            "share": spent / 0.2,
+            "floor_seconds": floor,
+            "part": part,
+        }
         for i, (name, spent, floor, part) in enumerate(names)
     ]
     gib = 2**30
-    memory = {"parameters": gib, "gradients": gib // 2, "optimizer state": gib, "activations": 77 * gib, "other": gib // 2}
+    memory = {
+        "parameters": gib,
+        "gradients": gib // 2,
+        "optimizer state": gib,
+        "activations": 77 * gib,
+        "other": gib // 2,
+    }
     profile["memory"] = {**memory, "peak": 80 * gib, "source": "torch.cuda memory snapshot"}
     profile["ceilings"] = {"model only": {"clips_per_s": 4300.0}, "loader only": {"clips_per_s": 31000.0}}
     profile["scaling"] = [{"ranks": 2, "clips_per_s": 4000.0}, {"ranks": 1, "clips_per_s": 2100.0}]
@@ -163,7 +190,14 @@ def gpu_profile():
     ]
     what = "the public training code's step & its loops, fp32 <autocast>"
     profile["baselines"] = [
-        {"name": "official way", "what": what, "clips_per_s": 156.0, "ratio": 13.1, "clips": 48, "peak_bytes": 60 * gib},
+        {
+            "name": "official way",
+            "what": what,
+            "clips_per_s": 156.0,
+            "ratio": 13.1,
+            "clips": 48,
+            "peak_bytes": 60 * gib,
+        },
         {
             "name": "torch.compile",
             "what": "plain bf16, compiled",
@@ -220,7 +254,11 @@ def test_figures_of_two_gpus():
     assert summary["mfu"]["value"] == pytest.approx(605.184 / 989.4)
     assert summary["mfu"]["formula"] == "0.2955 TFLOP/clip x 4,096 clips/s / (2 x 989.4 TFLOP/s)"
     assert summary["data_stall"] == pytest.approx(0.01)  # 2.5 of 250 ms
-    assert summary["closest_ceiling"] == {"name": "model only", "clips_per_s": 4300.0, "reached": pytest.approx(4096 / 4300)}
+    assert summary["closest_ceiling"] == {
+        "name": "model only",
+        "clips_per_s": 4300.0,
+        "reached": pytest.approx(4096 / 4300),
+    }
     assert [row["efficiency"] for row in summary["scaling"]] == pytest.approx([1, 4000 / 4200])
     assert summary["device_state"]["clock_mhz"] == pytest.approx({"lowest": 1742, "median": 1861, "highest": 1980})
     assert summary["parts"]["traced_over_timed"] == pytest.approx(0.26 / 0.25)
@@ -247,7 +285,9 @@ def test_no_peak_means_no_mfu():
 
 def test_parts_add_up_or_it_is_said(tmp_path, without_pixels):
     parts = summarise(gpu_profile())["parts"]
-    assert sum(part["share"] for part in parts["parts"]) == pytest.approx(1) and parts["unexplained"] == pytest.approx(0, abs=1e-9)
+    assert sum(part["share"] for part in parts["parts"]) == pytest.approx(1) and parts["unexplained"] == pytest.approx(
+        0, abs=1e-9
+    )
     assert [part["name"] for part in parts["parts"]] == list(SHARES)
     profile = cpu_profile()
     del profile["parts"]["seconds"]["backward"]
@@ -258,7 +298,8 @@ def test_parts_add_up_or_it_is_said(tmp_path, without_pixels):
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"), [(4096.4, "4,096"), (605.18, "605"), (45.26, "45.3"), (0.01234, "0.0123"), (0, "0"), (-9.996, "-10.0")]
+    ("value", "shown"),
+    [(4096.4, "4,096"), (605.18, "605"), (45.26, "45.3"), (0.01234, "0.0123"), (0, "0"), (-9.996, "-10.0")],
 )
 def test_significant_digits(value, shown):
     assert significant(value) == shown
@@ -275,7 +316,8 @@ def test_page_says_the_figures(gpu):
     assert "backward 146 ms 56.0%" in text and "Closest ceiling: model only; this run reaches 95.3% of it" in text
     assert f"{KERNEL} backward 24 30.0 ms 11.5% 1.43" in text
     assert (
-        "official way: the public training code's step & its loops, fp32 <autocast>; 48 clips a step, 60.0 GiB at the peak" in text
+        "official way: the public training code's step & its loops, fp32 <autocast>; 48 clips a step, 60.0 GiB at the "
+        "peak" in text
     )
     assert "ceiling: loader only 15,500 13.2%" in text and "variant: DDP 2,075 0.980 x" in text
     assert "baseline: official way 156 13.1 x" in text and "measured on one GPU, in turns" in text
@@ -297,7 +339,9 @@ def test_page_is_self_contained(gpu):
     pictures = ("comparison", "device", "kernels", "memory", "scaling", "step", "step-times")
     assert len(sources) == 2 * len(pictures) and all(source.startswith("data:image/png;base64,") for source in sources)
     assert not re.search(r"(src|srcset|href)=[\"'](?!data:)|url\(|@import|<script|<link(?! rel=\"icon\")", markup)
-    assert "prefers-color-scheme: dark" in markup and "--card:" in markup  # the style sheet of a run's report came along
+    assert (
+        "prefers-color-scheme: dark" in markup and "--card:" in markup
+    )  # the style sheet of a run's report came along
     assert {path.name for path in (gpu.parent / "pictures").iterdir()} == {f"report-{name}.png" for name in pictures}
     for name in pictures:
         picture = imread(gpu.parent / "pictures" / f"report-{name}.png")
@@ -330,7 +374,10 @@ def test_fp8_is_held_against_bf16_and_says_so(tmp_path, without_pixels):
     profile = gpu_profile()
     profile["setup"]["fp8_mlp"] = True
     path = write_throughput_report(save(tmp_path, profile))
-    assert "MFU (bf16-equivalent) 61.2%" in text_of(path) and "MFU (bf16-equivalent)" in path.with_suffix(".md").read_text()
+    assert (
+        "MFU (bf16-equivalent) 61.2%" in text_of(path)
+        and "MFU (bf16-equivalent)" in path.with_suffix(".md").read_text()
+    )
 
 
 def test_a_run_above_its_ceiling_is_no_secret(tmp_path, without_pixels):
@@ -338,7 +385,9 @@ def test_a_run_above_its_ceiling_is_no_secret(tmp_path, without_pixels):
     profile["ceilings"]["model only"]["clips_per_s"] = 40.0
     text = text_of(write_throughput_report(save(tmp_path, profile)))
     assert re.search(
-        r"Closest ceiling: model only; this run reaches 199\.\d% of it\..*More than 100%: the machine was not equally fast", text
+        r"Closest ceiling: model only; this run reaches 199\.\d% of it\..*More than 100%: the machine was not equally "
+        r"fast",
+        text,
     )
 
 
@@ -408,14 +457,19 @@ def test_comparison(tmp_path):
     other["config"]["step"]["compile"] = "encoder"
     path = write_comparison(save(tmp_path / "a", gpu_profile()), save(tmp_path / "b", other), tmp_path / "out" / "new")
     figures = json.loads(path.with_suffix(".json").read_text())
-    assert figures["verdict"]["decided"] == "faster" and figures["verdict"]["low"] < 1 / 0.9 - 1 < figures["verdict"]["high"]
+    assert (
+        figures["verdict"]["decided"] == "faster"
+        and figures["verdict"]["low"] < 1 / 0.9 - 1 < figures["verdict"]["high"]
+    )
     rows = {row["figure"]: row for row in figures["figures"]}
     assert rows["clips/s"]["ratio"] == pytest.approx(1 / 0.9) and rows["median step, ms"]["ratio"] == pytest.approx(0.9)
     assert figures["differences"] == [["config.step.compile", "auto", "encoder"]]
     copied = next(row for row in figures["parts_us_per_clip"] if row["part"] == "copy")
     assert copied["b"] - copied["a"] == pytest.approx(1e4 / 1024)
     text = text_of(path)
-    assert "B is 11.1% faster" in text and "not measured in turns" in text and "config.step.compile auto encoder" in text
+    assert (
+        "B is 11.1% faster" in text and "not measured in turns" in text and "config.step.compile auto encoder" in text
+    )
     assert (path.parent / "pictures" / "compare-step.png").stat().st_size > 2000 and path.with_suffix(".md").is_file()
 
 
@@ -437,7 +491,9 @@ def turns(rng, count, ratio=1.0, spread=0.01):
 
 
 def test_t_quantiles_are_those_of_the_tables():
-    assert [t_quantile(freedom) for freedom in (1, 2, 4, 9, 30)] == pytest.approx([12.706, 4.303, 2.776, 2.262, 2.042], abs=6e-4)
+    assert [t_quantile(freedom) for freedom in (1, 2, 4, 9, 30)] == pytest.approx(
+        [12.706, 4.303, 2.776, 2.262, 2.042], abs=6e-4
+    )
 
 
 def test_equal_sides_are_called_different_as_seldom_as_promised():
@@ -445,7 +501,9 @@ def test_equal_sides_are_called_different_as_seldom_as_promised():
     verdicts = [compare_turns(*turns(rng, 5)) for _ in range(400)]
     wrong = sum(verdict.decided != "no difference" for verdict in verdicts)
     assert 4 <= wrong <= 36  # 20 expected at 95%
-    assert next(v for v in verdicts if v.decided == "no difference").text.startswith("no difference beyond the noise: B is ")
+    assert next(v for v in verdicts if v.decided == "no difference").text.startswith(
+        "no difference beyond the noise: B is "
+    )
 
 
 def test_a_real_difference_is_found_and_covered():

@@ -21,7 +21,8 @@ from ssast.engine.spans import span
 MAIN, AUTOGRAD, LOADER, GLOO = 100, 101, 102, 103  # threads
 GEMM = "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_bf16_128x128_32x5_nn_align8>(cutlass::Params)"
 ADAM = (
-    "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<TensorListMetadata<4>, FusedAdamMathFunctor<float, 4> >(int)"
+    "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<TensorListMetadata<4>, "
+    "FusedAdamMathFunctor<float, 4> >(int)"
 )
 BF16 = "c10::BFloat16"
 
@@ -34,7 +35,16 @@ class Written:
 
     def add(self, cat, name, start, end, thread=MAIN, **args):
         self.events.append(
-            {"ph": "X", "cat": cat, "name": name, "pid": 1, "tid": thread, "ts": start, "dur": end - start, "args": args}
+            {
+                "ph": "X",
+                "cat": cat,
+                "name": name,
+                "pid": 1,
+                "tid": thread,
+                "ts": start,
+                "dur": end - start,
+                "args": args,
+            }
         )
 
     def span(self, part, start, end):
@@ -56,8 +66,10 @@ class Written:
 
 
 def gpu_step(written, begin, wait):
-    """On the device from `begin` on: the loader's copy 3-6, zeros 7-8, the loader's cast 14-16. From `at` on: copy 10-40, fill 44-46,
-    gemm 50-150, loss 150-170, mm 180-380, NCCL 300-430, adam 420-500, add 500-505; the loader's copy 100-120 hides."""
+    """On the device from `begin` on: the loader's copy 3-6, zeros 7-8, the loader's cast 14-16. From `at` on: copy
+    10-40, fill 44-46, gemm 50-150, loss 150-170, mm 180-380, NCCL 300-430, adam 420-500, add 500-505; the loader's copy
+    100-120 hides.
+    """
     at = begin + 10 + wait
     written.span("step", begin, at + 400)
     written.launch("Memcpy HtoD (Pinned -> Device)", begin + 2, begin + 3, begin + 6, LOADER, "gpu_memcpy", 13)
@@ -79,7 +91,9 @@ def gpu_step(written, begin, wait):
     written.launch("Memcpy HtoD (Pinned -> Device)", at + 85, at + 100, at + 120, LOADER, "gpu_memcpy", 13)
     written.operator("aten::mm", at + 90, at + 100, AUTOGRAD, dims=[[64, 32], [32, 16]], types=["float", "float"])
     written.launch("sgemm_kernel", at + 95, at + 180, at + 380, AUTOGRAD)
-    written.launch("ncclDevKernel_AllReduce_Sum_f32_RING_LL(Args<4096ul>)", at + 110, at + 300, at + 430, AUTOGRAD, stream=20)
+    written.launch(
+        "ncclDevKernel_AllReduce_Sum_f32_RING_LL(Args<4096ul>)", at + 110, at + 300, at + 430, AUTOGRAD, stream=20
+    )
     written.span("optimizer", at + 300, at + 350)
     written.launch(ADAM, at + 310, at + 420, at + 500)
     written.launch("add_kernel", at + 360, at + 500, at + 505)  # outside any range
@@ -96,9 +110,9 @@ def gpu_trace(tmp_path):
 
 def test_parts_of_a_gpu_step(gpu_trace):
     parts = step_parts(gpu_trace)
-    # The steps last from 7 to 1107 and to 2007; the third only marks the second's end. The device is idle (from the step's begin) at 8-14
-    # and 16-120, of which 10-110 waits for data, or 8-14 and 16-320, of which 10-310 does; in both at 40-44, 46-50 and 170-180 of `at`; and
-    # at 615-1103 and 1106-1107, or 1915-2003 and 2006-2007.
+    # The steps last from 7 to 1107 and to 2007; the third only marks the second's end. The device is idle (from the
+    # step's begin) at 8-14 and 16-120, of which 10-110 waits for data, or 8-14 and 16-320, of which 10-310 does; in
+    # both at 40-44, 46-50 and 170-180 of `at`; and at 615-1103 and 1106-1107, or 1915-2003 and 2006-2007.
     expected = dict.fromkeys(PARTS, 0.0) | {
         "data wait": ((4 + 94) + (4 + 294)) / 2,
         "copy": 3 + 1 + 2 + 30,
@@ -253,7 +267,14 @@ def test_work_of_a_recorded_cpu_step(cpu_trace):
     ("name", "dims", "types", "flop", "moved", "eight_bit"),
     [
         ("aten::bmm", [[2, 3, 5], [2, 5, 4]], [BF16, BF16], 2 * 2 * 3 * 5 * 4, 2 * 2 * (15 + 20 + 12), False),
-        ("aten::baddbmm", [[2, 3, 4], [2, 3, 5], [2, 5, 4]], ["float"] * 3, 2 * 2 * 3 * 5 * 4, 4 * 2 * (15 + 20 + 12 + 12), False),
+        (
+            "aten::baddbmm",
+            [[2, 3, 4], [2, 3, 5], [2, 5, 4]],
+            ["float"] * 3,
+            2 * 2 * 3 * 5 * 4,
+            4 * 2 * (15 + 20 + 12 + 12),
+            False,
+        ),
         (
             "aten::_scaled_mm",
             [[32, 16], [16, 64]],
@@ -262,9 +283,23 @@ def test_work_of_a_recorded_cpu_step(cpu_trace):
             32 * 16 + 16 * 64 + 2 * 32 * 64,
             True,
         ),
-        ("ssast::attention_forward", [[2, 3, 5, 8]] * 3, [BF16] * 3, 2 * 2 * 2 * 3 * 25 * 8, 4 * 2 * 2 * 3 * 5 * 8, False),
+        (
+            "ssast::attention_forward",
+            [[2, 3, 5, 8]] * 3,
+            [BF16] * 3,
+            2 * 2 * 2 * 3 * 25 * 8,
+            4 * 2 * 2 * 3 * 5 * 8,
+            False,
+        ),
         ("aten::_scaled_dot_product_cudnn_attention_backward", [[2, 3, 5, 8]] * 4, [BF16] * 4, 9600, 7 * 480, False),
-        ("aten::_scaled_dot_product_attention_math", [[2, 3, 5, 8]] * 3, [BF16] * 3, None, None, False),  # calls products
+        (
+            "aten::_scaled_dot_product_attention_math",
+            [[2, 3, 5, 8]] * 3,
+            [BF16] * 3,
+            None,
+            None,
+            False,
+        ),  # calls products
         ("aten::mm", [], [], None, None, False),  # recorded without shapes
     ],
 )
@@ -281,7 +316,9 @@ def test_what_operators_need(tmp_path, name, dims, types, flop, moved, eight_bit
 def test_traces_that_say_nothing_of_steps(tmp_path):
     written = Written()
     written.operator("aten::mm", 0, 10)
-    with pytest.raises(ValueError, match=r"t\.json: no range 'ssast::step' in this trace\. Record whole training steps"):
+    with pytest.raises(
+        ValueError, match=r"t\.json: no range 'ssast::step' in this trace\. Record whole training steps"
+    ):
         read_trace(written.write(tmp_path / "t.json"))
     written.span("step", 0, 100)
     with pytest.raises(ValueError, match="without the ranges of their parts"):
@@ -305,7 +342,8 @@ def test_traces_that_say_nothing_of_steps(tmp_path):
             "vectorized_elementwise_kernel<MulFunctor>",
         ),
         (
-            "void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl_nocast<at::native::direct_copy_kernel_cuda("
+            "void at::native::elementwise_kernel<128, 4, "
+            "at::native::gpu_kernel_impl_nocast<at::native::direct_copy_kernel_cuda("
             "at::TensorIteratorBase&)::{lambda()#3}::operator()() const> >(int)",
             "elementwise_kernel<direct_copy_kernel_cuda>",
         ),
@@ -313,7 +351,10 @@ def test_traces_that_say_nothing_of_steps(tmp_path):
             "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::MeanOps<float> > >(R)",
             "reduce_kernel<MeanOps>",
         ),
-        ("void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float, float>(int)", "vectorized_layer_norm_kernel"),
+        (
+            "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float, float>(int)",
+            "vectorized_layer_norm_kernel",
+        ),
         ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128> >(P)", "flash_fwd_kernel"),
         ("Memcpy HtoD (Pinned -> Device)", "Memcpy HtoD (Pinned -> Device)"),
         ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT", "nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT"),

@@ -105,7 +105,8 @@ class Device:
         monkeypatch.setattr(torch.Tensor, "sum", lambda tensor: device.work(1e-5))
         monkeypatch.setattr(timing, "WARM_UP", 0.0)
         return lambda jobs, seconds=1e-9: {
-            sampler.job.name: (sampler.method, pytest.approx(sampler.sample())) for sampler in timing._cuda_samplers(jobs, CPU)
+            sampler.job.name: (sampler.method, pytest.approx(sampler.sample()))
+            for sampler in timing._cuda_samplers(jobs, CPU)
         }
 
 
@@ -124,5 +125,8 @@ def test_what_cannot_be_captured_is_timed_by_events_and_says_so(monkeypatch):
     device.install(monkeypatch)
     device.refuses = True
     sampler = timing._cuda_samplers([Job("quick", 2, run=lambda i, _: device.work(2e-5))], CPU)[0]
-    assert sampler.method == "events" and sampler.remark == "no CUDA graph: operation not permitted when stream is capturing"
+    assert (
+        sampler.method == "events"
+        and sampler.remark == "no CUDA graph: operation not permitted when stream is capturing"
+    )
     assert sampler.sample() == pytest.approx(2e-5)

@@ -33,8 +33,13 @@ def test_doctor_judges_by_features(capsys, tmp_path, monkeypatch):
 
 
 def test_loading_a_model_needs_neither_deepspeed_nor_dali():
-    code = "import sys, ssast.engine, ssast.kernels; print([m for m in ('deepspeed', 'nvidia.dali', 'matplotlib') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        "import sys, ssast.engine, ssast.kernels; print([m for m in ('deepspeed', 'nvidia.dali', 'matplotlib') if "
+        "m in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 def test_rooms_know_only_the_rooms_below():
@@ -50,14 +55,19 @@ def test_rooms_know_only_the_rooms_below():
 
 def test_short_names_are_not_importable_elsewhere(tmp_path):
     """Another well-known package is called `kernels`."""
-    code = "import importlib.util as u; print([n for n in ('engine', 'kernels', 'benchmarks', 'configs') if u.find_spec(n)])"
+    code = (
+        "import importlib.util as u; print([n for n in ('engine', 'kernels', 'benchmarks', 'configs') if "
+        "u.find_spec(n)])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.strip() == "[]"
 
 
 def test_a_reader_who_leaves_is_no_error():
     """As in `ssast --help | head -1`."""
-    process = subprocess.Popen([sys.executable, "-m", "ssast.engine.cli", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ssast.engine.cli", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     process.stdout.close()
     _, error = process.communicate(timeout=120)
     assert process.returncode == 141 and error == b""

@@ -112,7 +112,9 @@ def test_numbers_may_be_written_without_a_dot(tmp_path):
 
 
 def test_extends_merges_section_by_section(tmp_path):
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"extends": "demo", "run": {"name": "mine"}, "train": {"steps": 1234}}))
+    (tmp_path / "mine.yaml").write_text(
+        yaml.safe_dump({"extends": "demo", "run": {"name": "mine"}, "train": {"steps": 1234}})
+    )
     mine, demo = load_config(tmp_path / "mine.yaml"), load_config("demo")
     assert [key for key, _, _ in differences(demo.model_dump(mode="json"), mine.model_dump(mode="json"))] == [
         "run.name",
@@ -121,10 +123,17 @@ def test_extends_merges_section_by_section(tmp_path):
 
 
 def test_flops_by_hand():
-    """Base, 400 masked, product by product; the published 97.3 GFLOP of a ViT-B at 514 tokens are projection and blocks."""
+    """Base, 400 masked, product by product; the published 97.3 GFLOP of a ViT-B at 514 tokens are projection and
+    blocks.
+    """
     flops = flops_per_clip(load_config("ssast-base-patch-400").architecture, 400)
     tokens, width = 514, 768
-    qkv, scores, values, proj = tokens * width * 3 * width, tokens * tokens * width, tokens * tokens * width, tokens * width * width
+    qkv, scores, values, proj = (
+        tokens * width * 3 * width,
+        tokens * tokens * width,
+        tokens * tokens * width,
+        tokens * width * width,
+    )
     mlp = 2 * tokens * width * 4 * width
     assert flops.blocks == 2 * 12 * (qkv + scores + values + proj + mlp)
     assert flops.projection == 2 * 512 * 256 * width

@@ -61,7 +61,10 @@ def losses(run_dir: Path) -> list[tuple]:
         (["data.train=ONE"], ["one clip alone"]),
         ([], ["data.train is not set"]),
         (["data.train=MIXED", "data.strict=true"], ["strict", "bad.wav"]),
-        (["data.train=MIXED", "deepspeed.train_batch_size=7", "deepspeed.train_micro_batch_size_per_gpu=4"], ["do not fit"]),
+        (
+            ["data.train=MIXED", "deepspeed.train_batch_size=7", "deepspeed.train_micro_batch_size_per_gpu=4"],
+            ["do not fit"],
+        ),
         (["mask.num_masked=32"], ["mask.num_masked", "32 of 32"]),
         (["data.train=MIXED", "model.init_from=FRAME"], ["patch_shape"]),
         (["data.train=MIXED", "model.init_from=NOWHERE"], ["NOWHERE", "no such file"]),
@@ -101,7 +104,9 @@ def test_a_run_folder_is_not_overwritten_by_another_config(small, corpus):
     folder = small.parent / "runs" / "small"
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     refused(
-        run(small, f"data.train={corpus}", "train.steps=4", "mask.num_masked=10"), "mask.num_masked was 20, is now 10", "run.name"
+        run(small, f"data.train={corpus}", "train.steps=4", "mask.num_masked=10"),
+        "mask.num_masked was 20, is now 10",
+        "run.name",
     )
     again = run(small, f"data.train={corpus}", "train.steps=4")
     assert again.returncode == 0 and "already finished" in again.stdout
@@ -112,16 +117,24 @@ def test_a_run_folder_is_not_overwritten_by_another_config(small, corpus):
 
 @pytest.mark.slow
 def test_kill_9_in_the_middle_changes_nothing(small, corpus):
-    """Two ranks that read shards, through the launcher, all killed twice at a moment of no one's choosing; the log is that of an
-    undisturbed run."""
+    """Two ranks that read shards, through the launcher, all killed twice at a moment of no one's choosing; the log is
+    that of an undisturbed run.
+    """
     shards = small.parent / "shards"
     assert subprocess.run([*SSAST, "prepare", str(corpus), "--out", str(shards)], capture_output=True).returncode == 0
-    settings = [f"data.train={shards}", "train.steps=40", "train.checkpoint_every=3", "deepspeed.zero_optimization.stage=1"]
+    settings = [
+        f"data.train={shards}",
+        "train.steps=40",
+        "train.checkpoint_every=3",
+        "deepspeed.zero_optimization.stage=1",
+    ]
     assert run(small, *settings, "run.name=whole", "--ranks", "2").returncode == 0
     folder = small.parent / "runs" / "killed"
     for at_step in (5, 20):
         process = subprocess.Popen(
-            command(small, *settings, "run.name=killed", "--ranks", "2"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command(small, *settings, "run.name=killed", "--ranks", "2"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         _wait_until(lambda at_step=at_step: any(row["step"] >= at_step for row in read_rows(folder / "metrics.jsonl")))
         _kill_tree(process.pid)
@@ -153,7 +166,9 @@ def test_sigterm_saves_and_leaves(small, corpus, to):
         line = [*launcher, "ssast.engine.pretrain", str(small), f"data.cache_dir={small.parent / 'cache'}", *settings]
     else:
         line = command(small, *settings, "--ranks", "2")
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     _wait_until(lambda: any(row["step"] >= 3 for row in read_rows(folder / "metrics.jsonl")))
     if to == "a rank":
         import psutil
@@ -186,7 +201,9 @@ def test_ctrl_c_before_the_first_step_leaves_nothing_running(small, tmp_path):
     for number in range(40):
         soundfile.write(tmp_path / "many" / f"{number}.wav", 0.1 * rng.standard_normal(16000 * 60), 44100)
     line = command(small, f"data.train={tmp_path / 'many'}", "train.steps=100000", "--ranks", "2")
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     _wait_until(lambda: any("ssast.engine.pretrain" in p.cmdline()[:5] for p in _descendants(process.pid)))
     ranks = _descendants(process.pid)
     process.send_signal(signal.SIGINT)
@@ -215,7 +232,9 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_whole(small, corpus):
     """Files may not grow past 2 MB: the first checkpoint cannot be written."""
     line = " ".join(f"'{part}'" for part in command(small, f"data.train={corpus}"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(["bash", "-c", f"ulimit -f 2000; {line}"], capture_output=True, text=True, timeout=240, env=environment)
+    result = subprocess.run(
+        ["bash", "-c", f"ulimit -f 2000; {line}"], capture_output=True, text=True, timeout=240, env=environment
+    )
     refused(result, "could not be written")
     assert not list((small.parent / "runs" / "small" / "checkpoints").glob("step-*"))
     assert run(small, f"data.train={corpus}").returncode == 0
@@ -234,7 +253,9 @@ def test_torchrun_works_too(small, corpus):
         "ssast.engine.pretrain",
     ]
     line = [*launcher, str(small), f"data.train={corpus}", f"data.cache_dir={small.parent / 'cache'}", "train.steps=4"]
-    result = subprocess.run(line, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    result = subprocess.run(
+        line, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert result.returncode == 0, result.stderr
     environment = json.loads((small.parent / "runs" / "small" / "environment.json").read_text())
     assert environment["world_size"] == 2
@@ -272,7 +293,9 @@ def _descendants(pid: int) -> list:
     import psutil
 
     try:
-        return [child for child in psutil.Process(pid).children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+        return [
+            child for child in psutil.Process(pid).children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE
+        ]
     except psutil.Error:
         return []
 

@@ -1,4 +1,6 @@
-"""Kernels are tested where they run: in Triton's interpreter on the CPU, or compiled on a GPU (SSAST_TEST_DEVICE=cuda)."""
+"""Kernels are tested where they run: in Triton's interpreter on the CPU, or compiled on a GPU
+(SSAST_TEST_DEVICE=cuda).
+"""
 
 import os
 from collections.abc import Iterator
@@ -54,7 +56,9 @@ def _no_silent_fallback(request: pytest.FixtureRequest, launches: list[str]) -> 
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory holds NaN (or the type's lowest number), so that an element which a kernel forgets to write cannot pass."""
+    """Fresh memory holds NaN (or the type's lowest number), so that an element which a kernel forgets to write cannot
+    pass.
+    """
 
     def poison(owner: object, name: str) -> None:
         make = getattr(owner, name)

@@ -1,8 +1,8 @@
 """Makes Triton's interpreter compute in bf16. Importing this module patches it for the whole process.
 
-The interpreter (Triton 3.6 to 3.9) keeps bf16 values as raw uint16 and computes on the bit patterns: sums, products and `tl.dot` of
-bf16 blocks are silently wrong, and fp32 -> bf16 truncates. Here such operations widen to fp32, compute, and round back to nearest
-even, which is what the hardware does. Only an atomic add on bf16 stays unsupported.
+The interpreter (Triton 3.6 to 3.9) keeps bf16 values as raw uint16 and computes on the bit patterns: sums, products and
+`tl.dot` of bf16 blocks are silently wrong, and fp32 -> bf16 truncates. Here such operations widen to fp32, compute, and
+round back to nearest even, which is what the hardware does. Only an atomic add on bf16 stays unsupported.
 """
 
 import functools
@@ -54,7 +54,12 @@ def _patch() -> None:
         if hasattr(Builder, name):
             setattr(Builder, name, _in_fp32(getattr(Builder, name)))
 
-    dot, cast, fp_to_fp, reduce = Builder.create_dot, Builder.cast_impl, Builder.create_fp_to_fp, interpreter.ReduceOps.apply_impl
+    dot, cast, fp_to_fp, reduce = (
+        Builder.create_dot,
+        Builder.cast_impl,
+        Builder.create_fp_to_fp,
+        interpreter.ReduceOps.apply_impl,
+    )
 
     def wide_dot(self: Any, a: Any, b: Any, accumulator: Any, *rest: Any) -> Any:
         return dot(self, _widen(a), _widen(b), accumulator, *rest)

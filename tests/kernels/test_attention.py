@@ -40,7 +40,9 @@ def split(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return qkv.permute(2, 0, 3, 1, 4).unbind()
 
 
-def train(function: Callable, qkv: torch.Tensor, dout: torch.Tensor, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+def train(
+    function: Callable, qkv: torch.Tensor, dout: torch.Tensor, dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
     """Output and gradients by name; `dout` is [B, N, H, d], as it comes back to the model's joined heads."""
     qkv = qkv.detach().to(dtype or qkv.dtype).requires_grad_()
     out = function(*split(qkv))
@@ -72,8 +74,11 @@ SHAPES = {
     "the widest head, whole tile and tail": (1, 1, 130, 128),
     "a tail of more than half a tile": (1, 1, 200, 64),
 }
-# The long ones in bf16 only: fp16 runs in the same tiles, and those of fp32 are so small that 130 tokens are whole tiles and a tail.
-CASES = [(dtype, why) for why, shape in SHAPES.items() for dtype in (BF16, FP16, FP32) if dtype == BF16 or shape[2] <= 200]
+# The long ones in bf16 only: fp16 runs in the same tiles, and those of fp32 are so small that 130 tokens are whole
+# tiles and a tail.
+CASES = [
+    (dtype, why) for why, shape in SHAPES.items() for dtype in (BF16, FP16, FP32) if dtype == BF16 or shape[2] <= 200
+]
 
 
 @pytest.mark.parametrize(("dtype", "why"), CASES)
@@ -94,9 +99,11 @@ def test_one_token_attends_to_itself(backend, device):
     assert result["dq"].abs().max() < 1e-5 and result["dk"].abs().max() < 1e-5
 
 
-# Why each: large logits of both signs overflow an exponential without its peak taken off; logits that are all far below zero lie far
-# below those of the zeros that fill the tail tile.
-@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # in rows past N, which are not stored
+# Why each: large logits of both signs overflow an exponential without its peak taken off; logits that are all far below
+# zero lie far below those of the zeros that fill the tail tile.
+@pytest.mark.filterwarnings(
+    "ignore:(overflow|invalid value) encountered:RuntimeWarning"
+)  # in rows past N, which are not stored
 @pytest.mark.parametrize("sign", ["both", "negative"])
 @pytest.mark.parametrize("backend", ["triton"])
 def test_extreme_logits(backend, sign, device):
@@ -111,8 +118,9 @@ def test_extreme_logits(backend, sign, device):
 
 @pytest.mark.parametrize("backend", ["triton"])
 def test_any_strides(backend, device):
-    """Strides of three kinds at once, rows that are not contiguous, one input as all three, a gradient of broadcast ones: the bits are
-    those of contiguous copies."""
+    """Strides of three kinds at once, rows that are not contiguous, one input as all three, a gradient of broadcast
+    ones: the bits are those of contiguous copies.
+    """
     shape = (2, 2, 34, 16)
     q, k, v = split(projection(shape, BF16, device))
     mixed = (q.contiguous(), k.transpose(1, 2).contiguous().transpose(1, 2), v)
@@ -223,7 +231,9 @@ def test_wrong_or_failing_backends_are_found(monkeypatch):
 
 
 def test_flash_attn_is_known_by_its_function(monkeypatch):
-    """Generation 4 alone makes `import flash_attn` work, without generation 2's function; the layouts and outputs of theirs are fitted."""
+    """Generation 4 alone makes `import flash_attn` work, without generation 2's function; the layouts and outputs of
+    theirs are fitted.
+    """
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
     assert _flash_attn_obstacle("flash-attn-2", (9, 0), BF16) == "is not installed (flash_attn has no flash_attn_func)"
     assert "compute capability 10.0" in _flash_attn_obstacle("flash-attn-3", (10, 0), BF16)
@@ -292,4 +302,6 @@ def test_every_backend_on_the_gpu_agrees(dtype):
 def test_the_fastest_is_chosen_on_the_gpu():
     choice = choose_attention((4, 12, 514, 64), BF16, "cuda", compiled=True)
     assert choice.milliseconds.keys() | choice.left_out.keys() == BACKENDS.keys()
-    assert choice.name == min(choice.milliseconds, key=choice.milliseconds.get) and min(choice.milliseconds.values()) > 0
+    assert (
+        choice.name == min(choice.milliseconds, key=choice.milliseconds.get) and min(choice.milliseconds.values()) > 0
+    )

@@ -80,9 +80,9 @@ def draw_mask(clips: int, patches: int, masked: int) -> torch.Tensor:
     return torch.stack([torch.randperm(patches, generator=generator)[:masked] for _ in range(clips)])
 
 
-# Why each: the paper's patches; a grid and a mask that no tile divides, and a width below a tile; one clip, one masked, one visible;
-# frame patches of another size with values that are no power of two, or more than one block of them; more clips than the sums are split
-# into.
+# Why each: the paper's patches; a grid and a mask that no tile divides, and a width below a tile; one clip, one masked,
+# one visible; frame patches of another size with values that are no power of two, or more than one block of them; more
+# clips than the sums are split into.
 SHAPES = [
     (2, 512, 256, 192, 400),
     (1, 20, 600, 48, 9),
@@ -100,9 +100,9 @@ SHAPES = [
 def test_law(backend, clips, patches, values, width, masked, with_mask, dtype, device):
     given = {name: value.to(device, dtype) for name, value in inputs(clips, patches, values, width).items()}
     mask = draw_mask(clips, patches, masked).to(device) if with_mask else None
-    upstream = torch.randn(clips, 2 + patches, width, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(
-        device, dtype
-    )
+    upstream = torch.randn(
+        clips, 2 + patches, width, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    ).to(device, dtype)
     ours = run(given, mask, backend, upstream)
     same = run(given, mask, "torch", upstream)
     exact = run({name: value.double() for name, value in given.items()}, mask, "torch", upstream.double())
@@ -149,11 +149,16 @@ def test_autocast_rounds_the_projection_only(backend, device):
 
 @pytest.mark.parametrize("backend", ["triton"])
 def test_compiles_into_one_graph(backend, device):
-    given = {name: value.float().to(device).requires_grad_(name != "patches") for name, value in inputs(2, 9, 16, 16).items()}
+    given = {
+        name: value.float().to(device).requires_grad_(name != "patches") for name, value in inputs(2, 9, 16, 16).items()
+    }
     mask = draw_mask(2, 9, 4).to(device)
 
     def loss(given: dict[str, torch.Tensor]) -> torch.Tensor:
-        return embed_patches(**given, mask=mask, backend=backend).square().sum() + embed_patches(**given, backend=backend).sum()
+        return (
+            embed_patches(**given, mask=mask, backend=backend).square().sum()
+            + embed_patches(**given, backend=backend).sum()
+        )
 
     learned = [given[name] for name in given if name != "patches"]
     eager = torch.autograd.grad(loss(given), learned)

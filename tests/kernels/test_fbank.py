@@ -9,14 +9,16 @@ from ssast.kernels.fbank import count_frames, mel_filters, samples_of
 both = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 WAVES = """
-chirp_16k_10s chirp_8k_1s dc_only_16k_1s dc_plus_sine_16k_1s impulse_16k_1s len_400_16k len_559_16k noise_16k_1s noise_44k1_1s
-pink_16k_10p24s silence_16k_1s sine_m90dbfs_16k_1s speech_16k square_fullscale_16k_1s stereo_16k_1s
+chirp_16k_10s chirp_8k_1s dc_only_16k_1s dc_plus_sine_16k_1s impulse_16k_1s len_400_16k len_559_16k noise_16k_1s
+noise_44k1_1s pink_16k_10p24s silence_16k_1s sine_m90dbfs_16k_1s speech_16k square_fullscale_16k_1s stereo_16k_1s
 """
 
 
 def assert_accurate(ours: torch.Tensor, same_dtype: torch.Tensor, exact: torch.Tensor, spread: float = 1.0) -> None:
-    """The law of law.py for the mean and for all but a thousandth of the elements. The largest error is no measure in float32: it comes
-    from the one bin that lies deepest in a null of the spectrum. It is held to the tolerance that two existing programs keep."""
+    """The law of law.py for the mean and for all but a thousandth of the elements. The largest error is no measure in
+    float32: it comes from the one bin that lies deepest in a null of the spectrum. It is held to the tolerance that two
+    existing programs keep.
+    """
     ulp = 2.0 ** torch.log2(exact.abs().max()).floor() * torch.finfo(ours.dtype).eps
     errors, allowed = (ours - exact).abs().flatten(), (same_dtype - exact).abs().flatten()
     assert errors.mean() <= 2 * allowed.mean() + 2 * ulp
@@ -32,11 +34,17 @@ def noise(clips: int, samples: int, seed: int = 0) -> torch.Tensor:
 @both
 @pytest.mark.parametrize("name", WAVES.split())
 def test_golden_waves(reference, name, backend, device):
-    """Within what two existing programs keep to: 1.2e-3 + 2e-6 exp(D / 2), D nats below the frame's largest value. Ours must keep to a
-    fifth of it, float32 FFT rounding in deep valleys being all that is left."""
+    """Within what two existing programs keep to: 1.2e-3 + 2e-6 exp(D / 2), D nats below the frame's largest value. Ours
+    must keep to a fifth of it, float32 FFT rounding in deep valleys being all that is left.
+    """
     golden = np.load(reference / "fbank" / f"{name}.npz")
     wave = torch.from_numpy(np.atleast_2d(golden["wave"]))[:1].to(device)
-    ours = fbank(wave, sample_rate=int(golden["sample_rate"]), backend=backend)[0].double().cpu().numpy()[golden["ref64_frames"]]
+    ours = (
+        fbank(wave, sample_rate=int(golden["sample_rate"]), backend=backend)[0]
+        .double()
+        .cpu()
+        .numpy()[golden["ref64_frames"]]
+    )
     exact = golden["ref64"]
     tolerance = 1.2e-3 + 2e-6 * np.exp((exact.max(axis=1, keepdims=True) - exact) / 2)
     assert (np.abs(ours - exact) / tolerance).max() < 0.2
@@ -47,7 +55,11 @@ def test_golden_waves(reference, name, backend, device):
 def test_golden_padding_and_normalisation(reference, name, backend, device):
     golden = np.load(reference / "fbank" / f"{name}.npz")
     wave = torch.from_numpy(np.atleast_2d(golden["wave"])).to(device)
-    ours = fbank(wave, num_frames=1024, mean=-4.2677393, std=4.5689974, backend=backend)[0].cpu().numpy()[golden["norm1024_rows"]]
+    ours = (
+        fbank(wave, num_frames=1024, mean=-4.2677393, std=4.5689974, backend=backend)[0]
+        .cpu()
+        .numpy()[golden["norm1024_rows"]]
+    )
     np.testing.assert_allclose(ours, golden["norm1024"], atol=2e-4)
 
 
@@ -76,7 +88,9 @@ def test_int16_equals_scaled_float(backend, device):
 @both
 @pytest.mark.parametrize(("length", "frames"), [(0, 0), (399, 0), (400, 1), (559, 1), (560, 2), (16000, 98)])
 def test_lengths_zero_the_padding_before_normalisation(length, frames, backend, device):
-    """Below one window, exactly one, one sample short of two, two, and all: what follows the last whole frame is -mean / (2 std)."""
+    """Below one window, exactly one, one sample short of two, two, and all: what follows the last whole frame is -mean
+    / (2 std).
+    """
     wave = noise(2, 16000).to(device)
     options = {"num_frames": 100, "mean": -4.0, "std": 2.0, "backend": backend}
     got = fbank(wave, lengths=torch.tensor([length, 16000], device=device), **options).cpu()
@@ -121,7 +135,9 @@ def test_strided_input(backend, device):
 @pytest.mark.parametrize("patch", [None, (16, 16), (128, 2)])
 @pytest.mark.parametrize("backend", ["triton"])
 def test_law(backend, patch, dtype, device):
-    """Levels 100 dB apart in one batch, and a DC offset far above the sound; frames that fill no patch (101 of them) are left out."""
+    """Levels 100 dB apart in one batch, and a DC offset far above the sound; frames that fill no patch (101 of them)
+    are left out.
+    """
     level = torch.tensor([0.3, 3e-3, 3e-6])[:, None]
     wave = (noise(3, 16000) * level + torch.tensor([0.0, 0.5, 0.0])[:, None]).to(device)
     options = {
@@ -132,7 +148,10 @@ def test_law(backend, patch, dtype, device):
         "lengths": torch.tensor([16000, 9000, 16000], device=device),
     }
     ours = fbank(wave, dtype=dtype, **options, backend=backend)
-    same, exact = fbank(wave, dtype=dtype, **options, backend="torch"), fbank(wave.double(), dtype=torch.float64, **options)
+    same, exact = (
+        fbank(wave, dtype=dtype, **options, backend="torch"),
+        fbank(wave.double(), dtype=torch.float64, **options),
+    )
     if dtype == torch.float32:
         assert_accurate(ours, same, exact, spread=2 * 4.57)
     else:
@@ -142,10 +161,12 @@ def test_law(backend, patch, dtype, device):
         assert torch.equal(ours, patchify(in_frames, patch, patch))
 
 
-# Why each: FFTs of 128 to 2048 points, windows of odd length (11025, 44100) and of a length that fills the FFT (5120: 128 of 128), bins
-# that are no power of two, more bins than FFT bins (so that many filters are empty), and the least that a matrix product takes (1000 Hz).
+# Why each: FFTs of 128 to 2048 points, windows of odd length (11025, 44100) and of a length that fills the FFT (5120:
+# 128 of 128), bins that are no power of two, more bins than FFT bins (so that many filters are empty), and the least
+# that a matrix product takes (1000 Hz).
 @pytest.mark.parametrize(
-    ("rate", "bins"), [(16000, 128), (16000, 80), (16000, 23), (8000, 128), (11025, 64), (44100, 128), (5120, 40), (1000, 8)]
+    ("rate", "bins"),
+    [(16000, 128), (16000, 80), (16000, 23), (8000, 128), (11025, 64), (44100, 128), (5120, 40), (1000, 8)],
 )
 @pytest.mark.parametrize("backend", ["triton"])
 def test_law_at_any_rate(backend, rate, bins, device):
@@ -157,7 +178,9 @@ def test_law_at_any_rate(backend, rate, bins, device):
 
 @both
 def test_extreme_samples(backend, device):
-    """Silence is the floor, far over full scale is finite, and a broken sample spoils the frames that hold it, not the others."""
+    """Silence is the floor, far over full scale is finite, and a broken sample spoils the frames that hold it, not the
+    others.
+    """
     wave = torch.stack((torch.zeros(2000), 1e4 * noise(1, 2000)[0], noise(1, 2000)[0]))
     wave[2, 600] = float("nan")
     got = fbank(wave.to(device), backend=backend).cpu()

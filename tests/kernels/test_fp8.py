@@ -1,4 +1,6 @@
-"""FP8 products: the reference anywhere, torch._scaled_mm in PyTorch's emulation on the CPU, and for real with SSAST_TEST_DEVICE=cuda."""
+"""FP8 products: the reference anywhere, torch._scaled_mm in PyTorch's emulation on the CPU, and for real with
+SSAST_TEST_DEVICE=cuda.
+"""
 
 import contextlib
 import math
@@ -19,12 +21,17 @@ def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
     return request.param
 
 
-def gaussian(device: torch.device, rows: int = 260, width_in: int = 256, width_out: int = 192) -> tuple[torch.Tensor, ...]:
+def gaussian(
+    device: torch.device, rows: int = 260, width_in: int = 256, width_out: int = 192
+) -> tuple[torch.Tensor, ...]:
     """x, weight, bias and the gradient of y, in float32."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((rows, width_in), (width_out, width_in), (width_out,), (rows, width_out))
     scales = (1.0, 0.02, 0.1, 1e-6)  # of a model in training
-    return tuple((torch.randn(shape, generator=generator) * scale).to(device) for shape, scale in zip(shapes, scales, strict=True))
+    return tuple(
+        (torch.randn(shape, generator=generator) * scale).to(device)
+        for shape, scale in zip(shapes, scales, strict=True)
+    )
 
 
 def run(
@@ -46,7 +53,9 @@ def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def rounding_noise(tensor: torch.Tensor, dtype: torch.dtype) -> float:
-    """RMS, relative to the tensor's, of rounding to nearest: an error evenly spread over one step of the format has 1 / sqrt(12) of it."""
+    """RMS, relative to the tensor's, of rounding to nearest: an error evenly spread over one step of the format has 1 /
+    sqrt(12) of it.
+    """
     tensor = tensor.double()
     scaled = tensor * (torch.finfo(dtype).max / tensor.abs().max())
     steps = torch.finfo(dtype).eps * 2.0 ** scaled.abs().log2().floor()
@@ -55,7 +64,9 @@ def rounding_noise(tensor: torch.Tensor, dtype: torch.dtype) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_errors_are_those_of_rounding_the_factors(backend, dtype, device):
-    """Of independent factors the noises add in squares: 3.7% in y, 5.9% in the gradients; no more, and no less, as bf16 would err."""
+    """Of independent factors the noises add in squares: 3.7% in y, 5.9% in the gradients; no more, and no less, as bf16
+    would err.
+    """
     x, weight, bias, dy = (each.to(dtype) for each in gaussian(device))
     bias = torch.zeros_like(bias)
     ours, truth = run(x, weight, bias, dy, backend), exact(x, weight, bias, dy)
@@ -67,8 +78,9 @@ def test_errors_are_those_of_rounding_the_factors(backend, dtype, device):
 
 
 def test_each_stored_value_is_within_half_a_step(backend, device):
-    """Multiplied by the identity, which quantises exactly, the stored values come out: relative precision of 2^-4 and 2^-3 down to
-    2^-14 (e4m3) and 2^-29 (e5m2) of the largest, which is what keeps rows beside an outlier alive."""
+    """Multiplied by the identity, which quantises exactly, the stored values come out: relative precision of 2^-4 and
+    2^-3 down to 2^-14 (e4m3) and 2^-29 (e5m2) of the largest, which is what keeps rows beside an outlier alive.
+    """
     generator = torch.Generator().manual_seed(0)
     for name, precision, octaves in (("y", 2**-4, 14), ("dx", 2**-3, 29)):
         given = 2.0 ** -torch.rand(64, 32, generator=generator).mul(octaves).to(device)
@@ -80,9 +92,13 @@ def test_each_stored_value_is_within_half_a_step(backend, device):
         torch.testing.assert_close(stored[3], given[3], rtol=1e-6, atol=0.0)
 
 
-@pytest.mark.parametrize("rows", [1, 16, 37])  # below a multiple of 16, one, and above: dweight is summed over padded rows
+@pytest.mark.parametrize(
+    "rows", [1, 16, 37]
+)  # below a multiple of 16, one, and above: dweight is summed over padded rows
 def test_exact_where_the_values_are(backend, rows, device):
-    """Integers up to 7 are stored exactly under a scale of 7 / 448 or 7 / 57344, powers of two, and so are their products and sums."""
+    """Integers up to 7 are stored exactly under a scale of 7 / 448 or 7 / 57344, powers of two, and so are their
+    products and sums.
+    """
     generator = torch.Generator().manual_seed(0)
     shapes = ((rows, 48), (32, 48), (32,), (rows, 32))
     given = [torch.randint(-7, 8, shape, generator=generator).float().to(device) for shape in shapes]
@@ -103,7 +119,9 @@ def test_scaled_mm_multiplies_what_the_reference_does(backend, dtypes, device):
     x, weight, bias, dy = gaussian(device, rows=37)
     given = (x.to(dtypes[0]), weight.to(dtypes[1]), bias.to(dtypes[1]), dy.to(dtypes[0]))
     ours, same, oracle = run(*given, backend), run(*given, "torch"), run(*(each.double() for each in given), "torch")
-    least = 1e-6 if device.type == "cpu" else 2**-8  # of float32 sums; Hopper's matrix units keep some 14 bits of theirs
+    least = (
+        1e-6 if device.type == "cpu" else 2**-8
+    )  # of float32 sums; Hopper's matrix units keep some 14 bits of theirs
     for name in NAMES:
         assert ours[name].dtype == same[name].dtype, name
         assert relative_rms(ours[name], oracle[name]) < max(least, torch.finfo(ours[name].dtype).eps), name
@@ -113,12 +131,15 @@ def test_scaled_mm_multiplies_what_the_reference_does(backend, dtypes, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 37])
 def test_a_gpus_rules_are_kept(rows, dtype, monkeypatch):
-    """The emulation on the CPU takes anything. Of tensors without memory PyTorch checks what it checks of a GPU's: layouts, and sizes that
-    are multiples of 16; not the rules about the bias and e5m2."""
+    """The emulation on the CPU takes anything. Of tensors without memory PyTorch checks what it checks of a GPU's:
+    layouts, and sizes that are multiples of 16; not the rules about the bias and e5m2.
+    """
     calls, scaled_mm = [], torch._scaled_mm
 
     def as_on_a_gpu(a: torch.Tensor, b: torch.Tensor, *scales: torch.Tensor, **options: object) -> None:
-        shadows = (torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device="meta") for each in (a, b, *scales))
+        shadows = (
+            torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device="meta") for each in (a, b, *scales)
+        )
         scaled_mm(*shadows, **{**options, "bias": None})
         assert not a.dtype == b.dtype == E5M2
         assert options["bias"] is None or options["bias"].dtype == options["out_dtype"] == torch.bfloat16
@@ -170,7 +191,9 @@ def test_tensors_of_any_stride_and_shape(backend, device):
     given = gaussian(device, rows=24)
     plain = run(*given, backend)
     x, weight, bias, dy = given
-    strided = run(x.T.contiguous().T, weight.T.contiguous().T, torch.stack((bias, bias), 1)[:, 0], dy.T.contiguous().T, backend)
+    strided = run(
+        x.T.contiguous().T, weight.T.contiguous().T, torch.stack((bias, bias), 1)[:, 0], dy.T.contiguous().T, backend
+    )
     batched = run(x.reshape(2, 3, 4, -1), weight, bias, dy.reshape(2, 3, 4, -1), backend)
     assert batched["y"].shape == (2, 3, 4, 192) and batched["dx"].shape == (2, 3, 4, 256)
     for name in NAMES:

@@ -13,7 +13,9 @@ fused = functools.partial(mspm_loss, backend="triton")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
-def predictions(clips: int = 2, masked: int = 17, values: int = 256, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+def predictions(
+    clips: int = 2, masked: int = 17, values: int = 256, dtype: torch.dtype = torch.float64
+) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [0.3 * torch.randn(clips, masked, values, generator=generator, dtype=dtype) for _ in range(3)]
 
@@ -54,7 +56,9 @@ def test_halves_make_the_whole():
 @pytest.mark.parametrize("softmax_over", ["predictions", "targets"])
 def test_gradients(softmax_over):
     class_pred, recon_pred, target = (x[:, :5, :7].contiguous().requires_grad_() for x in predictions())
-    assert torch.autograd.gradcheck(lambda c, r: reference(c, r, target, softmax_over=softmax_over).loss, (class_pred, recon_pred))
+    assert torch.autograd.gradcheck(
+        lambda c, r: reference(c, r, target, softmax_over=softmax_over).loss, (class_pred, recon_pred)
+    )
     reference(class_pred, recon_pred, target).loss.backward()
     assert target.grad is None
 
@@ -81,8 +85,9 @@ def test_bf16_is_computed_in_float32(backend, device):
 @pytest.mark.parametrize("softmax_over", ["predictions", "targets"])
 @pytest.mark.parametrize("scale", [4.0, 1e3, "low"])
 def test_extreme_scores_stay_finite(scale, softmax_over, backend, device):
-    """Scores in the hundreds, in the hundreds of thousands, and all of them below -200: the zeros beside the matrix, which blocks
-    reach into, are then the largest scores by far."""
+    """Scores in the hundreds, in the hundreds of thousands, and all of them below -200: the zeros beside the matrix,
+    which blocks reach into, are then the largest scores by far.
+    """
     class_pred, recon_pred, target = (x.to(device) for x in predictions(masked=40, dtype=FP32))
     if scale == "low":
         target = target.abs()
@@ -123,7 +128,7 @@ def test_bad_arguments(device):
         fused(class_pred.float(), recon_pred.float(), target.int())
 
 
-# --- the kernels against the reference --------------------------------------------------------------------------------------------
+# --- the kernels against the reference --------------------------------------------------------------------------------
 
 
 def masks(clips: int, masked: int, patches: int) -> torch.Tensor:
@@ -132,7 +137,9 @@ def masks(clips: int, masked: int, patches: int) -> torch.Tensor:
 
 
 def inputs(device, clips, masked, patches, values, class_type, recon_type, target_type):
-    """class_pred, recon_pred, target, mask. Predictions resemble their targets somewhat: some are found, some are not."""
+    """class_pred, recon_pred, target, mask. Predictions resemble their targets somewhat: some are found, some are
+    not.
+    """
     generator = torch.Generator().manual_seed(2)
     target = 0.5 * torch.randn(clips, patches or masked, values, generator=generator)
     mask = masks(clips, masked, patches) if patches else None
@@ -146,12 +153,16 @@ def inputs(device, clips, masked, patches, values, class_type, recon_type, targe
     return *preds, target.to(device, target_type), None if mask is None else mask.to(device)
 
 
-def assert_all_lawful(class_pred, recon_pred, target, *, mask=None, objective=lambda loss: loss.loss, **options) -> None:
+def assert_all_lawful(
+    class_pred, recon_pred, target, *, mask=None, objective=lambda loss: loss.loss, **options
+) -> None:
     """loss, nce, mse and both gradients of `objective` keep the law; accuracy is equal."""
     results = []
     for loss_of, precision in ((fused, None), (reference, None), (reference, torch.float64)):
         preds = [
-            None if x is None else x.detach().to(precision or x.dtype, memory_format=torch.preserve_format).requires_grad_()
+            None
+            if x is None
+            else x.detach().to(precision or x.dtype, memory_format=torch.preserve_format).requires_grad_()
             for x in (class_pred, recon_pred)
         ]
         loss = loss_of(*preds, target.to(precision or target.dtype), mask=mask, **options)
@@ -164,7 +175,9 @@ def assert_all_lawful(class_pred, recon_pred, target, *, mask=None, objective=la
             assert getattr(actual, name).isnan() and not getattr(actual, name).requires_grad, name
         else:
             assert_lawful(name, getattr(actual, name), getattr(same_dtype, name), getattr(exact, name))
-    assert torch.equal(actual.accuracy, same_dtype.accuracy) or (actual.accuracy.isnan() and same_dtype.accuracy.isnan())
+    assert torch.equal(actual.accuracy, same_dtype.accuracy) or (
+        actual.accuracy.isnan() and same_dtype.accuracy.isnan()
+    )
     assert not actual.accuracy.requires_grad
     for name, *grads in zip(("class_pred", "recon_pred"), actual_grads, same_dtype_grads, exact_grads, strict=True):
         assert len({gradient is None for gradient in grads}) == 1, name
@@ -325,7 +338,10 @@ def test_compiles_without_graph_breaks(kinds, backend, device):
 
     def step(class_pred, recon_pred, target, mask) -> MSPMLoss:
         return fused(
-            None if class_pred is None else 2 * class_pred, None if recon_pred is None else 2 * recon_pred, target, mask=mask
+            None if class_pred is None else 2 * class_pred,
+            None if recon_pred is None else 2 * recon_pred,
+            target,
+            mask=mask,
         )
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -344,7 +360,9 @@ def test_the_operators_are_registered_properly(device):
     class_pred, recon_pred = class_pred.detach(), recon_pred.detach()
     normaliser = _forward_op(class_pred, recon_pred, target, mask, False, 10.0)[4]
     d_loss = torch.ones((), device=device)
-    torch.library.opcheck(_backward_op, (class_pred, recon_pred, target, mask, normaliser, d_loss, None, d_loss, False, 10.0))
+    torch.library.opcheck(
+        _backward_op, (class_pred, recon_pred, target, mask, normaliser, d_loss, None, d_loss, False, 10.0)
+    )
 
 
 def test_no_second_derivatives(device):

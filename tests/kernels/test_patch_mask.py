@@ -34,7 +34,9 @@ def test_any_mask_is_ascending_and_of_exact_size(rows, columns, share, cluster, 
     if patches < 4:
         return
     num_masked = 1 + int(share * (patches - 3))
-    mask = draw(3, grid=(rows, columns), num_masked=num_masked, cluster=cluster, algorithm=algorithm, seed=seed, offset=offset)
+    mask = draw(
+        3, grid=(rows, columns), num_masked=num_masked, cluster=cluster, algorithm=algorithm, seed=seed, offset=offset
+    )
     assert mask.shape == (3, num_masked) and mask.dtype == torch.int64
     assert mask.min() >= 0 and mask.max() < patches
     assert (mask.diff(dim=1) > 0).all()
@@ -53,7 +55,9 @@ def test_a_clip_draws_the_same_whatever_the_batch(algorithm, cluster):
 
 @pytest.mark.parametrize(("grid", "num_masked"), PAPER)
 def test_drawn_squares_suffice(grid, num_masked):
-    """Three quarters of the squares were enough in every one of 400 draws, so patches left over to chance are out of reach."""
+    """Three quarters of the squares were enough in every one of 400 draws, so patches left over to chance are out of
+    reach.
+    """
     squares = num_squares(grid, num_masked, 3)
     words = _words(1, torch.arange(400), squares, _STREAM_SQUARES)
     needed = _first_square(grid, (3,), "centered", words).sort(dim=1).values[:, num_masked - 1]
@@ -61,8 +65,9 @@ def test_drawn_squares_suffice(grid, num_masked):
 
 
 def test_centered_reaches_every_patch_and_is_symmetric():
-    """No position is left out, and turning the grid over in either axis leaves the odds alone (edges are masked less than the middle,
-    being inside fewer squares)."""
+    """No position is left out, and turning the grid over in either axis leaves the odds alone (edges are masked less
+    than the middle, being inside fewer squares).
+    """
     share = as_grid(torch.cat([draw(500, seed=2, offset=500 * i) for i in range(8)]), (8, 64)).double().mean(dim=0)
     assert share.min() > 0.35
     sigma = (share * (1 - share) / 4000).sqrt()
@@ -91,7 +96,9 @@ def test_every_cluster_size_is_drawn_alike(algorithm):
 
 @pytest.mark.parametrize("name", ["patch512_n400", "patch512_n100", "patch128_n40"])
 def test_official_has_the_official_marginals(reference, name):
-    """Against 20,000 draws of the official code: every position, and how often a shift of a masked patch is masked, too."""
+    """Against 20,000 draws of the official code: every position, and how often a shift of a masked patch is masked,
+    too.
+    """
     golden = np.load(reference / "masks" / f"{name}.npz")
     patches = golden["position_mask_count"].size
     grid = (8, patches // 8)
@@ -144,8 +151,9 @@ def test_bad_arguments():
             sample_patch_mask(**{"batch": 1, **options})
 
 
-# Why each: the paper's three counts and its small grid; clusters that leave the grid on every side (3x7); frame patches, one row;
-# columns that are no power of two; official squares that wrap over the right edge more than once (8x2); the fewest and the most patches.
+# Why each: the paper's three counts and its small grid; clusters that leave the grid on every side (3x7); frame
+# patches, one row; columns that are no power of two; official squares that wrap over the right edge more than once
+# (8x2); the fewest and the most patches.
 TRITON_GRID = [
     ((8, 64), 400, (3, 4, 5)),
     ((8, 64), 400, None),
@@ -168,7 +176,14 @@ TRITON_GRID = [
 @pytest.mark.parametrize(("grid", "num_masked", "cluster"), TRITON_GRID)
 @pytest.mark.parametrize("backend", ["triton"])
 def test_kernel_draws_the_masks_of_the_reference(backend, grid, num_masked, cluster, algorithm, seed, offset, device):
-    options = {"grid": grid, "num_masked": num_masked, "cluster": cluster, "algorithm": algorithm, "seed": seed, "offset": offset}
+    options = {
+        "grid": grid,
+        "num_masked": num_masked,
+        "cluster": cluster,
+        "algorithm": algorithm,
+        "seed": seed,
+        "offset": offset,
+    }
     mask = sample_patch_mask(3, **options, device=device, backend=backend)
     assert torch.equal(mask.cpu(), sample_patch_mask(3, **options, backend="torch"))
 

@@ -1,4 +1,6 @@
-"""The operators where they are used: a whole training step launches the kernels, in one graph, and learns what the references learn."""
+"""The operators where they are used: a whole training step launches the kernels, in one graph, and learns what the
+references learn.
+"""
 
 import os
 import sys
@@ -14,7 +16,13 @@ CONFIG = ModelConfig(width=32, depth=1, heads=2, num_mel_bins=32, input_frames=6
 KERNELS = {
     "fbank": {"_fbank_kernel"},
     "sample_patch_mask": {"_mask_kernel"},
-    "embed_patches": {"_partition_kernel", "_embed_kernel", "_token_sums_kernel", "_weight_sums_kernel", "_sum_parts_kernel"},
+    "embed_patches": {
+        "_partition_kernel",
+        "_embed_kernel",
+        "_token_sums_kernel",
+        "_weight_sums_kernel",
+        "_sum_parts_kernel",
+    },
     "mspm_loss": {"_scores_kernel", "_finish_kernel", "_gradients_kernel"},
 }
 
@@ -22,7 +30,9 @@ KERNELS = {
 def step(model: SSAST, waveform: torch.Tensor, forward: Callable) -> tuple[torch.Tensor, ...]:
     """Waveform to gradients, as the trainer does it; what the loss says."""
     patches = fbank(waveform, num_mel_bins=32, num_frames=64, mean=-4.0, std=4.0, patch=CONFIG.patch_shape)
-    mask = sample_patch_mask(len(waveform), grid=CONFIG.grid, num_masked=5, cluster=(2,), seed=1, device=waveform.device)
+    mask = sample_patch_mask(
+        len(waveform), grid=CONFIG.grid, num_masked=5, cluster=(2,), seed=1, device=waveform.device
+    )
     losses = forward(patches, mask)
     losses.loss.backward()
     return tuple(value.detach() for value in losses)
@@ -45,14 +55,21 @@ def test_a_step_launches_every_kernel_and_equals_the_references(device, waveform
 
     launches.clear()
     model.zero_grad()
-    for module in ("fbank", "patch_mask", "embed", "mspm_loss"):  # their names in ssast.kernels are those of the functions
+    for module in (
+        "fbank",
+        "patch_mask",
+        "embed",
+        "mspm_loss",
+    ):  # their names in ssast.kernels are those of the functions
         monkeypatch.setattr(sys.modules[f"ssast.kernels.{module}"], "resolve_backend", lambda *_: "torch")
     reference = step(model, waveform, model)
     assert not launches
     for name, one, other in zip(("loss", "nce", "mse", "accuracy"), ours, reference, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, msg=name)
     for name, grad in gradients(model).items():
-        torch.testing.assert_close(by_kernels[name], grad, rtol=1e-3, atol=1e-4 * float(grad.abs().max()) + 1e-7, msg=name)
+        torch.testing.assert_close(
+            by_kernels[name], grad, rtol=1e-3, atol=1e-4 * float(grad.abs().max()) + 1e-7, msg=name
+        )
 
 
 def test_the_compiled_step_is_one_graph(device, waveform, launches):

@@ -2,7 +2,8 @@
 
     safetensors   the engine's own file, whole: weights, shape and card
     official      what the authors' code loads
-    hf            a folder that Hugging Face transformers loads as an Audio Spectrogram Transformer, with its feature extractor
+    hf            a folder that Hugging Face transformers loads as an Audio Spectrogram Transformer, with its
+                  feature extractor
     onnx          waveform to logits, for ONNX Runtime and other engines
     torch-export  waveform to logits, a `torch.export` program that needs PyTorch alone
 
@@ -36,15 +37,16 @@ def export_model(model: SSAST, out: str | os.PathLike[str], to: str | None = Non
 
     Args:
         out: a file, or for "hf" a folder.
-        to: "safetensors", "official", "hf", "onnx" or "torch-export". None: by the suffix of `out`, a folder where there is none.
+        to: "safetensors", "official", "hf", "onnx" or "torch-export". None: by the suffix of `out`, a folder where
+            there is none.
         force: replace what is there. A folder is replaced only if it holds nothing but an earlier export.
 
     Returns:
         What was written, and how closely it was found to compute what the model does, for people.
 
     Raises:
-        UserError: an unknown format, something there already, a model that the format cannot hold, a library that is not installed,
-            a result that does not compute what the model does, or a path that cannot be written.
+        UserError: an unknown format, something there already, a model that the format cannot hold, a library that is
+            not installed, a result that does not compute what the model does, or a path that cannot be written.
     """
     out, to = Path(out), to or _format_of(Path(out))
     if to not in WRITERS:
@@ -92,7 +94,11 @@ def _write_hf(model: SSAST, out: Path) -> str:
 
 def _write_onnx(model: SSAST, out: Path) -> str:
     deviation = export_onnx(model, out)
-    checked = "not checked (pip install onnxruntime)" if deviation is None else f"differs by at most {deviation:.1e} in onnxruntime"
+    checked = (
+        "not checked (pip install onnxruntime)"
+        if deviation is None
+        else f"differs by at most {deviation:.1e} in onnxruntime"
+    )
     return f"{out}: ONNX of {input_samples(model)} samples; {checked}"
 
 
@@ -127,7 +133,9 @@ def main(argv: list[str]) -> int:
     log.setLevel(logging.INFO)  # what was assumed of an official file
     if is_hf_folder(Path(args.model)):
         if args.input_frames or args.stride:
-            raise UserError(f"{args.model}: a Hugging Face folder says its own input and stride; export it to safetensors first")
+            raise UserError(
+                f"{args.model}: a Hugging Face folder says its own input and stride; export it to safetensors first"
+            )
         model = from_hf(args.model)
     else:
         stride = tuple(args.stride) if args.stride else None

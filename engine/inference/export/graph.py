@@ -1,7 +1,8 @@
 """Models as one graph from waveform to output, for programs that know nothing of this engine: ONNX and `torch.export`.
 
-The front end is inside: what `ssast.kernels.fbank` computes by its PyTorch reference is traced as it stands, so the graph holds Kaldi's
-filter bank in PyTorch's own operators, equal to the one of training. The window is fixed: as many samples as the model's frames take.
+The front end is inside: what `ssast.kernels.fbank` computes by its PyTorch reference is traced as it stands, so the
+graph holds Kaldi's filter bank in PyTorch's own operators, equal to the one of training. The window is fixed: as many
+samples as the model's frames take.
 """
 
 from __future__ import annotations
@@ -24,17 +25,20 @@ from ssast.kernels import NUM_PREFIX, fbank
 from ssast.kernels.fbank import count_frames, samples_of
 
 TOLERANCE = 1e-3
-"""Of a written file's output, in units of its largest value or of 1, above which it is thrown away: a wrong graph, not rounding."""
+"""Of a written file's output, in units of its largest value or of 1, above which it is thrown away: a wrong graph, not
+rounding."""
 
 CARD_FILE = "card.json"
 """Inside a `.pt2`: what the metadata of an ONNX file hold."""
 
 
 class FromWaveform(nn.Module):
-    """waveform [B, S] float32, lengths [B] int64 samples -> logits [B, C]; without classifier: embedding [B, D], tokens [B, 2 + P, D].
+    """waveform [B, S] float32, lengths [B] int64 samples -> logits [B, C]; without classifier: embedding [B, D], tokens
+    [B, 2 + P, D].
 
-    The embedding is what `ssast.engine.inference.embed` gives for a clip of one window: the mean of the patch tokens that hold sound, or
-    with `pool` "cls" of the prefix tokens. A clip too short for a frame counts as one step of silence.
+    The embedding is what `ssast.engine.inference.embed` gives for a clip of one window: the mean of the patch tokens
+    that hold sound, or with `pool` "cls" of the prefix tokens. A clip too short for a frame counts as one step of
+    silence.
     """
 
     def __init__(self, model: SSAST) -> None:
@@ -48,7 +52,9 @@ class FromWaveform(nn.Module):
     def output_names(self) -> list[str]:
         return ["embedding", "tokens"] if self.model.config.num_classes is None else ["logits"]
 
-    def forward(self, waveform: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, waveform: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         config, card = self.model.config, self.model.card
         features = fbank(
             waveform,
@@ -126,7 +132,10 @@ def export_onnx(model: SSAST, out: Path) -> float | None:
 
 def describe(model: SSAST) -> dict[str, Any]:
     """What a caller of the graph must know, as JSON holds it."""
-    return dataclasses.asdict(model.card) | {"input_samples": input_samples(model), "model": dataclasses.asdict(model.config)}
+    return dataclasses.asdict(model.card) | {
+        "input_samples": input_samples(model),
+        "model": dataclasses.asdict(model.config),
+    }
 
 
 def example(model: SSAST) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,13 +148,18 @@ def example(model: SSAST) -> tuple[torch.Tensor, torch.Tensor]:
 def _traced(module: FromWaveform) -> torch.export.ExportedProgram:
     waveform, lengths = example(module.model)
     with torch.no_grad():
-        module(waveform[:1], lengths[:1])  # fills the cache of filters; while tracing, it would be filled with stand-ins
+        module(
+            waveform[:1], lengths[:1]
+        )  # fills the cache of filters; while tracing, it would be filled with stand-ins
         batch = torch.export.Dim("batch", min=1)
-        program = torch.export.export(module, (waveform, lengths), dynamic_shapes={"waveform": {0: batch}, "lengths": {0: batch}})
+        program = torch.export.export(
+            module, (waveform, lengths), dynamic_shapes={"waveform": {0: batch}, "lengths": {0: batch}}
+        )
     foreign = {str(op) for op in _operators(program) if op.namespace != "aten"}
     if foreign:
         raise UserError(
-            f"operators that only this process has were traced: {', '.join(sorted(foreign))}; use `ssast export` instead"
+            f"operators that only this process has were traced: {', '.join(sorted(foreign))}; use `ssast export` "
+            "instead"
         )
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine
@@ -166,7 +180,9 @@ def _to_onnx(module: FromWaveform) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             names = {"input_names": ["waveform", "lengths"], "output_names": module.output_names}
-            proto = torch.onnx.export(_traced(module), dynamo=True, external_data=False, verbose=False, **names).model_proto
+            proto = torch.onnx.export(
+                _traced(module), dynamo=True, external_data=False, verbose=False, **names
+            ).model_proto
     finally:
         logger.setLevel(level)
     samples = input_samples(module.model)
@@ -193,7 +209,9 @@ def _run_onnx(file: Path, waveform: torch.Tensor, lengths: torch.Tensor) -> tupl
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    return tuple(torch.from_numpy(x) for x in session.run(None, {"waveform": waveform.numpy(), "lengths": lengths.numpy()}))
+    return tuple(
+        torch.from_numpy(x) for x in session.run(None, {"waveform": waveform.numpy(), "lengths": lengths.numpy()})
+    )
 
 
 def _deviation(module: FromWaveform, got: tuple[torch.Tensor, ...], out: Path) -> float:

@@ -1,7 +1,7 @@
 """Models as Hugging Face folders, and back: `transformers`' Audio Spectrogram Transformer with its feature extractor.
 
-What has no equal there is refused. Its patches are square; it pools the two prefix tokens, so a model that was trained on the mean of the
-patch tokens comes with a file of code that pools them (`hf_mean_pool.py`).
+What has no equal there is refused. Its patches are square; it pools the two prefix tokens, so a model that was trained
+on the mean of the patch tokens comes with a file of code that pools them (`hf_mean_pool.py`).
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ _QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
 
 
 def export_hf(model: SSAST, out: Path) -> float:
-    """Write the folder; returns the largest deviation of what transformers computes with it from what the model does, from the same
-    waveforms, each through its own front end.
+    """Write the folder; returns the largest deviation of what transformers computes with it from what the model does,
+    from the same waveforms, each through its own front end.
 
-    A model with a classifier becomes an `ASTForAudioClassification`, or with `card.pool` "mean" an `SSASTForAudioClassification`, which
-    is loaded with `trust_remote_code=True`; one without becomes an `ASTModel`.
+    A model with a classifier becomes an `ASTForAudioClassification`, or with `card.pool` "mean" an
+    `SSASTForAudioClassification`, which is loaded with `trust_remote_code=True`; one without becomes an `ASTModel`.
 
     Raises:
-        UserError: transformers is not installed, a model that has no equal there, a folder with other files in it, or a result that
-            does not compute what the model does.
+        UserError: transformers is not installed, a model that has no equal there, a folder with other files in it, or a
+            result that does not compute what the model does.
     """
     _require_transformers()
     _check_exportable(model)
@@ -85,12 +85,15 @@ def from_hf(folder: str | os.PathLike[str]) -> SSAST:
     Its layer norms are computed with our epsilons (1e-6, classifier 1e-5) whatever the folder's config says.
 
     Raises:
-        UserError: transformers is not installed, not such a folder, one that does not load whole, or a model that has no equal here.
+        UserError: transformers is not installed, not such a folder, one that does not load whole, or a model that has
+            no equal here.
     """
     _require_transformers()
     folder = Path(folder)
     if not is_hf_folder(folder):
-        raise UserError(f"{folder}: not a Hugging Face AST folder (no config.json with model_type {MODEL_TYPE!r} in it)")
+        raise UserError(
+            f"{folder}: not a Hugging Face AST folder (no config.json with model_type {MODEL_TYPE!r} in it)"
+        )
     try:
         with _quiet():
             theirs, extractor = _load(folder)
@@ -99,7 +102,11 @@ def from_hf(folder: str | os.PathLike[str]) -> SSAST:
             raise
         raise UserError(f"{folder}: transformers cannot load it: {first_line(error)}") from None
     config, is_classifier = theirs.config, hasattr(theirs, "classifier")
-    if config.hidden_act != "gelu" or not isinstance(config.patch_size, int) or config.intermediate_size % config.hidden_size:
+    if (
+        config.hidden_act != "gelu"
+        or not isinstance(config.patch_size, int)
+        or config.intermediate_size % config.hidden_size
+    ):
         raise UserError(f"{folder}: has no equal here: activation {config.hidden_act}, patch size {config.patch_size}")
     labels = tuple(config.id2label[number] for number in range(config.num_labels)) if is_classifier else None
     model = SSAST(
@@ -143,16 +150,22 @@ def _require_transformers() -> None:
     hide_namesake()
     try:
         from transformers import ASTFeatureExtractor  # noqa: F401
-    except (ImportError, OSError, RuntimeError) as error:  # OSError: a torchaudio made for another torch, which transformers loads
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+    ) as error:  # OSError: a torchaudio made for another torch, which transformers loads
         raise UserError(
-            f"the Hugging Face format needs transformers ({first_line(error)}): pip install 'transformers>=5.23', and a torchaudio that "
+            f"the Hugging Face format needs transformers ({first_line(error)}): pip install 'transformers>=5.23', and "
+            "a torchaudio that "
             "fits the installed torch, or none"
         ) from None
 
 
 def hide_namesake() -> None:
-    """Where this repository is the working directory of `python -m`, `import kernels` finds its folder of that name. transformers takes it
-    for a package of Hugging Face's, and every operator would be registered a second time."""
+    """Where this repository is the working directory of `python -m`, `import kernels` finds its folder of that name.
+    transformers takes it for a package of Hugging Face's, and every operator would be registered a second time.
+    """
     try:
         importlib.metadata.version("kernels")
     except importlib.metadata.PackageNotFoundError:
@@ -164,13 +177,15 @@ def _check_exportable(model: SSAST) -> None:
     if config.patch_shape[0] != config.patch_shape[1]:
         bins, frames = config.patch_shape
         raise UserError(
-            f"a Hugging Face AST has square patches (ASTConfig.patch_size is one number), this model's are {bins}x{frames}; {elsewhere}"
+            "a Hugging Face AST has square patches (ASTConfig.patch_size is one number), this model's are "
+            f"{bins}x{frames}; {elsewhere}"
         )
     if config.layer_weights:
         raise UserError(f"a Hugging Face AST classifies its last layer, this model a weighted sum of all; {elsewhere}")
     if model.card.sample_rate != EXTRACTOR_RATE:
         raise UserError(
-            f"transformers' AST feature extractor has frames for {EXTRACTOR_RATE} Hz, this model is for {model.card.sample_rate} Hz; "
+            f"transformers' AST feature extractor has frames for {EXTRACTOR_RATE} Hz, this model is for "
+            f"{model.card.sample_rate} Hz; "
             f"{elsewhere}"
         )
 
@@ -251,10 +266,16 @@ def _load(folder: Path) -> tuple[PreTrainedModel, ASTFeatureExtractor]:
     if described["model_type"] == MEAN_POOL_TYPE:
         kind = SSASTForAudioClassification
     else:
-        kind = ASTForAudioClassification if "ASTForAudioClassification" in (described.get("architectures") or ()) else ASTModel
+        kind = (
+            ASTForAudioClassification
+            if "ASTForAudioClassification" in (described.get("architectures") or ())
+            else ASTModel
+        )
     model, report = kind.from_pretrained(folder, local_files_only=True, dtype=torch.float32, output_loading_info=True)
     wrong = [
-        f"{problem}: {sorted(map(str, names))[:3]}" for problem, names in report.items() if names and problem.endswith("_keys")
+        f"{problem}: {sorted(map(str, names))[:3]}"
+        for problem, names in report.items()
+        if names and problem.endswith("_keys")
     ]
     if wrong:
         raise UserError(f"{folder}: does not load whole: {'; '.join(wrong)}")
@@ -267,7 +288,9 @@ def _check(model: SSAST, theirs: PreTrainedModel, extractor: ASTFeatureExtractor
     waveform, lengths = example(model)
     waveform, lengths = waveform[:2], lengths[:2]  # the extractor fails on what is too short for a frame
     clips = [clip[:length].numpy() for clip, length in zip(waveform, lengths, strict=True)]
-    values = torch.cat([extractor(clip, sampling_rate=EXTRACTOR_RATE, return_tensors="pt")["input_values"] for clip in clips])
+    values = torch.cat(
+        [extractor(clip, sampling_rate=EXTRACTOR_RATE, return_tensors="pt")["input_values"] for clip in clips]
+    )
     output, ours = theirs(values), module(waveform, lengths)
     if model.config.num_classes is not None:
         return check_equal(output.logits, ours, f"{out}: logits")
@@ -290,7 +313,8 @@ def _to_theirs(model: SSAST) -> dict[str, torch.Tensor]:
             thirds = weights[f"blocks.{number}.attn.qkv.{kind}"].chunk(3)
             encoder |= {f"layers.{number}.{name}.{kind}": third for name, third in zip(_QKV, thirds, strict=True)}
             encoder |= {
-                f"layers.{number}.{name}.{kind}": weights[f"blocks.{number}.{ours}.{kind}"] for ours, name in _BLOCK_PARTS.items()
+                f"layers.{number}.{name}.{kind}": weights[f"blocks.{number}.{ours}.{kind}"]
+                for ours, name in _BLOCK_PARTS.items()
             }
     if model.config.num_classes is None:
         return encoder
@@ -307,15 +331,21 @@ def _to_ours(tensors: dict[str, torch.Tensor], config: ModelConfig) -> dict[str,
         "embedding.weight": tensors["embeddings.patch_embeddings.projection.weight"].flatten(1),
         "embedding.bias": tensors["embeddings.patch_embeddings.projection.bias"],
         "embedding.position": tensors["embeddings.position_embeddings"][0],
-        "embedding.prefix": torch.cat((tensors["embeddings.cls_token"], tensors["embeddings.distillation_token"]), dim=1)[0],
+        "embedding.prefix": torch.cat(
+            (tensors["embeddings.cls_token"], tensors["embeddings.distillation_token"]), dim=1
+        )[0],
     }
     for kind in ("weight", "bias"):
         weights[f"norm.{kind}"] = tensors[f"layernorm.{kind}"]
         for number in range(config.depth):
             block, layer = f"blocks.{number}", f"layers.{number}"
-            thirds = [tensors.get(f"{layer}.{name}.{kind}", torch.zeros(config.width)) for name in _QKV]  # qkv_bias=False: no bias
+            thirds = [
+                tensors.get(f"{layer}.{name}.{kind}", torch.zeros(config.width)) for name in _QKV
+            ]  # qkv_bias=False: no bias
             weights[f"{block}.attn.qkv.{kind}"] = torch.cat(thirds)
-            weights |= {f"{block}.{ours}.{kind}": tensors[f"{layer}.{name}.{kind}"] for ours, name in _BLOCK_PARTS.items()}
+            weights |= {
+                f"{block}.{ours}.{kind}": tensors[f"{layer}.{name}.{kind}"] for ours, name in _BLOCK_PARTS.items()
+            }
         if config.num_classes is not None:
             weights[f"classifier.0.{kind}"] = tensors[f"classifier.layernorm.{kind}"]
             weights[f"classifier.1.{kind}"] = tensors[f"classifier.dense.{kind}"]
@@ -324,7 +354,9 @@ def _to_ours(tensors: dict[str, torch.Tensor], config: ModelConfig) -> dict[str,
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers' advice and progress bars off, and its warning of mel filters that hold no FFT bin, as Kaldi's do."""
+    """transformers' advice and progress bars off, and its warning of mel filters that hold no FFT bin, as Kaldi's
+    do.
+    """
     from transformers.utils import logging
 
     level, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

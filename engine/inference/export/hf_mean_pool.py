@@ -1,8 +1,9 @@
 """An Audio Spectrogram Transformer whose classifier sees the mean of the patch tokens, as SSAST models are fine-tuned.
 
-transformers' own `ASTForAudioClassification` classifies the mean of the two prefix tokens. This file lies in the model's folder beside
-its weights; `AutoModelForAudioClassification.from_pretrained(folder, trust_remote_code=True)` runs it. The type of the model is one of
-its own, so that without `trust_remote_code` it is refused instead of being read as the other kind.
+transformers' own `ASTForAudioClassification` classifies the mean of the two prefix tokens. This file lies in the
+model's folder beside its weights; `AutoModelForAudioClassification.from_pretrained(folder, trust_remote_code=True)`
+runs it. The type of the model is one of its own, so that without `trust_remote_code` it is refused instead of being
+read as the other kind.
 """
 
 from typing import Any

@@ -1,4 +1,6 @@
-"""What the trainer asks of DeepSpeed's engine, done by plain PyTorch: no ZeRO, the same weights and optimizer state on every rank."""
+"""What the trainer asks of DeepSpeed's engine, done by plain PyTorch: no ZeRO, the same weights and optimizer state on
+every rank.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ _FILE = "plain_engine.pt"
 
 
 class PlainEngine:
-    """fp32 weights, gradients and optimizer state; bf16 is `torch.autocast`'s, around the call. Gradients are averaged over the ranks
-    with the last micro-batch of a step, by DistributedDataParallel where there are several."""
+    """fp32 weights, gradients and optimizer state; bf16 is `torch.autocast`'s, around the call. Gradients are averaged
+    over the ranks with the last micro-batch of a step, by DistributedDataParallel where there are several.
+    """
 
     def __init__(
         self, model: SSAST, optimizer: torch.optim.Optimizer, *, accumulation: int, clipping: float, all_used: bool
@@ -27,7 +30,9 @@ class PlainEngine:
         self._parallel: DistributedDataParallel | None = None
         if dist.get_world_size() > 1:
             # a bucket view saves a copy of every gradient
-            self._parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=not all_used)
+            self._parallel = DistributedDataParallel(
+                model, gradient_as_bucket_view=True, find_unused_parameters=not all_used
+            )
         self._micro_steps = 0
         self._norm: torch.Tensor | None = None
 

@@ -1,8 +1,9 @@
 """DeepSpeed's waits for the device, taken out of the step.
 
-In every step DeepSpeed reads numbers back from the device, for which the host has to wait until all that it has queued is done: a timer of
-its throughput, and, in bf16, whether the norm of the gradients is finite. The first has a switch (`timers.throughput`), the others have
-none at the stages that use them. What this engine does about gradients that are not finite is in the trainer and in checkpoint.py.
+In every step DeepSpeed reads numbers back from the device, for which the host has to wait until all that it has queued
+is done: a timer of its throughput, and, in bf16, whether the norm of the gradients is finite. The first has a switch
+(`timers.throughput`), the others have none at the stages that use them. What this engine does about gradients that are
+not finite is in the trainer and in checkpoint.py.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ _originals: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
 def remove_waits(*, keeps_check: bool) -> None:
-    """For the engines of this process. `keeps_check`: the config asks to skip steps whose gradients are not finite, which means waiting."""
+    """For the engines of this process. `keeps_check`: the config asks to skip steps whose gradients are not finite,
+    which means waiting.
+    """
     for module, names in WAITING.items():
         namespace = vars(importlib.import_module(module))
         for name in names:

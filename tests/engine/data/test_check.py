@@ -1,4 +1,6 @@
-"""The check of clips: every reason to skip, conversions, workers that crash or hang, the cache, and agreement with NVIDIA DALI."""
+"""The check of clips: every reason to skip, conversions, workers that crash or hang, the cache, and agreement with
+NVIDIA DALI.
+"""
 
 import csv
 import json
@@ -140,7 +142,9 @@ def test_wav_headers_of_streams_and_of_strange_writers(tmp_path, whole):
     after = b"LIST\x04\0\0\0abcd"
     rf64 = b"RF64\xff\xff\xff\xffWAVEds64" + struct.pack("<IQQQI", 28, len(data) + 28, 16_000, 8_000, 0)
     sizes = {"ones": 0xFFFFFFFF, "half": 0x7FFFFFFF, "sox": 0x7FFFF024, "arecord": 0x80000000}
-    files = {name: patched(patched(data, 4, struct.pack("<I", n)), 40, struct.pack("<I", n)) for name, n in sizes.items()}
+    files = {
+        name: patched(patched(data, 4, struct.pack("<I", n)), 40, struct.pack("<I", n)) for name, n in sizes.items()
+    }
     files["zero"] = patched(patched(data, 4, bytes(4)), 40, bytes(4))
     files["crashed writer"] = patched(patched(data, 4, struct.pack("<I", 36)), 40, bytes(4))
     files["chunk before"] = data[:36] + b"JUNK\x03\0\0\0abc\0" + data[36:]
@@ -164,7 +168,13 @@ def test_wav_headers_of_streams_and_of_strange_writers(tmp_path, whole):
 def test_columns_order_duplicates_and_subsets(tmp_path):
     a, b = wav(tmp_path / "a.wav"), wav(tmp_path / "b.flac", np.zeros((4410, 2)), rate=44_100)
     gone = str(tmp_path / "gone.wav")
-    entries = [Entry(b, "dog,cat", "train"), Entry(gone, "x"), Entry(a, "", "valid"), Entry(b, "dog", "valid"), Entry(gone)]
+    entries = [
+        Entry(b, "dog,cat", "train"),
+        Entry(gone, "x"),
+        Entry(a, "", "valid"),
+        Entry(b, "dog", "valid"),
+        Entry(gone),
+    ]
     clips, skipped = check_clips(entries, cache_dir=tmp_path / "cache", workers=2)
     assert skipped == [Skipped(gone, "no such file")] * 2
     assert clips.paths == clips.sources == [b, a, b]
@@ -173,9 +183,15 @@ def test_columns_order_duplicates_and_subsets(tmp_path):
     assert clips.sample_rates.tolist() == [44_100, RATE, 44_100] and clips.sample_rates.dtype == np.int32
     assert clips.channels.tolist() == [2, 1, 2] and clips.channels.dtype == np.int32
     assert clips.sizes.tolist() == [os.path.getsize(path) for path in clips.paths] and clips.sizes.dtype == np.int64
-    assert clips.mtimes_ns.tolist() == [os.stat(path).st_mtime_ns for path in clips.paths] and clips.mtimes_ns.dtype == np.int64
+    assert (
+        clips.mtimes_ns.tolist() == [os.stat(path).st_mtime_ns for path in clips.paths]
+        and clips.mtimes_ns.dtype == np.int64
+    )
     assert len(clips) == 3 and clips.hours == pytest.approx(0.7 / 3600)
-    assert clips.subset(np.array([2, 1])).labels == ["dog", ""] and clips.subset(np.array([2, 1])).frames.tolist() == [4410, 8000]
+    assert clips.subset(np.array([2, 1])).labels == ["dog", ""] and clips.subset(np.array([2, 1])).frames.tolist() == [
+        4410,
+        8000,
+    ]
     assert clips.subset(clips.channels == 1).paths == [a] and len(clips.subset(np.array([], dtype=np.int64))) == 0
     # The least length is applied to cached verdicts too.
     assert [item.reason for item in check_clips(entries[:1], cache_dir=tmp_path / "cache", min_seconds=0.5)[1]] == [
@@ -185,7 +201,15 @@ def test_columns_order_duplicates_and_subsets(tmp_path):
 
 
 def test_awkward_names(tmp_path):
-    names = ["new\nline.wav", "quo\"te's.wav", "-dash.wav", os.fsdecode(b"bad\xff.wav"), "語 %d.wav", "a:b.wav", "x" * 200 + ".wav"]
+    names = [
+        "new\nline.wav",
+        "quo\"te's.wav",
+        "-dash.wav",
+        os.fsdecode(b"bad\xff.wav"),
+        "語 %d.wav",
+        "a:b.wav",
+        "x" * 200 + ".wav",
+    ]
     for name in names:
         for n, kwargs in enumerate(({}, {"subtype": "FLOAT"})):  # the second is opened by FFmpeg as well
             folder = tmp_path / str(n)
@@ -202,7 +226,12 @@ def test_awkward_names(tmp_path):
 
 
 def test_conversion_keeps_the_signal(tmp_path):
-    codecs = {"mp3": ("libmp3lame", 44_100), "m4a": ("aac", 44_100), "webm": ("libopus", 48_000), "wma": ("wmav2", 22_050)}
+    codecs = {
+        "mp3": ("libmp3lame", 44_100),
+        "m4a": ("aac", 44_100),
+        "webm": ("libopus", 48_000),
+        "wma": ("wmav2", 22_050),
+    }
     paths = [encode(tmp_path / f"a.{kind}", tone(2, rate), rate, codec) for kind, (codec, rate) in codecs.items()]
     clips, reasons = run(tmp_path, *paths)
     assert reasons == {} and clips.sources == paths
@@ -272,7 +301,9 @@ def sabotage(monkeypatch):
     return arm
 
 
-@pytest.mark.parametrize(("signals", "reason"), [((), "took longer than 2 s"), ((signal.SIGKILL,), "decoder crashed (SIGKILL)")])
+@pytest.mark.parametrize(
+    ("signals", "reason"), [((), "took longer than 2 s"), ((signal.SIGKILL,), "decoder crashed (SIGKILL)")]
+)
 def test_a_hang_or_a_crash_costs_one_file(tmp_path, sabotage, signals, reason):
     paths = [wav(tmp_path / f"{n:02}.wav") for n in range(20)]
     sabotage("00.wav", *signals)
@@ -285,7 +316,9 @@ def test_verdicts_that_may_pass_are_not_cached(tmp_path, monkeypatch):
     path = wav(tmp_path / "00.wav")
     with monkeypatch.context() as patch:
         send = workers.Worker.send
-        patch.setattr(workers.Worker, "send", lambda self, *job: (os.kill(self.process.pid, signal.SIGKILL), send(self, *job)))
+        patch.setattr(
+            workers.Worker, "send", lambda self, *job: (os.kill(self.process.pid, signal.SIGKILL), send(self, *job))
+        )
         assert run(tmp_path, path)[1] == {"00.wav": "decoder crashed (SIGKILL)"}
     assert run(tmp_path, path)[1] == {}
 
@@ -319,7 +352,9 @@ def test_a_file_that_changes_meanwhile(tmp_path):
 def count_decoded(monkeypatch):
     decoded = []
     send = workers.Worker.send
-    monkeypatch.setattr(workers.Worker, "send", lambda self, number, job: (decoded.append(job[0]), send(self, number, job)))
+    monkeypatch.setattr(
+        workers.Worker, "send", lambda self, number, job: (decoded.append(job[0]), send(self, number, job))
+    )
     return decoded
 
 
@@ -374,7 +409,10 @@ def test_verdicts_survive_a_kill(tmp_path):
     cache = check._Cache(tmp_path / "checked.sqlite")
     cache._committed -= 3
     cache.put("/a.wav", [1, 2, 3, 4, 5, -1, 0, None])
-    assert list(check._Cache(tmp_path / "checked.sqlite").rows(["/a.wav", "/b.wav"])) == [(1, 2, 3, 4, 5, -1, 0, None), None]
+    assert list(check._Cache(tmp_path / "checked.sqlite").rows(["/a.wav", "/b.wav"])) == [
+        (1, 2, 3, 4, 5, -1, 0, None),
+        None,
+    ]
 
 
 def test_a_cache_folder_that_cannot_be_written(tmp_path):
@@ -387,7 +425,8 @@ def test_a_cache_folder_that_cannot_be_written(tmp_path):
 SCRIPT = """
 import resource, signal, sys, types
 from pathlib import Path
-package = sys.modules["ssast.engine"] = types.ModuleType("ssast.engine")  # without the model, which takes seconds to import
+# without the model, which takes seconds to import
+package = sys.modules["ssast.engine"] = types.ModuleType("ssast.engine")
 package.__path__ = [{folder!r}]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from ssast.engine.data.check import check_clips
@@ -417,7 +456,9 @@ def test_a_full_disk_is_an_error_and_scripts_on_standard_input_work(tmp_path):
     fine = script(tmp_path, wav(tmp_path / "a.wav"))
     assert fine.communicate(timeout=60)[0] == "1 []\n"
     error = full.communicate(timeout=60)[1]
-    assert re.search(rf"UserError: cannot write converted clips to {tmp_path}/cache/converted: .* \(\d+ MiB free\)", error), error
+    assert re.search(
+        rf"UserError: cannot write converted clips to {tmp_path}/cache/converted: .* \(\d+ MiB free\)", error
+    ), error
     assert os.listdir(tmp_path / "cache" / "converted") == []
 
 
@@ -435,7 +476,8 @@ def test_ctrl_c_leaves_no_worker(tmp_path):
     assert not Path(f"/proc/{workers[0]}").exists()
 
 
-# Agreement with DALI, which runs in a process of its own: a decoder that crashes on a damaged file must not take pytest along.
+# Agreement with DALI, which runs in a process of its own: a decoder that crashes on a damaged file must not take pytest
+# along.
 
 DALI = """
 import json, sys
@@ -484,7 +526,9 @@ def dali():
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """All of the shared audio files checked once: clips, reasons by path, seconds taken, peak memory of a worker in bytes."""
+    """All of the shared audio files checked once: clips, reasons by path, seconds taken, peak memory of a worker in
+    bytes.
+    """
     if not SHARED.is_dir():
         pytest.skip(f"no audio files in {SHARED}")
     peaks = []
@@ -562,7 +606,9 @@ mutations = st.lists(
 @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 @given(mutations)
 def test_damaged_files_never_hurt(tmp_path_factory, dali, batch):
-    """Bytes overwritten (half of them in the first hundred) and ends cut off: what is accepted, DALI decodes to the same length."""
+    """Bytes overwritten (half of them in the first hundred) and ends cut off: what is accepted, DALI decodes to the
+    same length.
+    """
     folder = tmp_path_factory.mktemp("damaged")
     for kind in ("wav", "flac", "ogg"):
         wav(folder / f"whole.{kind}", tone(0.2))
@@ -575,6 +621,8 @@ def test_damaged_files_never_hurt(tmp_path_factory, dali, batch):
         paths[-1].write_bytes(content if kept > 0.5 else content[: int(kept * len(content))])
     clips, reasons = run(folder, *paths, timeout_s=20)
     assert len(clips) + len(reasons) == len(paths)
-    assert not any("crashed" in reason or "took longer" in reason or "cannot be decoded" in reason for reason in reasons.values())
+    assert not any(
+        "crashed" in reason or "took longer" in reason or "cannot be decoded" in reason for reason in reasons.values()
+    )
     got = dali(clips.paths)
     assert [(p, n, m) for p, n, m in zip(clips.sources, got, clips.frames.tolist(), strict=True) if n != m] == []

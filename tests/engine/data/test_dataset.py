@@ -57,7 +57,9 @@ def test_several_sources_and_a_validation_set_of_their_own(audio):
     for number, source in enumerate(sources):
         with open(source, "w") as stream:
             stream.write(f"{number:02}.flac\n{number + 3:02}.flac\n")
-    data = open_dataset(config(audio, f"data.train=[{sources[0]}, {sources[1]}]", f"data.valid={sources[2]}", "data.valid_clips=1"))
+    data = open_dataset(
+        config(audio, f"data.train=[{sources[0]}, {sources[1]}]", f"data.valid={sources[2]}", "data.valid_clips=1")
+    )
     assert len(data.train) == 4 and len(data.valid) == 1
     data = open_dataset(config(audio, f"data.train=[{sources[0]}, {sources[1]}]", f"data.valid={sources[1]}"))
     assert len(data.train) == 2 and len(data.valid) == 2, "a clip named for both is validated on alone"
@@ -67,7 +69,8 @@ def test_statistics_are_those_of_the_sounding_frames(audio):
     """Against all frames of all training clips, one at a time; padding does not count."""
     data = open_dataset(config(audio))
     frames = [
-        fbank(torch.from_numpy(soundfile.read(path, dtype="float32")[0])[None, :41200])[0].flatten() for path in data.train.sources
+        fbank(torch.from_numpy(soundfile.read(path, dtype="float32")[0])[None, :41200])[0].flatten()
+        for path in data.train.sources
     ]
     values = torch.cat(frames).double()
     assert data.mean == pytest.approx(values.mean().item(), abs=2e-3)
@@ -81,13 +84,21 @@ def test_each_weight_needs_a_data_set_with_clips(audio):
     for number, source in enumerate(train):
         with open(source, "w") as stream:
             stream.writelines(f"{clip:02}.flac\n" for clip in range(10 * number, 10 * number + 10))
-    data = open_dataset(config(audio, f"data.train=[{train[0]}, {train[1]}]", "data.weights=[0.7, 0.3]", "data.valid_fraction=0.2"))
+    data = open_dataset(
+        config(audio, f"data.train=[{train[0]}, {train[1]}]", "data.weights=[0.7, 0.3]", "data.valid_fraction=0.2")
+    )
     assert sum(data.train_sizes) == 16 and data.train_sizes == np.bincount(data.train.datasets).tolist()
     for row, source in enumerate(data.train.sources):
         assert (int(source[-7:-5]) >= 10) == data.train.datasets[row]
     with pytest.raises(UserError, match=r"0\.txt: no clips to train on, but data\.weights"):
-        open_dataset(config(audio, f"data.train=[{train[0]}, {train[1]}]", "data.weights=[0.7, 0.3]", f"data.valid={train[0]}"))
-    for weights, message in [("[1]", "1 weights for 2 entries"), ("[1, 0]", "positive"), ("[1, 0.0001]", "never be read")]:
+        open_dataset(
+            config(audio, f"data.train=[{train[0]}, {train[1]}]", "data.weights=[0.7, 0.3]", f"data.valid={train[0]}")
+        )
+    for weights, message in [
+        ("[1]", "1 weights for 2 entries"),
+        ("[1, 0]", "positive"),
+        ("[1, 0.0001]", "never be read"),
+    ]:
         with pytest.raises(UserError, match=f"data.weights: .*{message}"):
             config(audio, f"data.train=[{train[0]}, {train[1]}]", f"data.weights={weights}")
 

@@ -1,4 +1,6 @@
-"""What a source may be: files, tars with and without labels, manifests with speakers, and the layouts of known data sets."""
+"""What a source may be: files, tars with and without labels, manifests with speakers, and the layouts of known data
+sets.
+"""
 
 import io
 import json
@@ -22,7 +24,11 @@ def found(root, layout="auto"):
     """(how it was read, {path relative to the root: (label, speaker, split)}, remarks)."""
     source = read_source(str(root), layout)
     assert all((r.path, r.offset, r.size) == (r.source, -1, -1) for r in source.recordings)
-    return source.kind, {os.path.relpath(r.path, root): (r.label, r.speaker, r.split) for r in source.recordings}, source.remarks
+    return (
+        source.kind,
+        {os.path.relpath(r.path, root): (r.label, r.speaker, r.split) for r in source.recordings},
+        source.remarks,
+    )
 
 
 def message(source, layout="auto"):
@@ -35,20 +41,31 @@ def message(source, layout="auto"):
 def esc50(root):
     touch(root, "audio/1-2-A-0.wav", "audio/5-9-B-3.wav")
     (root / "meta").mkdir()
-    rows = "filename,fold,target,category,esc10,src_file,take\n1-2-A-0.wav,1,0,dog,True,2,A\n5-9-B-3.wav,5,3,rain,False,9,B\n"
+    header = "filename,fold,target,category,esc10,src_file,take"
+    rows = f"{header}\n1-2-A-0.wav,1,0,dog,True,2,A\n5-9-B-3.wav,5,3,rain,False,9,B\n"
     (root / "meta" / "esc50.csv").write_text(rows)
     return {"audio/1-2-A-0.wav": ("dog", "", "fold1"), "audio/5-9-B-3.wav": ("rain", "", "fold5")}
 
 
 def librispeech(root):
-    names = ["train-clean-100/103/1240/103-1240-0000.flac", "dev-other/116/2/116-2-0001.flac", "test-clean/61/70/61-70-0002.flac"]
+    names = [
+        "train-clean-100/103/1240/103-1240-0000.flac",
+        "dev-other/116/2/116-2-0001.flac",
+        "test-clean/61/70/61-70-0002.flac",
+    ]
     touch(root / "LibriSpeech", *names, "SPEAKERS.TXT", "train-clean-100/103/1240/103-1240.trans.txt")
     notes = [("", "103", "train"), ("", "116", "valid"), ("", "61", "test")]
     return {f"LibriSpeech/{name}": note for name, note in zip(names, notes, strict=True)}
 
 
 def speech_commands(root):
-    touch(root, "yes/0a7c2a8d_nohash_0.wav", "yes/1b_nohash_1.wav", "no/1b_nohash_0.wav", "_background_noise_/pink_noise.wav")
+    touch(
+        root,
+        "yes/0a7c2a8d_nohash_0.wav",
+        "yes/1b_nohash_1.wav",
+        "no/1b_nohash_0.wav",
+        "_background_noise_/pink_noise.wav",
+    )
     (root / "validation_list.txt").write_text("yes/1b_nohash_1.wav\n")
     (root / "testing_list.txt").write_text("no/1b_nohash_0.wav\n")
     return {
@@ -62,7 +79,9 @@ def voxceleb1(root):
     names = [f"wav/id{10000 + n}/vid_{n}/0000{n}.wav" for n in (1, 2, 3, 4)]
     touch(root, *names, "wav/stray.wav")
     (root / "iden_split.txt").write_text("".join(f"{n} {name[4:]}\n" for n, name in enumerate(names[:3], 1)))
-    return {name: (name[4:11], name[4:11], split) for name, split in zip(names, ("train", "valid", "test", ""), strict=True)}
+    return {
+        name: (name[4:11], name[4:11], split) for name, split in zip(names, ("train", "valid", "test", ""), strict=True)
+    }
 
 
 def iemocap(root):
@@ -108,8 +127,15 @@ def audioset(root):
         "# YTID, start_seconds, end_seconds, positive_labels",
     ]
     (root / "balanced_train_segments.csv").write_text("\n".join([*heads, *rows]) + "\n")
-    (root / "eval_segments.csv").write_text('# a\nYAbcdefghij, 30.000, 40.000, "/m/2"\n1YAbcdefghi, 30.000, 40.000, "/m/3"\n')
-    notes = ("/m/09x0r,/t/dd00088", "", "train"), ("/m/03v3yw,/m/0k4j", "", "train"), ("/m/2", "", "test"), ("/m/3", "", "test")
+    (root / "eval_segments.csv").write_text(
+        '# a\nYAbcdefghij, 30.000, 40.000, "/m/2"\n1YAbcdefghi, 30.000, 40.000, "/m/3"\n'
+    )
+    notes = (
+        ("/m/09x0r,/t/dd00088", "", "train"),
+        ("/m/03v3yw,/m/0k4j", "", "train"),
+        ("/m/2", "", "test"),
+        ("/m/3", "", "test"),
+    )
     return dict(zip(names, notes, strict=False))
 
 
@@ -156,9 +182,11 @@ def test_tars(tmp_path):
     path = tmp_path / "set.tar"
     contents = {
         "a/one.flac": b"first", "a/one.json": b'{"label": "x", "speaker": "s", "split": "valid", "text": "so it goes"}',
-        "a/two.cls": b"7\n", "a/two.wav": b"second", "two.txt": b" dog ", "two.ogg": b"third", "plain.mp3": b"fourth", "broken.json": b"{",
+        "a/two.cls": b"7\n", "a/two.wav": b"second", "two.txt": b" dog ", "two.ogg": b"third",
+        "plain.mp3": b"fourth", "broken.json": b"{",
         "broken.opus": b"",
-        "a/pictures.png": b"no audio", "list.json": b'{"labels": ["x", "y"], "speaker": null}', "list.seg0.wav": b"sixth",
+        "a/pictures.png": b"no audio", "list.json": b'{"labels": ["x", "y"], "speaker": '
+                                                    b'null}', "list.seg0.wav": b"sixth",
     }  # fmt: skip
     with tarfile.open(path, "w") as tar:
         for name, content in contents.items():
@@ -176,7 +204,8 @@ def test_tars(tmp_path):
         assert r.path == str(path) and raw[r.offset : r.offset + r.size] == contents[name]
     notes = {r.source.removeprefix(f"{path}/"): (r.label, r.speaker, r.split) for r in source.recordings}
     assert notes == {
-        "a/one.flac": ("x", "s", "valid"), "a/two.wav": ("7", "", ""), "two.ogg": ("dog", "", ""), "plain.mp3": ("", "", ""),
+        "a/one.flac": ("x", "s", "valid"), "a/two.wav": ("7", "", ""), "two.ogg": ("dog", "", ""), "plain.mp3": ("",
+        "", ""),
         "broken.opus": ("", "", ""), "list.seg0.wav": ("x,y", "", ""),
     }  # fmt: skip
 

@@ -74,7 +74,9 @@ def damage(path: Path, how: str) -> None:
     elif how == "emptied":
         path.write_bytes(b"")
     else:  # of the same size, so only decoding can tell
-        path.write_bytes(os.urandom(len(content)) if how == "garbage" else content[:200] + os.urandom(len(content) - 200))
+        path.write_bytes(
+            os.urandom(len(content)) if how == "garbage" else content[:200] + os.urandom(len(content) - 200)
+        )
 
 
 @pytest.mark.parametrize("how", ["deleted", "truncated", "emptied", "garbage", "bit rot"])
@@ -109,9 +111,17 @@ def test_too_many_broken_files_stop_the_run(tmp_path):
 
 
 def read_steps(
-    decoder: AudioDecoder, order: SampleOrder, world_size: int, micro_batch: int, accumulation: int, first_step: int, last_step: int
+    decoder: AudioDecoder,
+    order: SampleOrder,
+    world_size: int,
+    micro_batch: int,
+    accumulation: int,
+    first_step: int,
+    last_step: int,
 ) -> list[set[tuple[int, bytes]]]:
-    """What `world_size` ranks read in each optimizer step, through prefetchers that begin at `first_step`: positions and windows."""
+    """What `world_size` ranks read in each optimizer step, through prefetchers that begin at `first_step`: positions
+    and windows.
+    """
     steps = [set() for _ in range(first_step, last_step)]
     for rank in range(world_size):
         reader = ClipReader(decoder, order, random_crop=True)
@@ -126,12 +136,18 @@ def read_steps(
     return steps
 
 
-@pytest.mark.parametrize("order", [SampleOrder(8, seed=1), MixedOrder((5, 3), (0.4, 0.6), seed=1)], ids=["all once", "mixed"])
+@pytest.mark.parametrize(
+    "order", [SampleOrder(8, seed=1), MixedOrder((5, 3), (0.4, 0.6), seed=1)], ids=["all once", "mixed"]
+)
 def test_any_ranks_read_the_same_steps_and_go_on_anywhere(tmp_path, order):
-    """Four epochs of 8 clips, 12 a step: steps end within epochs. A run that goes on at step 1, on other ranks, reads what was left."""
+    """Four epochs of 8 clips, 12 a step: steps end within epochs. A run that goes on at step 1, on other ranks, reads
+    what was left.
+    """
     decoder = open_decoder(write_clips(tmp_path), tmp_path / "cache")
     whole = read_steps(decoder, order, 1, 12, 1, 0, 3)
-    assert [sorted(position for position, _ in step) for step in whole] == [list(range(12 * n, 12 * n + 12)) for n in range(3)]
+    assert [sorted(position for position, _ in step) for step in whole] == [
+        list(range(12 * n, 12 * n + 12)) for n in range(3)
+    ]
     assert len({window for step in whole for _, window in step}) > 8  # other crops in other epochs
     for world_size, micro_batch, accumulation in [(1, 4, 3), (2, 6, 1), (2, 2, 3), (3, 4, 1), (3, 2, 2)]:
         assert read_steps(decoder, order, world_size, micro_batch, accumulation, 0, 3) == whole

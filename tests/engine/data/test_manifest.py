@@ -10,7 +10,15 @@ from ssast.engine.data.manifest import CACHE_FILE, Entry, read_manifest
 from ssast.engine.errors import UserError
 
 INVALID_UTF8 = os.fsdecode(b"bad\xff\xfename.wav")
-AWKWARD = ["with space.wav", "quo\"te's.wav", "ünïcödé_語.wav", "-dash.wav", "new\nline.wav", "a,b;c\t.wav", INVALID_UTF8]
+AWKWARD = [
+    "with space.wav",
+    "quo\"te's.wav",
+    "ünïcödé_語.wav",
+    "-dash.wav",
+    "new\nline.wav",
+    "a,b;c\t.wav",
+    INVALID_UTF8,
+]
 
 
 def touch(folder, *names, content=b"x"):
@@ -59,8 +67,10 @@ def test_awkward_names_in_every_form(tmp_path, name):
 
 def test_unknown_extensions_are_told_by_their_first_bytes(tmp_path):
     audio = {
-        "riff": b"RIFF\0\0\0\0WAVE", "flac.bin": b"fLaC\0\0", "ogg": b"OggS\0", "id3.x": b"ID3\4", "mpeg": b"\xff\xfb\x90\0",
-        "adts.1": b"\xff\xf1\x50", "mp4": b"\0\0\0\x20ftypM4A ", "webm.part": b"\x1aE\xdf\xa3", "aiff": b"FORM\0\0\0\0AIFF",
+        "riff": b"RIFF\0\0\0\0WAVE", "flac.bin": b"fLaC\0\0", "ogg": b"OggS\0", "id3.x": b"ID3\4",
+        "mpeg": b"\xff\xfb\x90\0",
+        "adts.1": b"\xff\xf1\x50", "mp4": b"\0\0\0\x20ftypM4A ", "webm.part": b"\x1aE\xdf\xa3",
+        "aiff": b"FORM\0\0\0\0AIFF",
     }  # fmt: skip
     other = {"text": b"hello", "utf16": b"\xff\xfeh\0i\0", "jpeg.jpg": b"\xff\xd8\xff\xe0", "none": b"", "one": b"\xff"}
     for name, content in {**audio, **other}.items():
@@ -108,7 +118,11 @@ def test_unreadable_folders_are_a_warning(tmp_path, monkeypatch):
 def test_tables(tmp_path, column, label):
     rows = f'{column},n,{label},split\n"a, b.wav",1,"dog,cat",train\n/abs/c.wav,2\n\nd.wav,3,"",valid\n'
     (tmp_path / "m.csv").write_text("\ufeff" + rows)
-    expected = [Entry(f"{tmp_path}/a, b.wav", "dog,cat", "train"), Entry("/abs/c.wav"), Entry(f"{tmp_path}/d.wav", "", "valid")]
+    expected = [
+        Entry(f"{tmp_path}/a, b.wav", "dog,cat", "train"),
+        Entry("/abs/c.wav"),
+        Entry(f"{tmp_path}/d.wav", "", "valid"),
+    ]
     assert read_manifest(tmp_path / "m.csv") == expected
     (tmp_path / "m.tsv").write_text("path\tlabel\na,b.wav\tx\n")
     assert read_manifest(str(tmp_path / "m.tsv")) == [Entry(f"{tmp_path}/a,b.wav", "x")]
@@ -122,7 +136,12 @@ def test_json_forms(tmp_path):
         {"wav": "d", "labels": None},
     ]
     (tmp_path / "m.json").write_text("\ufeff" + json.dumps({"data": rows}), encoding="utf-8")
-    expected = [Entry("/a.wav", "x"), Entry(f"{tmp_path}/sub/b.wav"), Entry(f"{tmp_path}/c.wav", "x,y"), Entry(f"{tmp_path}/d")]
+    expected = [
+        Entry("/a.wav", "x"),
+        Entry(f"{tmp_path}/sub/b.wav"),
+        Entry(f"{tmp_path}/c.wav", "x,y"),
+        Entry(f"{tmp_path}/d"),
+    ]
     assert read_manifest(tmp_path / "m.json") == expected
 
 
@@ -140,7 +159,13 @@ def test_errors_are_one_line_and_say_what(tmp_path):
     assert "its columns are name, length" in manifest("m.csv", b"name,length\na,1\n")
     assert "line 3: the path is missing" in manifest("m.csv", b"label,path\nx,a.wav\ny\n")
     assert "malformed table" in manifest("m.csv", b'path\n"a.wav\nb.wav\n')
-    for empty in (("m.csv", b""), ("m.csv", b"path\n"), ("m.tsv", b"path\n\n"), ("m.txt", b"\n \n"), ("m.json", b'{"data": []}')):
+    for empty in (
+        ("m.csv", b""),
+        ("m.csv", b"path\n"),
+        ("m.tsv", b"path\n\n"),
+        ("m.txt", b"\n \n"),
+        ("m.json", b'{"data": []}'),
+    ):
         assert "is empty" in manifest(*empty)
     touch(tmp_path / "f", "a.txt", "b/c.txt")
     assert f"no audio files found in {tmp_path}/f (2 other files seen)" in message(tmp_path / "f")

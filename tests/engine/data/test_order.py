@@ -24,7 +24,9 @@ def test_every_clip_once_an_epoch_in_another_order_each():
     assert not np.array_equal(epochs[0], SampleOrder(100, 4).clips_at(0, 100)[0])
 
 
-@pytest.mark.parametrize(("world_size", "micro_batch", "accumulation"), [(1, 4, 3), (2, 2, 3), (3, 4, 1), (1, 12, 1), (6, 1, 2)])
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch", "accumulation"), [(1, 4, 3), (2, 2, 3), (3, 4, 1), (1, 12, 1), (6, 1, 2)]
+)
 def test_ranks_share_a_step_and_leave_nothing_out(world_size, micro_batch, accumulation):
     """Twelve clips a step however they are dealt out."""
     for step in range(4):
@@ -53,7 +55,7 @@ def test_two_million_clips_are_no_burden():
     assert len(set(index)) == 24
 
 
-# --- mixing -------------------------------------------------------------------------------------------------------------------------
+# --- mixing -----------------------------------------------------------------------------------------------------------
 
 
 SIZES, WEIGHTS = (1500, 7, 401), (0.6, 0.07, 0.333)  # of passes that never end with a block
@@ -121,7 +123,9 @@ def test_the_seed_decides_all_of_a_mix():
     ours, again, other = (order.clips_at(3000, 500)[0] for order in (mixed(), mixed(), mixed(6)))
     assert np.array_equal(ours, again) and not np.array_equal(ours, other)
     alike = MixedOrder((100, 100), (1, 1), 0).clips_at(0, 400)[0]
-    assert not np.array_equal(alike[alike < 100], alike[alike >= 100] - 100), "data sets of one size have orders of their own"
+    assert not np.array_equal(alike[alike < 100], alike[alike >= 100] - 100), (
+        "data sets of one size have orders of their own"
+    )
 
 
 def test_a_place_far_out_in_a_mix_of_millions_is_found_at_once():

@@ -1,4 +1,6 @@
-"""`ssast prepare`: what goes in comes out, in any number of processes, after any interruption; and whatever is wrong is said."""
+"""`ssast prepare`: what goes in comes out, in any number of processes, after any interruption; and whatever is wrong is
+said.
+"""
 
 import csv
 import io
@@ -67,8 +69,13 @@ def table(out):
     rows = []
     for row in range(len(index["shard.npy"])):
         numbers = {name: int(index[f"{name}.npy"][row]) for name in ("shard", "offset", "size", "samples", "crc32")}
-        spans = {name: index[f"{name}.offsets.npy"][row : row + 2] for name in ("key", "label", "speaker", "split", "source")}
-        texts = {name: bytes(index[f"{name}.utf8.npy"][a:b]).decode("utf-8", "surrogateescape") for name, (a, b) in spans.items()}
+        spans = {
+            name: index[f"{name}.offsets.npy"][row : row + 2] for name in ("key", "label", "speaker", "split", "source")
+        }
+        texts = {
+            name: bytes(index[f"{name}.utf8.npy"][a:b]).decode("utf-8", "surrogateescape")
+            for name, (a, b) in spans.items()
+        }
         rows.append(numbers | texts)
     return rows
 
@@ -99,7 +106,9 @@ def contents(out):
 def recordings(tmp_path):
     """Twelve recordings of two seconds, stereo at 44.1 kHz, so that they take a while."""
     for n in range(12):
-        soundfile.write(tmp_path / f"src {n}.wav", np.stack([noise(2, n, 44_100), noise(2, -n % 97, 44_100)], axis=1), 44_100)
+        soundfile.write(
+            tmp_path / f"src {n}.wav", np.stack([noise(2, n, 44_100), noise(2, -n % 97, 44_100)], axis=1), 44_100
+        )
     (tmp_path / "m.csv").write_text("path,label\n" + "".join(f"src {n}.wav,class {n % 3}\n" for n in range(12)))
     return tmp_path / "m.csv"
 
@@ -147,7 +156,8 @@ def test_round_trip(tmp_path, codec):
         got = audio(out, found[name])
         assert abs(len(got) - 2 * RATE) < 0.05 * RATE
         assert max(
-            np.correlate(got[5000:25000] / 32768, want[5000 + shift : 25000 + shift] / 32768)[0] for shift in range(-1200, 1200, 4)
+            np.correlate(got[5000:25000] / 32768, want[5000 + shift : 25000 + shift] / 32768)[0]
+            for shift in range(-1200, 1200, 4)
         ) > 0.9 * (np.square(want[5000:25000] / 32768).sum())
 
     # As tar and webdataset see it: groups of members of the same key, which has no dots.
@@ -176,9 +186,18 @@ def test_round_trip(tmp_path, codec):
         and described["clips"] == sum(s["clips"] for s in described["shards"]) == 7
     )
     assert stats["hours"] == described["hours"] == pytest.approx(seconds.sum() / 3600, abs=1e-4)
-    assert stats["seconds"]["median"] == pytest.approx(np.median(seconds), abs=1e-4) and sum(stats["histogram"]["clips"]) == 7
+    assert (
+        stats["seconds"]["median"] == pytest.approx(np.median(seconds), abs=1e-4)
+        and sum(stats["histogram"]["clips"]) == 7
+    )
     assert len(stats["histogram"]["edges_s"]) == len(stats["histogram"]["clips"]) + 1
-    assert sorted(path.name for path in out.iterdir()) == ["dataset.json", "index", "rejected.csv", "shards", "stats.json"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "dataset.json",
+        "index",
+        "rejected.csv",
+        "shards",
+        "stats.json",
+    ]
     assert verify(out, 1, progress=False) == (7, [])
 
     # Again: nothing changes. And a folder of shards is a source like any other.
@@ -256,8 +275,12 @@ def test_segments_in_the_folder(tmp_path):
     samples = noise(2.6)
     soundfile.write(tmp_path / "long.flac", samples, RATE)
     soundfile.write(tmp_path / "short.wav", samples[:100], RATE)
-    summary = run(tmp_path / "out", tmp_path / "long.flac", tmp_path / "short.wav", segment=1.0, hop=0.5, min_length=0.2)
-    assert (summary["clips"], summary["sources"]) == (5, 1) and rejected(tmp_path / "out")["short.wav"].startswith("too short")
+    summary = run(
+        tmp_path / "out", tmp_path / "long.flac", tmp_path / "short.wav", segment=1.0, hop=0.5, min_length=0.2
+    )
+    assert (summary["clips"], summary["sources"]) == (5, 1) and rejected(tmp_path / "out")["short.wav"].startswith(
+        "too short"
+    )
     rows = table(tmp_path / "out")
     assert len({row["key"] for row in rows}) == 5 and all(re.fullmatch(r"\w+", row["key"]) for row in rows)
     for n, row in enumerate(rows):
@@ -267,7 +290,9 @@ def test_segments_in_the_folder(tmp_path):
 def test_the_resampler_keeps_levels_and_lets_nothing_alias():
     def resampled(hz, rate, block=5000):
         signal = (0.5 * np.sin(2 * np.pi * hz * np.arange(2 * rate) / rate)).astype(np.float32)
-        got = np.concatenate(list(to_int16(((rate, signal[i : i + block]) for i in range(0, len(signal), block)), RATE)))
+        got = np.concatenate(
+            list(to_int16(((rate, signal[i : i + block]) for i in range(0, len(signal), block)), RATE))
+        )
         assert abs(len(got) - 2 * RATE) <= 1
         return got[RATE // 2 : -RATE // 2] / 32768
 
@@ -312,13 +337,20 @@ def test_kill_9_and_again(tmp_path, recordings):
     for wanted in (2, 5):  # twice, at different places
         process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
         deadline = time.monotonic() + 60
-        while len(list((out / "shards").glob(".*.json"))) < wanted and process.poll() is None and time.monotonic() < deadline:
+        while (
+            len(list((out / "shards").glob(".*.json"))) < wanted
+            and process.poll() is None
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.005)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL and children
-        while any(Path(f"/proc/{child}/cmdline").exists() and Path(f"/proc/{child}/cmdline").read_bytes() for child in children):
+        while any(
+            Path(f"/proc/{child}/cmdline").exists() and Path(f"/proc/{child}/cmdline").read_bytes()
+            for child in children
+        ):
             assert time.monotonic() < deadline, "workers outlive their parent"
         assert not (out / "dataset.json").exists()
         for path, before in kept.items():
@@ -423,7 +455,9 @@ def test_a_crash_a_hang_or_greed_costs_one_file(tmp_path, sabotage):
     for n, name in enumerate(names):
         soundfile.write(tmp_path / "src" / name, noise(1, n), RATE)
     sabotage()
-    run(tmp_path / "out", tmp_path / "src", workers=2, timeout_s=2, segment=0.3, hop=0.3)  # of a broken file, no piece stays
+    run(
+        tmp_path / "out", tmp_path / "src", workers=2, timeout_s=2, segment=0.3, hop=0.3
+    )  # of a broken file, no piece stays
     assert rejected(tmp_path / "out") == {
         "b crash.wav": "decoder crashed (SIGABRT), twice",
         "d hang.wav": "took longer than 2 s, twice",
@@ -446,12 +480,17 @@ def test_a_full_disk_is_one_line_and_costs_nothing_finished(tmp_path, recordings
     message = refused(out, recordings, **EACH_ALONE)
     monkeypatch.setattr(extract, "__file__", original)
     assert re.fullmatch(
-        rf"cannot write to {out}/shards: File too large \(\d+ MiB free\): .*run the same command again to go on", message
+        rf"cannot write to {out}/shards: File too large \(\d+ MiB free\): .*run the same command again to go on",
+        message,
     )
-    finished = {path: path.stat().st_mtime_ns for path in (out / "shards").glob("*.tar") if not path.name.startswith(".")}
+    finished = {
+        path: path.stat().st_mtime_ns for path in (out / "shards").glob("*.tar") if not path.name.startswith(".")
+    }
     assert len(finished) == 11
     run(out, recordings, **EACH_ALONE)
-    assert contents(out) == contents(whole) and all(path.stat().st_mtime_ns == before for path, before in finished.items())
+    assert contents(out) == contents(whole) and all(
+        path.stat().st_mtime_ns == before for path, before in finished.items()
+    )
 
 
 def test_folders_that_cannot_be_used(tmp_path, recordings):
@@ -464,7 +503,9 @@ def test_folders_that_cannot_be_used(tmp_path, recordings):
     (tmp_path / "empty.wav").write_text("")
     message = refused(tmp_path / "out", tmp_path / "empty.wav")
     assert "none of 1 recordings can be used" in message and f"{tmp_path}/empty.wav: empty file" in message
-    assert not (tmp_path / "out" / "dataset.json").exists() and rejected(tmp_path / "out") == {"empty.wav": "empty file"}
+    assert not (tmp_path / "out" / "dataset.json").exists() and rejected(tmp_path / "out") == {
+        "empty.wav": "empty file"
+    }
 
 
 def test_a_file_that_changes_meanwhile(tmp_path, monkeypatch):
@@ -508,7 +549,11 @@ def test_verify_finds_whatever_was_changed(tmp_path, recordings):
     flip(shard, row["offset"] - 512)  # the name of a member
     check("00001.tar: .*", "00001.tar: sha256 differs")
     shard.write_bytes(shard.read_bytes()[: row["offset"] + 5000])
-    check(rf"00001.tar: {row['offset'] + 5000} bytes instead of", "00001.tar: (damaged tar|.*crc32).*", "00001.tar: sha256 differs")
+    check(
+        rf"00001.tar: {row['offset'] + 5000} bytes instead of",
+        "00001.tar: (damaged tar|.*crc32).*",
+        "00001.tar: sha256 differs",
+    )
     shard.unlink()
     check("00001.tar: cannot be read: No such file")
     (out / "shards" / "00009.tar").write_bytes(b"")
@@ -549,16 +594,23 @@ def test_command_line(tmp_path, recordings, capsys):
     ]
     assert main(command) == 0
     printed = capsys.readouterr().out
-    assert "48 clips of 12 recordings, 0.01 hours, 6 shards" in printed and f"1 recordings rejected: {out}/rejected.csv" in printed
+    assert (
+        "48 clips of 12 recordings, 0.01 hours, 6 shards" in printed
+        and f"1 recordings rejected: {out}/rejected.csv" in printed
+    )
     assert re.search(r"\n +1 not audio\n", printed)
     assert main(command) == 0 and "nothing to do" in capsys.readouterr().out
-    for wrong in (["--out", out], [str(recordings)], ["--verify", out, "--out", out], [str(recordings), "--out", out, "--hop", "1"],
-                  [str(recordings), "--out", out, "--segment", "nan"], [str(recordings), "--out", out, "--shard-size", "1X"]):  # fmt: skip
+    for wrong in (["--out", out], [str(recordings)], ["--verify", out, "--out", out], [str(recordings), "--out", out,
+    "--hop", "1"],
+                  [str(recordings), "--out", out, "--segment", "nan"], [str(recordings), "--out", out,
+                  "--shard-size", "1X"]):  # fmt: skip
         with pytest.raises(SystemExit) as caught:
             main(wrong)
         assert caught.value.code == 2
     assert "--sample-rate 1" in refused(tmp_path / "new", recordings, sample_rate=1)
-    assert "--segment is shorter than --min-length" in refused(tmp_path / "new", recordings, segment=0.1, hop=0.1, min_length=1.0)
+    assert "--segment is shorter than --min-length" in refused(
+        tmp_path / "new", recordings, segment=0.1, hop=0.1, min_length=1.0
+    )
     assert not (tmp_path / "new").exists()
 
 
@@ -570,7 +622,9 @@ def test_corrupt_files_end_as_a_row_or_as_audio(tmp_path, real_audio):
     reasons = rejected(tmp_path / "out")
     kept = {os.path.basename(row["source"]): audio(tmp_path / "out", row) for row in table(tmp_path / "out")}
     assert set(reasons) | set(kept) == {path.name for path in files} and not set(reasons) & set(kept)
-    assert not any("crashed" in reason or "took longer" in reason or "cannot be decoded" in reason for reason in reasons.values())
+    assert not any(
+        "crashed" in reason or "took longer" in reason or "cannot be decoded" in reason for reason in reasons.values()
+    )
     for row in csv.DictReader((real_audio / "manifests" / "corrupt.csv").open(encoding="utf-8", newline="")):
         name = os.path.basename(row["path"].rstrip("/"))
         if (

@@ -1,4 +1,6 @@
-"""Texts and clips as columns, prepared folders opened and read: exact samples, what is broken or unfinished, and 2.2 million clips."""
+"""Texts and clips as columns, prepared folders opened and read: exact samples, what is broken or unfinished, and 2.2
+million clips.
+"""
 
 import io
 import json
@@ -42,7 +44,9 @@ def write_index(folder: Path, columns: dict[str, np.ndarray], texts: dict[str, l
     (folder / "dataset.json").write_text(json.dumps({"format": 1, "sample_rate": RATE, "settings": {}, **description}))
 
 
-def write_prepared(folder: Path, sounds: list[np.ndarray], *, codec="wav", rate=RATE, per_shard=3, **texts: list[str]) -> Path:
+def write_prepared(
+    folder: Path, sounds: list[np.ndarray], *, codec="wav", rate=RATE, per_shard=3, **texts: list[str]
+) -> Path:
     """A prepared folder as the format says, by other means than the engine's."""
     (folder / "shards").mkdir(parents=True)
     rows, shards = [], []
@@ -63,7 +67,11 @@ def write_prepared(folder: Path, sounds: list[np.ndarray], *, codec="wav", rate=
     names, kinds = ("shard", "offset", "size", "samples", "crc32"), (np.int32, np.int64, np.int64, np.int64, np.uint32)
     columns = {name: np.array(row, kind) for name, kind, row in zip(names, kinds, zip(*rows, strict=True), strict=True)}
     numbers = [str(clip) for clip in range(len(sounds))]
-    texts = {name: [""] * len(sounds) for name in ("label", "speaker", "split")} | {"key": numbers, "source": numbers} | texts
+    texts = (
+        {name: [""] * len(sounds) for name in ("label", "speaker", "split")}
+        | {"key": numbers, "source": numbers}
+        | texts
+    )
     write_index(folder, columns, texts, {"codec": codec, "clips": len(sounds), "shards": shards, "sample_rate": rate})
     return folder
 
@@ -75,7 +83,9 @@ def noise(count=8, seed=0) -> list[np.ndarray]:
 
 
 def open_decoder(clips: Clips, **options) -> AudioDecoder:
-    return AudioDecoder(clips, **{"num_samples": WINDOW, "sample_rate": RATE, "batch_size": 8, "num_threads": 2, **options})
+    return AudioDecoder(
+        clips, **{"num_samples": WINDOW, "sample_rate": RATE, "batch_size": 8, "num_threads": 2, **options}
+    )
 
 
 def padded(values: np.ndarray) -> np.ndarray:
@@ -89,7 +99,7 @@ def no_decoder(monkeypatch) -> None:
     monkeypatch.setattr(decode, "_build_pipeline", refuse)
 
 
-# --- texts and columns --------------------------------------------------------------------------------------------------------------
+# --- texts and columns ------------------------------------------------------------------------------------------------
 
 
 names = st.lists(st.text(max_size=30) | st.binary(max_size=30).map(os.fsdecode), max_size=30)
@@ -107,7 +117,9 @@ def test_texts_are_a_list_of_texts(first, second, data):
     subset = both.subset(index)
     assert list(subset) == [expected[i] for i in index] and list(pickle.loads(pickle.dumps(subset))) == list(subset)
     assert len(set(both.hashes().tolist())) == len({text.encode("utf-8", "surrogateescape") for text in expected})
-    assert np.array_equal(subset.hashes(), Texts.from_list(list(subset)).hashes()), "a hash is of the text, wherever it stands"
+    assert np.array_equal(subset.hashes(), Texts.from_list(list(subset)).hashes()), (
+        "a hash is of the text, wherever it stands"
+    )
 
 
 def test_half_a_surrogate_pair_is_no_crash():
@@ -121,7 +133,7 @@ def test_hashes_see_every_byte():
     assert np.array_equal(with_neighbours.hashes()[::2], Texts.from_list(texts).hashes())
 
 
-# --- opening ------------------------------------------------------------------------------------------------------------------------
+# --- opening ----------------------------------------------------------------------------------------------------------
 
 
 def test_clips_of_a_prepared_folder(tmp_path):
@@ -136,7 +148,11 @@ def test_clips_of_a_prepared_folder(tmp_path):
         content = Path(path).read_bytes()[offset : offset + size]
         assert content[:44] == wav_header(len(sound), RATE) and content[44:] == sound.tobytes()
     some = clips.subset(np.array([6, 1]))
-    assert some.sources == [names[6], names[1]] and some.frames.tolist() == [7500, 2500] and some.offsets[1] == clips.offsets[1]
+    assert (
+        some.sources == [names[6], names[1]]
+        and some.frames.tolist() == [7500, 2500]
+        and some.offsets[1] == clips.offsets[1]
+    )
     sent = pickle.loads(pickle.dumps(some))
     assert sent.sources == some.sources and np.array_equal(sent.offsets, some.offsets)
     assert sent.fingerprint == some.fingerprint != clips.subset(np.array([1, 6])).fingerprint
@@ -157,9 +173,15 @@ def broken_folders() -> dict[str, tuple]:
         return lambda folder: np.save(folder / "index" / name, column)
 
     return {
-        "unfinished": (lambda folder: (folder / "dataset.json").unlink(), "not finished.*run the same ssast prepare again"),
+        "unfinished": (
+            lambda folder: (folder / "dataset.json").unlink(),
+            "not finished.*run the same ssast prepare again",
+        ),
         "begun": (
-            lambda folder: [(folder / "dataset.json").rename(folder / "unfinished.json"), shutil.rmtree(folder / "shards")],
+            lambda folder: [
+                (folder / "dataset.json").rename(folder / "unfinished.json"),
+                shutil.rmtree(folder / "shards"),
+            ],
             "not finished.*run the same ssast prepare again",
         ),
         "not JSON": (lambda folder: (folder / "dataset.json").write_text("{"), r"dataset.json: content: Invalid JSON"),
@@ -167,13 +189,25 @@ def broken_folders() -> dict[str, tuple]:
         "no shards": (edit(shards=None), "shards: "),
         "other count": (edit(clips=9), "9 clips, 8 of them in shards"),
         "shard gone": (lambda folder: (folder / "shards" / "00001.tar").unlink(), "00001.tar: the shard is missing"),
-        "shard cut": (lambda folder: os.truncate(folder / "shards" / "00001.tar", 9000), "00001.tar: the shard has 9000 bytes"),
+        "shard cut": (
+            lambda folder: os.truncate(folder / "shards" / "00001.tar", 9000),
+            "00001.tar: the shard has 9000 bytes",
+        ),
         "column gone": (lambda folder: (folder / "index" / "size.npy").unlink(), "size.npy: the index cannot be read"),
-        "column empty": (lambda folder: (folder / "index" / "size.npy").write_bytes(b""), "size.npy: the index cannot be read"),
+        "column empty": (
+            lambda folder: (folder / "index" / "size.npy").write_bytes(b""),
+            "size.npy: the index cannot be read",
+        ),
         "column short": (save("samples.npy", np.ones(7, np.int64)), r"samples.npy: int64 \[7\] instead of int64 \[8\]"),
         "column of another kind": (save("offset.npy", np.ones(8, np.int32)), "offset.npy: int32"),
-        "texts short": (save("label.offsets.npy", np.zeros(8, np.int64)), r"label.offsets.npy: int64 \[8\] instead of int64 \[9\]"),
-        "texts longer than their bytes": (save("source.utf8.npy", np.zeros(3, np.uint8)), "source.utf8.npy: 3 bytes instead of 8"),
+        "texts short": (
+            save("label.offsets.npy", np.zeros(8, np.int64)),
+            r"label.offsets.npy: int64 \[8\] instead of int64 \[9\]",
+        ),
+        "texts longer than their bytes": (
+            save("source.utf8.npy", np.zeros(3, np.uint8)),
+            "source.utf8.npy: 3 bytes instead of 8",
+        ),
         "beyond the shard": (save("size.npy", np.full(8, 10**6)), "names clips outside the shards"),
         "unknown shard": (save("shard.npy", np.full(8, 3, np.int32)), "names clips outside the shards"),
     }
@@ -189,7 +223,7 @@ def test_what_is_wrong_with_a_prepared_folder_is_said_in_a_line(tmp_path, how):
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
 
 
-# --- reading ------------------------------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("codec", ["wav", "flac"])
@@ -199,7 +233,9 @@ def test_windows_are_the_samples_bit_for_bit(tmp_path, codec, monkeypatch):
     decoder = open_decoder(open_shards(write_prepared(tmp_path / "set", sounds, codec=codec)), batch_size=20)
     if codec == "wav":
         no_decoder(monkeypatch)
-    used_before = SimpleNamespace(int16=torch.int16, empty=lambda shape, **kind: torch.full(shape, 77, dtype=torch.int16))
+    used_before = SimpleNamespace(
+        int16=torch.int16, empty=lambda shape, **kind: torch.full(shape, 77, dtype=torch.int16)
+    )
     monkeypatch.setattr(decode, "torch", used_before)  # memory of a new batch is not silent by itself
     lengths = np.array([len(sound) for sound in sounds])
     order = SampleOrder(20, seed=3)
@@ -219,7 +255,9 @@ def test_plain_wav_files_need_no_decoder_either(tmp_path, monkeypatch):
     (tmp_path / "audio").mkdir()
     for number, sound in enumerate(noise()):
         soundfile.write(tmp_path / "audio" / f"{number}.wav", sound, RATE)
-    data = open_dataset(load_config("demo", [f"data.train={tmp_path / 'audio'}", f"data.cache_dir={tmp_path / 'cache'}"]))
+    data = open_dataset(
+        load_config("demo", [f"data.train={tmp_path / 'audio'}", f"data.cache_dir={tmp_path / 'cache'}"])
+    )
     no_decoder(monkeypatch)
     start = np.maximum(data.train.frames - 3000, 0)
     decoded = open_decoder(data.train).decode(np.arange(len(data.train)), start)
@@ -248,7 +286,9 @@ def test_more_shards_than_may_be_open(tmp_path):
     for _ in range(2):
         decoded = decoder.decode(np.arange(12), np.zeros(12, dtype=np.int64))
         assert open_shard_files() == 5 and not decoded.broken
-        assert all(np.array_equal(window, padded(sound)) for window, sound in zip(decoded.waveform, sounds, strict=True))
+        assert all(
+            np.array_equal(window, padded(sound)) for window, sound in zip(decoded.waveform, sounds, strict=True)
+        )
     decoder.close()
     assert open_shard_files() == 0
 
@@ -261,7 +301,13 @@ def overwrite(path: str, offset: int, content: bytes) -> None:
 
 @pytest.mark.parametrize(
     ("codec", "how"),
-    [("wav", "header gone"), ("wav", "header of fewer"), ("wav", "shard cut"), ("flac", "bit rot"), ("flac", "of another length")],
+    [
+        ("wav", "header gone"),
+        ("wav", "header of fewer"),
+        ("wav", "shard cut"),
+        ("flac", "bit rot"),
+        ("flac", "of another length"),
+    ],
 )
 def test_a_clip_that_breaks_in_its_shard_costs_only_itself(tmp_path, codec, how):
     """The shards keep their sizes, so that only reading can tell; cut short after opening, too."""
@@ -286,7 +332,7 @@ def test_a_clip_that_breaks_in_its_shard_costs_only_itself(tmp_path, codec, how)
     assert batch.lengths.tolist() == [min(len(sounds[6 if row == 5 else row]), WINDOW) for row in range(8)]
 
 
-# --- as data of a run ---------------------------------------------------------------------------------------------------------------
+# --- as data of a run -------------------------------------------------------------------------------------------------
 
 
 def run_config(tmp_path, *overrides):
@@ -302,9 +348,13 @@ def test_files_and_shards_in_one_list(tmp_path):
     sources = f"data.train=[{first}, {tmp_path / 'audio'}, {second}]"
     data = open_dataset(run_config(tmp_path, sources, "data.valid_fraction=0.2"))
     assert len(data.train) + len(data.valid) == 24 and len(data.valid) == 5 and sum(data.train_sizes) == len(data.train)
-    assert data.train.datasets.tolist() == sorted(data.train.datasets) and not set(data.train.sources) & set(data.valid.sources)
+    assert data.train.datasets.tolist() == sorted(data.train.datasets) and not set(data.train.sources) & set(
+        data.valid.sources
+    )
     check_reachable(data)
-    truth = {f"one/{n}": sound for n, sound in enumerate(noise(8, 1))} | {f"two/{n}": sound for n, sound in enumerate(noise(10, 2))}
+    truth = {f"one/{n}": sound for n, sound in enumerate(noise(8, 1))} | {
+        f"two/{n}": sound for n, sound in enumerate(noise(10, 2))
+    }
     truth |= {str(tmp_path / "audio" / f"{n}.flac"): sound for n, sound in enumerate(noise(6))}
     decoded = open_decoder(data.train, batch_size=19).decode(np.arange(19), np.zeros(19, dtype=np.int64))
     for row, source in enumerate(data.train.sources):
@@ -328,13 +378,17 @@ def test_splits_and_short_clips(tmp_path):
     folder = write_prepared(tmp_path / "set", noise(), split=splits)
     data = open_dataset(run_config(tmp_path, f"data.train={folder}", "data.min_seconds=0.1"))
     assert data.train.sources == ["3", "4", "6", "7"] and data.valid.sources == ["1", "5"]
-    assert [(item.path, item.reason) for item in data.skipped] == [("0", "too short: 1500 samples, one frame needs 1600")]
+    assert [(item.path, item.reason) for item in data.skipped] == [
+        ("0", "too short: 1500 samples, one frame needs 1600")
+    ]
     with pytest.raises(UserError, match=r"0: too short: 1500 samples"):
         open_dataset(run_config(tmp_path, f"data.train={folder}", "data.min_seconds=0.1", "data.strict=true"))
 
 
 def test_statistics_of_a_prepared_folder_are_not_measured_again(tmp_path):
-    one, two = (write_prepared(tmp_path / name, noise(), source=[f"{name}/{n}" for n in range(8)]) for name in ("one", "two"))
+    one, two = (
+        write_prepared(tmp_path / name, noise(), source=[f"{name}/{n}" for n in range(8)]) for name in ("one", "two")
+    )
     auto = ["data.mean=auto", "data.std=auto"]
     (one / "stats.json").write_text(json.dumps({"mean": -3.25, "std": 2.5}))
     data = open_dataset(run_config(tmp_path, f"data.train={one}", *auto))
@@ -342,7 +396,10 @@ def test_statistics_of_a_prepared_folder_are_not_measured_again(tmp_path):
     measured = open_dataset(run_config(tmp_path, f"data.train=[{one}, {two}]", *auto))
     assert measured.mean != -3.25
     assert (
-        open_dataset(run_config(tmp_path, f"data.train={one}", "model.num_mel_bins=64", "mask.num_masked=20", *auto)).mean != -3.25
+        open_dataset(
+            run_config(tmp_path, f"data.train={one}", "model.num_mel_bins=64", "mask.num_masked=20", *auto)
+        ).mean
+        != -3.25
     )
     assert open_dataset(run_config(tmp_path, f"data.train={two}", *auto)).mean != -3.25
     (two / "stats.json").write_text('{"mean": null}')
@@ -391,7 +448,12 @@ def test_two_million_clips_open_in_a_second(tmp_path):
     digits = np.arange(count)[:, None] // 10 ** np.arange(6, -1, -1) % 10 + ord("0")
     sources = np.tile(np.frombuffer(b"/data/audioset/unbalanced/0000000.flac", np.uint8), (count, 1))
     sources[:, 26:33] = digits
-    contents = {"source": sources.tobytes(), "label": b"/m/09x0r,/m/05zppz_" * count, "split": b"train" * count, "speaker": b""}
+    contents = {
+        "source": sources.tobytes(),
+        "label": b"/m/09x0r,/m/05zppz_" * count,
+        "split": b"train" * count,
+        "speaker": b"",
+    }
     for name, content in contents.items():
         np.save(tmp_path / "index" / f"{name}.offsets.npy", np.arange(count + 1) * (len(content) // count))
         np.save(tmp_path / "index" / f"{name}.utf8.npy", np.frombuffer(content, np.uint8))

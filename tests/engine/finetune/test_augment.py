@@ -1,4 +1,6 @@
-"""Mixing, masks and noise: their distributions, that they depend on seed and position alone, and what they leave alone."""
+"""Mixing, masks and noise: their distributions, that they depend on seed and position alone, and what they leave
+alone.
+"""
 
 import math
 
@@ -62,7 +64,9 @@ def test_what_is_not_mixed_is_left_alone_bit_for_bit():
     mixed, mixed_lengths, mixed_targets = mixup(waveform, lengths, targets, 0.5, 3, 0)
     untouched = (mixed == waveform.float() / 32768).all(dim=1)
     assert 0 < untouched.sum() < 6
-    assert torch.equal(mixed_targets[untouched], targets[untouched]) and torch.equal(mixed_lengths[untouched], lengths[untouched])
+    assert torch.equal(mixed_targets[untouched], targets[untouched]) and torch.equal(
+        mixed_lengths[untouched], lengths[untouched]
+    )
     with pytest.raises(ValueError, match="rate"):
         mixup(waveform, lengths, targets, 1.5, 3, 0)
 

@@ -1,4 +1,6 @@
-"""`ssast finetune` as a whole: every recipe on a small tree of its data set, resuming, comparing, choosing weights, and mistakes."""
+"""`ssast finetune` as a whole: every recipe on a small tree of its data set, resuming, comparing, choosing weights, and
+mistakes.
+"""
 
 import csv
 import io
@@ -35,7 +37,8 @@ from ssast.kernels import fbank
 
 SECONDS, FRAMES = 0.3, 32  # of clips, which fit whole into the input
 SMALL = (
-    f"model.size=tiny model.depth=1 model.input_frames={FRAMES} deepspeed.train_batch_size=4 data.num_threads=1 train.log_every=1"
+    f"model.size=tiny model.depth=1 model.input_frames={FRAMES} deepspeed.train_batch_size=4 data.num_threads=1 "
+    "train.log_every=1"
 )
 FP32, PLAIN = "deepspeed.bf16.enabled=false", "step.engine=ddp"
 PICTURE = bytes.fromhex("89504e470d0a1a0a")  # the start of a PNG
@@ -129,7 +132,7 @@ def steps(folder: Path) -> list[tuple]:
     return [(row["step"], row["loss"], row["lr"], row["grad_norm"]) for row in rows]
 
 
-# ---- recipes --------------------------------------------------------------------------------------------------------------------------
+# ---- recipes ---------------------------------------------------------------------------------------------------------
 
 TEN_WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 
@@ -149,7 +152,9 @@ def esc50(root: Path) -> dict[str, set[str]]:
 
 def audioset(root: Path) -> dict[str, set[str]]:
     mids, names = ("/m/1", "/m/2", "/m/3"), ("Speech", "Dog, barking", "Music")
-    write_csv(root / "class_labels_indices.csv", list(zip(range(3), mids, names, strict=True)), "index,mid,display_name")
+    write_csv(
+        root / "class_labels_indices.csv", list(zip(range(3), mids, names, strict=True)), "index,mid,display_name"
+    )
     tested = set()
     for split, count in (("balanced_train", 12), ("eval", 5)):
         lines = ["# YTID, start_seconds, end_seconds, positive_labels"]
@@ -210,7 +215,9 @@ def iemocap(root: Path) -> dict[str, set[str]]:
         folder = root / f"Session{session}/dialog/EmoEvaluation"
         folder.mkdir(parents=True)
         for gender in "FM":
-            (folder / f"Ses0{session}{gender}_impro01.txt").write_text("".join(line for who, line in lines if who == gender))
+            (folder / f"Ses0{session}{gender}_impro01.txt").write_text(
+                "".join(line for who, line in lines if who == gender)
+            )
     return folds
 
 
@@ -283,7 +290,9 @@ def test_a_recipe_from_end_to_end(recipe, tmp_path, finetune, request):
         found, rows = results(folder), predictions(folder)
         assert (folder / "classes.png").read_bytes().startswith(PICTURE)
         assert (folder / "confusion.png").is_file() == (not recipe.startswith("audioset"))
-        assert {row["path"] for row in rows} == tested[fold] and len(rows) == len(tested[fold]) == found["clips"]["test"]
+        assert {row["path"] for row in rows} == tested[fold] and len(rows) == len(tested[fold]) == found["clips"][
+            "test"
+        ]
         model = load_model(folder)
         assert list(model.card.labels) == labels and model.config.num_classes == len(labels)
         scores = np.array([[float(row[label]) for label in labels] for row in rows])
@@ -292,7 +301,9 @@ def test_a_recipe_from_end_to_end(recipe, tmp_path, finetune, request):
         assert scores == pytest.approx(expected, abs=1e-4 if precise else 2e-2)
         assert (scores.sum(axis=1) == pytest.approx(1, abs=1e-4)) == (not model.card.multi_label)
         if not model.card.multi_label:
-            assert found["metrics"]["accuracy"] == pytest.approx(np.mean([row["target"] == row["answer"] for row in rows]))
+            assert found["metrics"]["accuracy"] == pytest.approx(
+                np.mean([row["target"] == row["answer"] for row in rows])
+            )
         assert ("average of 2 epochs" in found["weights"]) == recipe.startswith("audioset")
 
 
@@ -300,7 +311,9 @@ def probabilities(model, paths: list[str]) -> np.ndarray:
     """What the model says, by a way of its own from the files on."""
     samples = [torch.from_numpy(soundfile.read(path, dtype="int16")[0]) for path in paths]
     config, card = model.config, model.card
-    waveform = torch.nn.utils.rnn.pad_sequence([each[: 16000 * SECONDS.__ceil__()] for each in samples], batch_first=True)
+    waveform = torch.nn.utils.rnn.pad_sequence(
+        [each[: 16000 * SECONDS.__ceil__()] for each in samples], batch_first=True
+    )
     features = fbank(
         waveform,
         sample_rate=card.sample_rate,
@@ -330,24 +343,31 @@ def test_splits_are_those_of_the_data_set(tmp_path, cache):
         )
         data = open_task(config, read_task(config))
         marks[recipe] = [
-            [str(Path(path).relative_to(root)) for path in part.sources if str(root) in path] for part in (data.train, data.valid)
+            [str(Path(path).relative_to(root)) for path in part.sources if str(root) in path]
+            for part in (data.train, data.valid)
         ]
         assert not set(marks[recipe][0]) & {os.path.relpath(path, root) for path in data.test.sources}
         if recipe == "speech-commands-v1-12":
             silence = {Path(path).name for path in data.train.sources if str(cache) in path}
-            assert silence == {"hum_train_000.wav"} and any("left out: data.test names others" in text for text in data.remarks)
+            assert silence == {"hum_train_000.wav"} and any(
+                "left out: data.test names others" in text for text in data.remarks
+            )
             assert data.draw_weights is not None
     train, valid = marks["speech-commands-v2-35"]
     assert {Path(name).name[:2] for name in train} == {"00", "11"} and {Path(name).name[:2] for name in valid} == {"22"}
     train, valid = marks["voxceleb1"]
-    assert {name.split("/")[2] for name in train} == {"vid0", "vid1"} and {name.split("/")[2] for name in valid} == {"vid2"}
+    assert {name.split("/")[2] for name in train} == {"vid0", "vid1"} and {name.split("/")[2] for name in valid} == {
+        "vid2"
+    }
     train, valid = ({re.search(r"Ses0\d[FM]", name)[0] for name in part} for part in marks["iemocap"])
     assert valid and not train & valid and not {who for who in train | valid if who.startswith("Ses02")}
     train, valid = marks["esc50"]
-    assert len(train) == 16 and all(Path(name).name.startswith("2-") for name in valid), "the paper trains on all other folds"
+    assert len(train) == 16 and all(Path(name).name.startswith("2-") for name in valid), (
+        "the paper trains on all other folds"
+    )
 
 
-# ---- going on -------------------------------------------------------------------------------------------------------------------------
+# ---- going on --------------------------------------------------------------------------------------------------------
 
 ALL_ON = "augment.mixup=0.5 augment.freq_mask=24 augment.time_mask=8 augment.noise=true data.balanced=true"
 
@@ -380,7 +400,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bits_and_a_finished_one_is_left_
     settings = f"data.train={tones(tmp_path / 'data')} train.epochs=3 task.select=average {ALL_ON} {engine}"
     assert finetune("custom", settings, "run.name=whole") == 0
     asked = [StopsAfter(4)]
-    monkeypatch.setattr("ssast.engine.distributed.launch.StopRequest", lambda: asked.pop() if asked else StopsAfter(10**9))
+    monkeypatch.setattr(
+        "ssast.engine.distributed.launch.StopRequest", lambda: asked.pop() if asked else StopsAfter(10**9)
+    )
     assert finetune("custom", settings, "run.name=parts") == 0
     whole, parts = tmp_path / "runs" / "whole", tmp_path / "runs" / "parts"
     assert 0 < len(steps(parts)) < len(steps(whole)) and not (parts / RESULTS_FILE).exists()
@@ -404,7 +426,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits_and_a_finished_one_is_left_
 
 def test_more_steps_go_on_and_fewer_are_refused(tmp_path, finetune, capsys, no_pictures):
     settings = (
-        f"data.train={tones(tmp_path / 'data')} train.epochs=null {PLAIN} {MASKS} train.schedule=constant train.warmup_steps=0"
+        f"data.train={tones(tmp_path / 'data')} train.epochs=null {PLAIN} {MASKS} train.schedule=constant "
+        "train.warmup_steps=0"
     )
     assert finetune("custom", settings, "train.steps=2") == 0
     assert finetune("custom", settings, "train.steps=4") == 0
@@ -416,12 +439,15 @@ def test_more_steps_go_on_and_fewer_are_refused(tmp_path, finetune, capsys, no_p
 
 @pytest.mark.slow
 def test_two_ranks_see_and_learn_what_one_does(tmp_path, cache, finetune, no_pictures):
-    """In fp32, without mixup, whose partner is one of the micro-batch. With weighted layers the final norm learns nothing."""
+    """In fp32, without mixup, whose partner is one of the micro-batch. With weighted layers the final norm learns
+    nothing.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     settings = (
-        f"data.train={tones(tmp_path / 'data')} train.epochs=2 {ALL_ON} augment.mixup=0 {PLAIN} {FP32} model.layer_weights=true"
+        f"data.train={tones(tmp_path / 'data')} train.epochs=2 {ALL_ON} augment.mixup=0 {PLAIN} {FP32} "
+        "model.layer_weights=true"
     )
     places = [f"run.folder={tmp_path / 'runs'}", f"data.cache_dir={cache}", "run.name=two"]
     command = ["custom", *places, *SMALL.split(), *settings.split(), "deepspeed.train_batch_size=4"]
@@ -449,10 +475,12 @@ def test_two_ranks_see_and_learn_what_one_does(tmp_path, cache, finetune, no_pic
         assert ours == pytest.approx(theirs, rel=1e-5)
     pairs = zip(predictions(one), predictions(two), strict=True)
     for ours, theirs in pairs:
-        assert ours["path"] == theirs["path"] and float(ours["class 0"]) == pytest.approx(float(theirs["class 0"]), abs=1e-4)
+        assert ours["path"] == theirs["path"] and float(ours["class 0"]) == pytest.approx(
+            float(theirs["class 0"]), abs=1e-4
+        )
 
 
-# ---- comparing ------------------------------------------------------------------------------------------------------------------------
+# ---- comparing -------------------------------------------------------------------------------------------------------
 
 
 def test_arms_of_a_comparison_have_equal_budgets_and_the_same_size(tmp_path, finetune, no_pictures, capsys):
@@ -469,7 +497,9 @@ def test_arms_of_a_comparison_have_equal_budgets_and_the_same_size(tmp_path, fin
     assert [rows[0][name] for name in same] == [rows[1][name] for name in same]
     assert "against scratch" in capsys.readouterr().out or float(rows[0]["accuracy"]) == 0
     before = (top / "ssast" / RESULTS_FILE).stat().st_mtime_ns
-    assert finetune("custom", settings, f"--compare scratch=none ssast={pretrained} again={pretrained} run.name=arms") == 0
+    assert (
+        finetune("custom", settings, f"--compare scratch=none ssast={pretrained} again={pretrained} run.name=arms") == 0
+    )
     assert [row["arm"] for row in table(top)] == ["scratch", "ssast", "again"]
     assert (top / "ssast" / RESULTS_FILE).stat().st_mtime_ns == before
 
@@ -477,7 +507,10 @@ def test_arms_of_a_comparison_have_equal_budgets_and_the_same_size(tmp_path, fin
 def test_a_bad_arm_is_found_before_any_is_trained(tmp_path, finetune, capsys):
     frame = weights(tmp_path / "frame.safetensors", patch_shape=(128, 2), stride=(128, 2))
     settings = f"data.train={tones(tmp_path / 'data')} {MASKS} model.patch_shape=[16,16]"
-    for arm, message in ((frame, "take a recipe for 128x2 (NAME-frame)"), (tmp_path / "gone", "no such file or folder")):
+    for arm, message in (
+        (frame, "take a recipe for 128x2 (NAME-frame)"),
+        (tmp_path / "gone", "no such file or folder"),
+    ):
         assert finetune("custom", settings, f"--compare scratch=none other={arm}") == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "runs" / "custom" / "scratch").exists()
@@ -499,7 +532,13 @@ def test_figures_of_a_comparison(tmp_path, monkeypatch):
     for number, (arm, value) in enumerate(made):
         folder = tmp_path / "runs" / "esc50" / str(number)
         folder.mkdir(parents=True)
-        run_of = {"arm": arm, "seed": 0, "fold": str(number), "init_from": None if arm == "scratch" else f"/{arm}", "steps": 3}
+        run_of = {
+            "arm": arm,
+            "seed": 0,
+            "fold": str(number),
+            "init_from": None if arm == "scratch" else f"/{arm}",
+            "steps": 3,
+        }
         run_of |= {"weights": "last", "clips": {"train": 1, "valid": 2, "test": 3}, "metric": "accuracy"}
         run_of |= {"metrics": {"accuracy": value, "macro_f1": None}}
         (folder / RESULTS_FILE).write_text(json.dumps(run_of))
@@ -518,15 +557,20 @@ def test_figures_of_a_comparison(tmp_path, monkeypatch):
         "| *the paper: SSAST 400* | | *88.8* | | | *+111.9%* |",
     ]
     rows = table(tmp_path / "runs" / "esc50")
-    assert [(row["arm"], float(row["accuracy"]), row["macro_f1"]) for row in rows] == [(arm, value, "nan") for arm, value in made]
+    assert [(row["arm"], float(row["accuracy"]), row["macro_f1"]) for row in rows] == [
+        (arm, value, "nan") for arm, value in made
+    ]
 
 
-# ---- what is trained, how, and which weights are tested --------------------------------------------------------------------------------
+# ---- what is trained, how, and which weights are tested --------------------------------------------------------------
 
 
 def test_the_tested_weights_are_the_chosen_ones(tmp_path, finetune, monkeypatch, no_pictures):
     """The first validation is made to look best."""
-    settings = f"data.train={tones(tmp_path / 'data')} train.epochs=3 {MASKS} {PLAIN} {FP32} deepspeed.optimizer.params.lr=1e-3"
+    settings = (
+        f"data.train={tones(tmp_path / 'data')} train.epochs=3 {MASKS} {PLAIN} {FP32} "
+        "deepspeed.optimizer.params.lr=1e-3"
+    )
     found = {}
     for select in ("average", "best", "last"):
         values = iter((0.9, 0.5, 0.4))
@@ -545,7 +589,8 @@ def test_the_tested_weights_are_the_chosen_ones(tmp_path, finetune, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    "precision", [f"{PLAIN} {FP32}", "step.engine=deepspeed", "step.engine=deepspeed deepspeed.zero_optimization.stage=3"]
+    "precision",
+    [f"{PLAIN} {FP32}", "step.engine=deepspeed", "step.engine=deepspeed deepspeed.zero_optimization.stage=3"],
 )
 def test_a_probe_leaves_the_encoder_as_it_was_and_learns_to_weigh_layers(precision, tmp_path, finetune, no_pictures):
     pretrained = weights(tmp_path / "pretrained.safetensors", input_frames=FRAMES)
@@ -567,16 +612,29 @@ def test_a_probe_leaves_the_encoder_as_it_was_and_learns_to_weigh_layers(precisi
 def test_the_learning_rate_of_the_head_is_a_multiple(tmp_path, finetune, no_pictures):
     """Adam's first step is as long as the learning rate wherever the gradient is not all but zero."""
     pretrained = weights(tmp_path / "pretrained.safetensors", input_frames=FRAMES)
-    settings = f"data.train={tones(tmp_path / 'data')} {PLAIN} {FP32} {MASKS} model.init_from={pretrained} train.head_lr_scale=10"
-    optimizer = "deepspeed.optimizer.params.lr=1e-4 deepspeed.optimizer.params.weight_decay=0 train.warmup_steps=0 task.select=last"
+    settings = (
+        f"data.train={tones(tmp_path / 'data')} {PLAIN} {FP32} {MASKS} model.init_from={pretrained} "
+        "train.head_lr_scale=10"
+    )
+    optimizer = (
+        "deepspeed.optimizer.params.lr=1e-4 deepspeed.optimizer.params.weight_decay=0 train.warmup_steps=0 "
+        "task.select=last"
+    )
     assert finetune("custom", settings, optimizer, "train.epochs=null train.steps=1 run.seed=0") == 0
-    assert finetune("custom", settings, optimizer, "train.epochs=null train.steps=1 run.name=one train.head_lr_scale=1") == 0
+    assert (
+        finetune("custom", settings, optimizer, "train.epochs=null train.steps=1 run.name=one train.head_lr_scale=1")
+        == 0
+    )
     before = load_file(pretrained)
     ten, one = (load_file(tmp_path / "runs" / name / "model.safetensors") for name in ("custom", "one"))
-    assert (ten["blocks.0.mlp.fc1.weight"] - before["blocks.0.mlp.fc1.weight"]).abs().max().item() == pytest.approx(1e-4, rel=0.02)
+    assert (ten["blocks.0.mlp.fc1.weight"] - before["blocks.0.mlp.fc1.weight"]).abs().max().item() == pytest.approx(
+        1e-4, rel=0.02
+    )
     assert torch.equal(ten["blocks.0.mlp.fc1.weight"], one["blocks.0.mlp.fc1.weight"])
     # both from the same fresh classifier: the steps go the same way, one ten times as far
-    assert (ten["classifier.1.weight"] - one["classifier.1.weight"]).abs().median().item() == pytest.approx(9e-4, rel=0.02)
+    assert (ten["classifier.1.weight"] - one["classifier.1.weight"]).abs().median().item() == pytest.approx(
+        9e-4, rel=0.02
+    )
 
 
 @pytest.mark.parametrize("recipe", ["esc50", "audioset-20k", "speech-commands-v2-35"])
@@ -618,16 +676,26 @@ def test_the_model_that_training_starts_from(tmp_path):
     data = SimpleNamespace(labels=("a", "b", "c"), mean=-1.0, std=2.0)
 
     def start(*settings: str):
-        config = load_config("custom", [f"model.init_from={pretrained}", "model.input_frames=96", MASKS, *settings], FinetuneConfig)
+        config = load_config(
+            "custom", [f"model.init_from={pretrained}", "model.input_frames=96", MASKS, *settings], FinetuneConfig
+        )
         return run.start_model(config, data)
 
     saved = load_model(pretrained)
     model = start("model.stride=[10,10]", "model.pool=cls")
     assert model.config.stride == (10, 10) and model.config.grid == (12, 9) and saved.config.grid == (8, 4)
-    position = {name: resize_position(saved.embedding.position, (8, 4), (12, 9), name) for name in ("exact", "official")}
+    position = {
+        name: resize_position(saved.embedding.position, (8, 4), (12, 9), name) for name in ("exact", "official")
+    }
     assert torch.equal(model.embedding.position, position["exact"])
-    assert torch.equal(start("model.stride=[10,10]", "model.position_resize=official").embedding.position, position["official"])
-    assert model.card.labels == ("a", "b", "c") and (model.card.mean, model.card.std, model.card.pool) == (-1.0, 2.0, "cls")
+    assert torch.equal(
+        start("model.stride=[10,10]", "model.position_resize=official").embedding.position, position["official"]
+    )
+    assert model.card.labels == ("a", "b", "c") and (model.card.mean, model.card.std, model.card.pool) == (
+        -1.0,
+        2.0,
+        "cls",
+    )
     features = torch.randn(2, 96, 128, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         tokens = model.encode(features)
@@ -665,7 +733,7 @@ def test_few_clips_a_class(tmp_path, finetune, no_pictures):
     assert results(tmp_path / "runs" / "custom")["clips"]["train"] == 6
 
 
-# ---- mistakes -------------------------------------------------------------------------------------------------------------------------
+# ---- mistakes --------------------------------------------------------------------------------------------------------
 
 
 def mistakes(folder: Path) -> dict[str, tuple[str, str]]:
@@ -690,7 +758,10 @@ def mistakes(folder: Path) -> dict[str, tuple[str, str]]:
         "no column of labels": (table_of("nolabel", [(path,) for path in good], "path"), "none of 8 clips has a label"),
         "empty labels": (table_of("empty", [(path, "") for path in good]), "none of 8 clips has a label"),
         "no rows": (table_of("norows", []), "lists no audio file"),
-        "some without a label, strictly": (f"{table_of('some', [*plain[:7], (good[7], '')])} data.strict=true", "without a label"),
+        "some without a label, strictly": (
+            f"{table_of('some', [*plain[:7], (good[7], '')])} data.strict=true",
+            "without a label",
+        ),
         "a label that training never sees": (
             table_of(
                 "unseen",
@@ -699,8 +770,14 @@ def mistakes(folder: Path) -> dict[str, tuple[str, str]]:
             ),
             "no training clip has: 'c'",
         ),
-        "a label that is no class": (f"{table_of('foreign', plain)} task.labels=[a,c]", "labels that are no class: 'b'"),
-        "named twice with different labels": (table_of("twice", [*plain, (good[0], "b")]), "named twice with different labels"),
+        "a label that is no class": (
+            f"{table_of('foreign', plain)} task.labels=[a,c]",
+            "labels that are no class: 'b'",
+        ),
+        "named twice with different labels": (
+            table_of("twice", [*plain, (good[0], "b")]),
+            "named twice with different labels",
+        ),
         "one class only": (table_of("oneclass", [(path, "a") for path in good]), "are of one class"),
         "several labels": (table_of("several", [(good[0], "a,b"), *plain[1:]]), "set multi_label"),
         "more classes than clips": (f"{table_of('many', plain)} task.labels=[a,b,c,d,e,f,g,h,i,j]", "10 classes but"),
@@ -720,7 +797,10 @@ def mistakes(folder: Path) -> dict[str, tuple[str, str]]:
             f"{table_of('both', marked, 'path,label,split')} task.folds=2",
             "2 folds are asked for, but the clips are split by a column",
         ),
-        "folds, and clips named for test": (f"data.train={one} task.folds=2 data.test={one}", "either folds or named clips"),
+        "folds, and clips named for test": (
+            f"data.train={one} task.folds=2 data.test={one}",
+            "either folds or named clips",
+        ),
         "trained and tested on": (f"data.train={one} data.test={one}", "named for training and for test"),
         "a split of no known spelling": (
             table_of("spelling", [(p, n, "tset") for p, n in plain], "path,label,split"),
@@ -773,7 +853,9 @@ def test_a_test_clip_that_is_gone_since_the_check_is_left_out_and_told(tmp_path,
 
 
 def test_a_table_from_a_spreadsheet(tmp_path, finetune, no_pictures):
-    """A byte order mark, quotes, commas in labels, letters beyond ASCII, upper-case columns, repeated rows, and a clip without a label."""
+    """A byte order mark, quotes, commas in labels, letters beyond ASCII, upper-case columns, repeated rows, and a clip
+    without a label.
+    """
     rows = ["\ufeffPath,Label,Split"]
     for number in range(12):
         name = f"Größe {number}, “take”.wav"
@@ -784,6 +866,8 @@ def test_a_table_from_a_spreadsheet(tmp_path, finetune, no_pictures):
     assert finetune("custom", f"data.train={tmp_path / 'clips.csv'} train.epochs=1 {MASKS} {PLAIN}") == 0
     folder = tmp_path / "runs" / "custom"
     assert load_model(folder).card.labels == ("café", "чай")
-    assert {Path(row["path"]).name for row in predictions(folder)} == {f"Größe {number}, “take”.wav" for number in (9, 10, 11)}
+    assert {Path(row["path"]).name for row in predictions(folder)} == {
+        f"Größe {number}, “take”.wav" for number in (9, 10, 11)
+    }
     notes = " ".join(results(folder)["notes"])
     assert "1 repeated rows left out" in notes and "clips without a label: 1 in train" in notes

@@ -41,7 +41,9 @@ def notes(root, **kwargs):
 
 def test_manifests(tmp_path):
     table = tmp_path / "m.csv"
-    table.write_text('path,labels,split,fold,speaker\na.wav,"dog, cat",train,fold1,anna\nb.wav,,fold2,,\nc.wav,dog,,3,\n')
+    table.write_text(
+        'path,labels,split,fold,speaker\na.wav,"dog, cat",train,fold1,anna\nb.wav,,fold2,,\nc.wav,dog,,3,\n'
+    )
     assert notes(table) == {
         "a.wav": (("dog", "cat"), "train", "anna", "1"),
         "b.wav": ((), "", "", "2"),
@@ -50,14 +52,21 @@ def test_manifests(tmp_path):
     (tmp_path / "m.json").write_text(json.dumps({"data": [{"wav": "a.wav", "labels": "/m/1,/m/2", "fold": 4}]}))
     (tmp_path / "n.tsv").write_text("path\tcategory\nz.wav\tdog\n")
     assert notes(tmp_path / "m.json") == {"a.wav": (("/m/1", "/m/2"), "", "", "4")}
-    assert [item.path[-5:] for item in read_labelled([str(tmp_path / "m.json"), str(tmp_path / "n.tsv")])] == ["a.wav", "z.wav"]
+    assert [item.path[-5:] for item in read_labelled([str(tmp_path / "m.json"), str(tmp_path / "n.tsv")])] == [
+        "a.wav",
+        "z.wav",
+    ]
     # `ssast prepare` keeps folds as splits, for its shards have no column of them
     assert [r.split for r in read_source(str(table)).recordings] == ["train", "fold2", "fold3"]
 
 
 def test_folders(tmp_path):
     touch(tmp_path / "classes", "dog/1.wav", "rain/deep/2.wav", "3.wav")
-    labelled = {"dog/1.wav": (("dog",), "", "", ""), "rain/deep/2.wav": (("rain",), "", "", ""), "3.wav": ((), "", "", "")}
+    labelled = {
+        "dog/1.wav": (("dog",), "", "", ""),
+        "rain/deep/2.wav": (("rain",), "", "", ""),
+        "3.wav": ((), "", "", ""),
+    }
     assert notes(tmp_path / "classes") == labelled
     touch(tmp_path / "splits", "train/dog/1.wav", "val/dog/2.wav", "train/3.wav")
     assert notes(tmp_path / "splits") == {
@@ -106,7 +115,9 @@ def tones(tmp_path_factory):
 
 
 def test_from_a_manifest_and_from_shards_to_targets(tones, tmp_path):
-    assert prepare([str(tones / "m.csv"), "--out", str(tmp_path / "prepared"), "--segment", "0.25", "--workers", "1"]) == 0
+    assert (
+        prepare([str(tones / "m.csv"), "--out", str(tmp_path / "prepared"), "--segment", "0.25", "--workers", "1"]) == 0
+    )
     labelled = read_labelled([str(tones / "m.csv"), str(tmp_path / "prepared")])
     files, pieces = labelled[:4], labelled[4:]
     assert [item.fold for item in files] == ["1", "2", "1", "2"] and len(pieces) == 8
@@ -133,7 +144,9 @@ def test_speech_commands_as_twelve_classes(tmp_path):
     files = [f"{word}/{number:02d}_nohash_0.wav" for word in words for number in range(12)]
     touch(root, *files)
     (root / "validation_list.txt").write_text("".join(f"{name}\n" for name in files if name[-15:-13] in ("02", "03")))
-    (root / "testing_list.txt").write_text("".join(f"{name}\n" for name in files if name[-15:-13] in ("04", "05", "06")))
+    (root / "testing_list.txt").write_text(
+        "".join(f"{name}\n" for name in files if name[-15:-13] in ("04", "05", "06"))
+    )
     (root / "_background_noise_").mkdir()
     noise = np.arange(10 * 16_000, dtype=np.int16)  # wraps, and tells by its values where it is from
     soundfile.write(root / "_background_noise_" / "hum.wav", noise, 16_000)
@@ -144,16 +157,22 @@ def test_speech_commands_as_twelve_classes(tmp_path):
     ]
     by_split = {split: [item for item in found if item.split == split] for split in ("train", "valid", "test")}
     for split, per_word, unknown, silence in (("train", 7, 14, 1), ("valid", 2, 2, 3), ("test", 3, 3, 3)):
-        counts = {label: sum(item.labels == (label,) for item in by_split[split]) for label in (*WANTED_WORDS, "_unknown_")}
+        counts = {
+            label: sum(item.labels == (label,) for item in by_split[split]) for label in (*WANTED_WORDS, "_unknown_")
+        }
         assert counts == dict.fromkeys(WANTED_WORDS, per_word) | {"_unknown_": unknown}
         pieces = [item.path for item in by_split[split] if item.labels == ("_silence_",)]
         assert len(pieces) == silence and all(path.startswith(str(cache)) for path in pieces)
         begin, end = {"train": (0.0, 6.0), "valid": (6.0, 8.0), "test": (8.0, 10.0)}[split]
         for path in pieces:
             sound = soundfile.read(path, dtype="int16")[0]
-            place = np.flatnonzero((noise[: len(noise) - len(sound) + 1] == sound[0]) & (noise[len(sound) - 1 :] == sound[-1]))
+            place = np.flatnonzero(
+                (noise[: len(noise) - len(sound) + 1] == sound[0]) & (noise[len(sound) - 1 :] == sound[-1])
+            )
             assert ((place >= begin * 16_000) & (place + len(sound) <= end * 16_000)).any()
-    assert {item.speaker for item in found if item.labels == ("_unknown_",)} <= {f"{number:02d}" for number in range(12)}
+    assert {item.speaker for item in found if item.labels == ("_unknown_",)} <= {
+        f"{number:02d}" for number in range(12)
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         again = read_labelled([str(root)], layout="speech_commands_12", cache_dir=cache)
@@ -181,7 +200,9 @@ def test_the_order_of_the_classes():
 
 def test_classes_of_audioset_go_by_mid_and_by_name(tmp_path):
     path = tmp_path / "class_labels_indices.csv"
-    path.write_text('index,mid,display_name\n0,/m/09x0r,"Speech"\n1,/m/05zppz,"Male speech, man speaking"\n2,/t/dd1,"Rain"\n')
+    path.write_text(
+        'index,mid,display_name\n0,/m/09x0r,"Speech"\n1,/m/05zppz,"Male speech, man speaking"\n2,/t/dd1,"Rain"\n'
+    )
     vocabulary = Vocabulary.from_clips([], path)
     assert vocabulary.labels == ("Speech", "Male speech, man speaking", "Rain")
     texts = ["/m/05zppz,/t/dd1", "Male speech, man speaking,Speech", "Rain,/m/09x0r", ""]
@@ -211,7 +232,14 @@ def test_clips_without_labels_are_left_out_and_counted():
     texts = ["a", "", "b", " , ", "a", "b"]
     found = looked(texts, [0, 1, 2], [3, 4], [5])
     assert [part.tolist() for part in found.split.parts] == [[0, 2], [4], [5]]
-    assert found.targets.dtype == bool and found.targets.astype(int).tolist() == [[1, 0], [0, 0], [0, 1], [0, 0], [1, 0], [0, 1]]
+    assert found.targets.dtype == bool and found.targets.astype(int).tolist() == [
+        [1, 0],
+        [0, 0],
+        [0, 1],
+        [0, 0],
+        [1, 0],
+        [0, 1],
+    ]
     assert found.remarks[0] == "clips without a label: 1 in train, 1 in valid; the first is /1.wav; they are left out"
     assert found.remarks[1] == "2 classes have one training clip: 'a', 'b'"
     assert "clips without a label" in message(looked, texts, [0, 1, 2], [3, 4], [5], strict=True)
@@ -221,7 +249,9 @@ def test_clips_without_labels_are_left_out_and_counted():
 def test_labels_that_training_never_sees():
     texts = ["a", "b", "a", "b", "c", "a,c"]
     several = {"multi_label": True}
-    assert "no training clip has: 'c', in 2 clips, the first /4.wav" in message(looked, texts, [0, 1, 2, 3], [4], [5], **several)
+    assert "no training clip has: 'c', in 2 clips, the first /4.wav" in message(
+        looked, texts, [0, 1, 2, 3], [4], [5], **several
+    )
     found = looked(texts, [0, 1, 2, 3], [4], [5], unseen="drop", **several)
     assert [part.tolist() for part in found.split.parts] == [[0, 1, 2, 3], [], [5]]
     assert found.targets[5].tolist() == [True, False, False] and "and 1 clips with them" in found.remarks[0]
@@ -257,11 +287,15 @@ def test_real_audio(real_audio):
         columns = zip(*((i.split, i.fold, i.path, i.speaker, i.entry.label) for i in items), strict=True)
         return split_clips(*columns, valid_fraction=0.0, seed=0, **kwargs)
 
-    by_speaker = parts([Labelled(i.path, i.labels, "", i.speaker, "") for i in digits], fold="1", folds=3, group="speaker")
+    by_speaker = parts(
+        [Labelled(i.path, i.labels, "", i.speaker, "") for i in digits], fold="1", folds=3, group="speaker"
+    )
     assert check_leaks(by_speaker, [i.path for i in digits], [i.speaker for i in digits], by_speaker=True) == []
     by_column = parts(digits, fold=None, folds=None)
     assert (len(by_column.train), len(by_column.valid)) == (600, 300)
-    assert "speakers" in check_leaks(by_column, [i.path for i in digits], [i.speaker for i in digits], by_speaker=True)[0]
+    assert (
+        "speakers" in check_leaks(by_column, [i.path for i in digits], [i.speaker for i in digits], by_speaker=True)[0]
+    )
     folds = parts(sounds, fold="1", folds=None, valid_fold=True)
     texts = [item.entry.label for item in sounds]
     found = examine(texts, [i.path for i in sounds], Vocabulary.from_clips(texts), folds, multi_label=False)

@@ -23,7 +23,12 @@ def test_one_label_by_hand():
     metrics = class_metrics(one_hot(answer), one_hot(truth), ABC, False)
     f1_a, f1_b = 2 * 1 * 0.75 / 1.75, 0.5  # precision 1 and recall 3/4; 1/2 and 1/2
     assert metrics == pytest.approx(
-        {"accuracy": 4 / 6, "balanced_accuracy": (0.75 + 0.5) / 2, "macro_f1": (f1_a + f1_b) / 2, "classes_without_clips": 1}
+        {
+            "accuracy": 4 / 6,
+            "balanced_accuracy": (0.75 + 0.5) / 2,
+            "macro_f1": (f1_a + f1_b) / 2,
+            "classes_without_clips": 1,
+        }
     )
     rows = per_class(one_hot(answer), one_hot(truth), ABC, False)
     assert rows[0] == {"label": "a", "clips": 4, "recall": 0.75, "precision": 1.0, "f1": pytest.approx(f1_a)}
@@ -36,7 +41,8 @@ def test_one_label_by_hand():
 
 
 def test_several_labels_by_hand():
-    # a: right ones at ranks 1 and 3 of 4: AP (1 + 2/3) / 2, AUC 3 of 4 pairs; b: at rank 2: AP 1/2, AUC 2 of 3 pairs; c: nowhere.
+    # a: right ones at ranks 1 and 3 of 4: AP (1 + 2/3) / 2, AUC 3 of 4 pairs; b: at rank 2: AP 1/2, AUC 2 of 3 pairs;
+    # c: nowhere.
     scores = np.array([[0.9, 0.8, 0.1], [0.7, 0.6, 0.2], [0.5, 0.4, 0.3], [0.3, 0.2, 0.4]])
     targets = np.array([[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 0]])
     metrics = class_metrics(scores, targets, ABC, True)
@@ -47,7 +53,11 @@ def test_several_labels_by_hand():
     assert math.erf(metrics["d_prime"] / 2) == pytest.approx(2 * area - 1)
     rows = per_class(scores, targets, ABC, True)
     assert [row["average_precision"] for row in rows] == [pytest.approx(5 / 6), 0.5, None]
-    assert [row["auc"] for row in rows] == [0.75, pytest.approx(2 / 3), None] and [row["clips"] for row in rows] == [2, 1, 0]
+    assert [row["auc"] for row in rows] == [0.75, pytest.approx(2 / 3), None] and [row["clips"] for row in rows] == [
+        2,
+        1,
+        0,
+    ]
 
 
 def test_edges_of_the_area():
@@ -70,7 +80,9 @@ def test_many_random_clips_against_other_formulas():
         above = score[truth][:, None] - score[~truth][None, :]
         areas.append(((above > 0) + 0.5 * (above == 0)).mean())
         # Precision at every threshold, weighted by the recall gained there.
-        gained = [(truth & (score >= t)).sum() / (score >= t).sum() * (truth & (score == t)).sum() for t in np.unique(score)]
+        gained = [
+            (truth & (score >= t)).sum() / (score >= t).sum() * (truth & (score == t)).sum() for t in np.unique(score)
+        ]
         precisions.append(sum(gained) / truth.sum())
     assert metrics["AUC"] == pytest.approx(np.mean(areas)) and metrics["mAP"] == pytest.approx(np.mean(precisions))
 
@@ -113,7 +125,10 @@ def test_predictions_are_written_whole(tmp_path):
 @pytest.mark.parametrize("classes", [2, 60])
 def test_pictures(tmp_path, classes):
     rng = np.random.default_rng(0)
-    scores, targets = rng.random((200, classes)), np.eye(classes)[rng.integers(0, classes - 1, 200)]  # the last one has no clip
+    scores, targets = (
+        rng.random((200, classes)),
+        np.eye(classes)[rng.integers(0, classes - 1, 200)],
+    )  # the last one has no clip
     labels = [f"a rather long name of a class, number {number}, $x_1^$" for number in range(classes)]
     pictures = write_pictures(tmp_path / "one", scores, targets, labels, False)
     assert [path.name for path in pictures] == ["confusion.png", "classes.png"]

@@ -14,7 +14,13 @@ from ssast.engine.finetune.splits import Split, check_leaks, few, fold_names, re
 def split(splits=None, folds_of=None, sources=None, speakers=None, labels=None, **kwargs):
     count = len(next(column for column in (splits, folds_of, sources, speakers, labels) if column is not None))
     sources = sources or [f"/audio/{number}.wav" for number in range(count)]
-    columns = [splits or [""] * count, folds_of or [""] * count, sources, speakers or [""] * count, labels or ["a"] * count]
+    columns = [
+        splits or [""] * count,
+        folds_of or [""] * count,
+        sources,
+        speakers or [""] * count,
+        labels or ["a"] * count,
+    ]
     options = {"fold": None, "folds": None, "valid_fraction": 0.0, "seed": 0, "group": "recording"} | kwargs
     parts = split_clips(*columns, **options)
     assert sorted(np.concatenate(parts.parts)) == list(range(count))  # each clip in one part
@@ -37,14 +43,20 @@ def test_columns_of_splits_and_folds_win():
     assert fold_names(folds) == ["1", "2", "10"] and fold_names(["b", "a", ""]) == ["a", "b"]
     assert split(splits, folds_of=folds, fold="2") == ([0, 1, 4, 5], [], [2, 3])
     assert split(folds_of=folds, fold="fold2", valid_fold=True) == ([0, 4], [1, 5], [2, 3])
-    assert split(folds_of=folds, fold="10", valid_fold=True) == ([2, 3], [0, 4], [1, 5])  # the first comes after the last
+    assert split(folds_of=folds, fold="10", valid_fold=True) == (
+        [2, 3],
+        [0, 4],
+        [1, 5],
+    )  # the first comes after the last
     train, valid, test = split(folds_of=folds, fold="10", valid_fraction=0.25)
     assert (len(train), len(valid), test) == (3, 1, [1, 5])
 
 
 def test_what_contradicts_itself_is_an_error():
     assert "'testing2' is none of" in message(splits=["train", "testing2"])
-    assert "none of 2 clips is for training: 1 are marked for validation, 1 for test" in message(splits=["valid", "test"])
+    assert "none of 2 clips is for training: 1 are marked for validation, 1 for test" in message(
+        splits=["valid", "test"]
+    )
     assert "come in folds (1, 2): say which" in message(folds_of=["1", "2"])
     assert "there is no fold 3: the clips have 1, 2" in message(folds_of=["1", "2"], fold="3")
     assert "/audio/1.wav: has no fold" in message(folds_of=["1", "", "2"], fold="1")
@@ -58,7 +70,9 @@ def test_what_contradicts_itself_is_an_error():
     assert "none can be held out" in message(labels=["a", "b"], valid_fraction=0.1)
 
 
-ESC = [f"/esc/{number % 3 + 1}-{100 + number // 4}-{'ABCD'[number % 4]}-7.wav" for number in range(80)]  # 20 recordings of 4 takes
+ESC = [
+    f"/esc/{number % 3 + 1}-{100 + number // 4}-{'ABCD'[number % 4]}-7.wav" for number in range(80)
+]  # 20 recordings of 4 takes
 
 
 def test_recordings_are_told_by_names_of_esc50_or_by_the_source():
@@ -80,10 +94,15 @@ def test_folds_that_are_made_keep_groups_together_and_classes_even(group):
         assert sum(len({of[number] for number in test}) for test in tests) == len(set(of))
     # The order of the clips, which is that of files in a list, does not matter; the seed does.
     order = np.random.default_rng(0).permutation(80)
-    shuffled = split(None, None, *([column[n] for n in order] for column in (ESC, speakers, labels)), fold="1", **options)
+    shuffled = split(
+        None, None, *([column[n] for n in order] for column in (ESC, speakers, labels)), fold="1", **options
+    )
     if group:
         assert sorted(order[shuffled[2]].tolist()) == tests[0]
-    assert any(split(None, None, ESC, speakers, labels, fold="1", **options | {"seed": seed})[2] != tests[0] for seed in range(5))
+    assert any(
+        split(None, None, ESC, speakers, labels, fold="1", **options | {"seed": seed})[2] != tests[0]
+        for seed in range(5)
+    )
 
 
 def test_made_folds_of_classes_with_fewer_clips_than_folds():
@@ -126,7 +145,9 @@ def test_few_picks_so_many_of_each_class():
     picked = few(clips, labels, 5, 1)
     counts = Counter(label for number in picked.tolist() for label in labels[number].split(","))
     assert set(picked) <= set(clips) and (np.diff(picked) > 0).all() and counts["b"] == 5 and min(counts.values()) >= 5
-    assert np.array_equal(picked, few(clips[::-1], labels, 5, 1)) and not np.array_equal(picked, few(clips, labels, 5, 2))
+    assert np.array_equal(picked, few(clips[::-1], labels, 5, 1)) and not np.array_equal(
+        picked, few(clips, labels, 5, 2)
+    )
     assert set(few(clips, labels, 3, 1)) <= set(picked)
     with pytest.raises(UserError, match="'b' has 20 training clips"):
         few(clips, labels, 21, 1)
@@ -146,6 +167,10 @@ def test_real_folds_share_no_recording(real_audio):
         for parts in (Split(*map(np.array, by_fold)), made):
             assert check_leaks(parts, paths, speakers) == []
         assert len(made.valid) and len({labels[n] for n in made.train}) == 10
-    with pytest.raises(UserError, match=r"share \d+ recordings"):  # without groups the takes of a recording are torn apart
-        torn = split_clips([""] * len(rows), [""] * len(rows), *columns, fold="1", folds=3, valid_fraction=0, seed=0, group=None)
+    with pytest.raises(
+        UserError, match=r"share \d+ recordings"
+    ):  # without groups the takes of a recording are torn apart
+        torn = split_clips(
+            [""] * len(rows), [""] * len(rows), *columns, fold="1", folds=3, valid_fraction=0, seed=0, group=None
+        )
         check_leaks(torn, paths, speakers)

@@ -1,4 +1,6 @@
-"""Exported models compute what the engine computes, from the same waveforms, in processes that know nothing of the engine."""
+"""Exported models compute what the engine computes, from the same waveforms, in processes that know nothing of the
+engine.
+"""
 
 import importlib.metadata
 import json
@@ -52,7 +54,9 @@ def trained(config: ModelConfig, card: ModelCard) -> SSAST:
 
 
 def clips(samples: int) -> list[np.ndarray]:
-    """Shorter than the window of that many samples, just as long, and longer: noise that fades, silence, a tone beside a DC offset."""
+    """Shorter than the window of that many samples, just as long, and longer: noise that fades, silence, a tone beside
+    a DC offset.
+    """
     r = np.random.default_rng(0)
     noise = 0.3 * r.standard_normal(samples + 9000) * np.exp(-np.arange(samples + 9000) / 4000)
     noise[samples // 2 : samples // 2 + 2000] = 0.0
@@ -74,7 +78,10 @@ def ours(model: SSAST, clip: np.ndarray) -> dict[str, torch.Tensor]:
         tokens = model.encode(features)
         if config.num_classes is not None:
             return {"logits": model.classify(features), "tokens": tokens}
-        return {"embedding": embed(model, clip[: input_samples(model)], card.sample_rate).clip[0][None], "tokens": tokens}
+        return {
+            "embedding": embed(model, clip[: input_samples(model)], card.sample_rate).clip[0][None],
+            "tokens": tokens,
+        }
 
 
 def in_fresh_process(code: str, *arguments: Path | str, home: Path) -> None:
@@ -84,11 +91,17 @@ def in_fresh_process(code: str, *arguments: Path | str, home: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-# --- Hugging Face -----------------------------------------------------------------------------------------------------------------------
+# --- Hugging Face -----------------------------------------------------------------------------------------------------
 
 HF_MODELS = {
-    "stock": (ModelConfig(**FINETUNED, stride=(10, 12)), ModelCard(pool="cls", mean=-5.0, std=3.5, labels=tuple("vwxyz"))),
-    "own": (ModelConfig(**FINETUNED, num_mel_bins=80, stride=(10, 10)), ModelCard(labels=tuple("vwxyz"), multi_label=True)),
+    "stock": (
+        ModelConfig(**FINETUNED, stride=(10, 12)),
+        ModelCard(pool="cls", mean=-5.0, std=3.5, labels=tuple("vwxyz")),
+    ),
+    "own": (
+        ModelConfig(**FINETUNED, num_mel_bins=80, stride=(10, 10)),
+        ModelCard(labels=tuple("vwxyz"), multi_label=True),
+    ),
     "tokens": (ModelConfig(**SMALL), ModelCard()),
 }
 
@@ -98,7 +111,8 @@ THEIR_SIDE = (
 import json, sys
 from pathlib import Path
 import numpy as np, torch
-from transformers import ASTForAudioClassification, ASTModel, AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification, pipeline
+from transformers import ASTForAudioClassification, ASTModel, AutoFeatureExtractor, AutoModel
+from transformers import AutoModelForAudioClassification, pipeline
 folder = Path(sys.argv[1])
 waves = [value for _, value in sorted(np.load(folder / "waves.npz").items())]
 results = {}
@@ -109,7 +123,8 @@ for name in ("stock", "own", "tokens"):
         assert type(model) is ASTModel
     else:
         model = AutoModelForAudioClassification.from_pretrained(folder / name, trust_remote_code=name == "own")
-        assert isinstance(model, ASTForAudioClassification) and (type(model) is ASTForAudioClassification) == (name == "stock")
+        assert isinstance(model, ASTForAudioClassification)
+        assert (type(model) is ASTForAudioClassification) == (name == "stock")
     for number, wave in enumerate(waves):
         values = extractor(wave, sampling_rate=16000, return_tensors="pt")["input_values"]
         with torch.no_grad():
@@ -190,9 +205,17 @@ def test_models_made_by_transformers_are_read(tmp_path):
     """As MIT's checkpoints are: an epsilon of 1e-12, features of another mean; and one without biases of q, k and v."""
     from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
 
-    size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128, "max_length": 98}
+    size = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 128,
+        "max_length": 98,
+    }
     for qkv_bias in (True, False):
-        config = ASTConfig(**size, qkv_bias=qkv_bias, id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2})
+        config = ASTConfig(
+            **size, qkv_bias=qkv_bias, id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2}
+        )
         theirs = ASTForAudioClassification(config).eval()
         with torch.no_grad():
             for parameter in theirs.parameters():
@@ -200,7 +223,9 @@ def test_models_made_by_transformers_are_read(tmp_path):
         theirs.save_pretrained(tmp_path / "theirs")
         ASTFeatureExtractor(max_length=98, do_normalize=False).save_pretrained(tmp_path / "theirs")
         model = from_hf(tmp_path / "theirs")
-        assert model.card == ModelCard(mean=0.0, std=0.5, labels=("a", "b", "c"), pool="cls") and model.config.stride == (10, 10)
+        assert model.card == ModelCard(
+            mean=0.0, std=0.5, labels=("a", "b", "c"), pool="cls"
+        ) and model.config.stride == (10, 10)
         features = torch.randn(2, 98, 128, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             torch.testing.assert_close(model.classify(features), theirs(features).logits, atol=STOCK_CLASS, rtol=0)
@@ -229,7 +254,7 @@ def test_what_has_no_equal_in_transformers_is_refused(tmp_path, config, card, re
     assert not list(tmp_path.iterdir())
 
 
-# --- graphs -----------------------------------------------------------------------------------------------------------------------------
+# --- graphs -----------------------------------------------------------------------------------------------------------
 
 SHALLOW = {**SMALL, "depth": 1}
 GRAPHS = {
@@ -263,7 +288,9 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("ssast", "tra
 
 
 def graph_cases(model: SSAST) -> list[tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]]:
-    """Batches of three and of one, with garbage behind the ends of clips, and what the engine makes of each clip by itself."""
+    """Batches of three and of one, with garbage behind the ends of clips, and what the engine makes of each clip by
+    itself.
+    """
     samples = input_samples(model)
     lengths = torch.tensor([samples // 3, samples, 500])
     waveform = torch.full((3, samples), 0.7)
@@ -305,25 +332,33 @@ def test_onnx(tmp_path, capsys, name):
         ]
     )
     card = json.loads({prop.key: prop.value for prop in proto.metadata_props}["ssast"])
-    assert card["sample_rate"] == model.card.sample_rate and card["labels"] == (list("vwxyz") if name == "patch" else None)
+    assert card["sample_rate"] == model.card.sample_rate and card["labels"] == (
+        list("vwxyz") if name == "patch" else None
+    )
     session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
     worst = 0.0
     for waveform, lengths, wanted in graph_cases(model):
         got = session.run(None, {"waveform": waveform.numpy(), "lengths": lengths.numpy()})
         worst = max(worst, *(np.abs(one - other.numpy()).max() for one, other in zip(got, wanted, strict=True)))
-        assert [each.name for each in session.get_outputs()] == (["logits"] if name == "patch" else ["embedding", "tokens"])
-        whole = session.run(None, {"waveform": waveform.numpy()})[0]  # without lengths, what lies behind the ends counts
+        assert [each.name for each in session.get_outputs()] == (
+            ["logits"] if name == "patch" else ["embedding", "tokens"]
+        )
+        whole = session.run(None, {"waveform": waveform.numpy()})[
+            0
+        ]  # without lengths, what lies behind the ends counts
         full = ours(model, waveform[0].numpy())
         worst = max(worst, np.abs(whole[0] - next(iter(full.values()))[0].numpy()).max())
         assert np.abs(whole[0] - got[0][0]).max() > 100 * ONNX
         too_short = session.run(None, {"waveform": waveform.numpy(), "lengths": np.zeros(len(waveform), np.int64)})
-        assert all(np.isfinite(each).all() and np.ptp(each, axis=0).max() == 0 for each in too_short)  # all silence alike
+        assert all(
+            np.isfinite(each).all() and np.ptp(each, axis=0).max() == 0 for each in too_short
+        )  # all silence alike
     assert worst <= ONNX
     with capsys.disabled():
         print(f"\nonnx, {name}: {worst:.1e}", end="")
 
 
-# --- files ------------------------------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def test_nothing_is_lost(tmp_path, monkeypatch):

@@ -72,7 +72,9 @@ def tokens_at(model, wave, start):
 
 
 def by_hand(model, wave, hop_steps):
-    """[G, f, D]: every step is the mean of the windows that hold it; windows until the sound ends, the last one at its end."""
+    """[G, f, D]: every step is the mean of the windows that hold it; windows until the sound ends, the last one at its
+    end.
+    """
     stride, total = model.config.stride[1], count_frames(len(wave), RATE)
     starts, frames = [0], model.config.input_frames
     while starts[-1] + frames < total:
@@ -175,7 +177,12 @@ def test_channels_types_and_tensors():
     assert embed(model, stereo, RATE).clip.shape == (2, 32)  # two clips
     integers = np.rint(stereo[0] * 8192).astype(np.int16)
     expected = embed(model, integers / 32768, RATE).clip
-    for other in (integers, torch.from_numpy(integers), integers.astype(np.int32) * 65536, torch.from_numpy(integers / 32768)):
+    for other in (
+        integers,
+        torch.from_numpy(integers),
+        integers.astype(np.int32) * 65536,
+        torch.from_numpy(integers / 32768),
+    ):
         torch.testing.assert_close(embed(model, other, RATE).clip, expected, **TOLERANCE)
 
 
@@ -185,13 +192,18 @@ def test_resampled_sound_is_the_same_sound():
 
     def sound(rate, pitch=1.0):  # below 3.3 kHz, so that every rate holds it
         time = np.arange(round(seconds * rate)) / rate
-        parts = [np.sin(2 * np.pi * f * pitch * time + f) * (1 + np.sin(2 * np.pi * 3 * time)) for f in (220, 733, 1510, 3130)]
+        parts = [
+            np.sin(2 * np.pi * f * pitch * time + f) * (1 + np.sin(2 * np.pi * 3 * time))
+            for f in (220, 733, 1510, 3130)
+        ]
         return (sum(parts) / 16 + 1e-2 * np.sin(2 * np.pi * 50 * time)).astype(np.float32)
 
     reference = embed(model, sound(RATE), RATE).clip
     another = (embed(model, sound(RATE, 1.06), RATE).clip - reference).norm()
     for rate in (8000, 22_050, 44_100, 48_000):
-        assert (embed(model, sound(rate), rate).clip - reference).norm() < (0.5 if rate == 8000 else 0.1) * another, rate
+        assert (embed(model, sound(rate), rate).clip - reference).norm() < (0.5 if rate == 8000 else 0.1) * another, (
+            rate
+        )
 
 
 def test_layers():
@@ -202,7 +214,9 @@ def test_layers():
         torch.testing.assert_close(model.norm(states[-1]), model.encode(features_of(model, [wave])), **TOLERANCE)
     assert len(states) == 3
     for layer in (0, 1, 2, -1, -3):
-        torch.testing.assert_close(embed(model, wave, RATE, layer=layer).clip, states[layer][:, 2:].mean(dim=1), **TOLERANCE)
+        torch.testing.assert_close(
+            embed(model, wave, RATE, layer=layer).clip, states[layer][:, 2:].mean(dim=1), **TOLERANCE
+        )
     for layer in (3, -4):
         with pytest.raises(ValueError, match="layer must be None or from 0"):
             embed(model, wave, RATE, layer=layer)
@@ -214,7 +228,9 @@ def test_the_model_s_rate_and_statistics_count():
     assert not torch.allclose(embed(small(card=ModelCard(mean=-4.0, std=3.0)), wave, RATE).clip, expected, atol=1e-3)
     half = small(card=ModelCard(sample_rate=8000, mean=-5.0, std=3.0))
     found = embed(half, noise(24_000), 8000)
-    assert found.num_frames.tolist() == [-(-(1 + (24_000 - 200) // 80) // 16)] and found.seconds_per_frame == pytest.approx(0.16)
+    assert found.num_frames.tolist() == [
+        -(-(1 + (24_000 - 200) // 80) // 16)
+    ] and found.seconds_per_frame == pytest.approx(0.16)
 
 
 BAD = {
@@ -309,7 +325,11 @@ def test_golden_waves_give_the_official_features(reference):
     checked = 0
     for file in sorted((reference / "fbank").glob("*.npz")):
         arrays = np.load(file)
-        if not {"norm1024", "sample_rate"} <= set(arrays) or int(arrays["sample_rate"]) != RATE or len(arrays["wave"]) != 1:
+        if (
+            not {"norm1024", "sample_rate"} <= set(arrays)
+            or int(arrays["sample_rate"]) != RATE
+            or len(arrays["wave"]) != 1
+        ):
             continue
         wave = arrays["wave"][0][: window_samples(model)]
         features = features_of(model, [wave])[0].numpy()[arrays["norm1024_rows"]]

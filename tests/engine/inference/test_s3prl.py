@@ -20,8 +20,9 @@ KINDS = {
 
 
 class Featurizer(nn.Module):
-    """What s3prl's class of that name does: asks a second of noise for the number of layers, weighs the layers, and cuts every clip to
-    round(samples / downsample rate)."""
+    """What s3prl's class of that name does: asks a second of noise for the number of layers, weighs the layers, and
+    cuts every clip to round(samples / downsample rate).
+    """
 
     def __init__(self, upstream: nn.Module) -> None:
         super().__init__()
@@ -57,10 +58,16 @@ def noise(*seconds: float) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(("kind", "rate"), [("patch", 2560), ("overlap", 1600), ("frame", 320)])
 def test_superb_trains_on_it(checkpoint, kind, rate):
-    """Clips of less and more than a window and of several; a downstream head learns from the weighted layers, and so does the model."""
+    """Clips of less and more than a window and of several; a downstream head learns from the weighted layers, and so
+    does the model.
+    """
     upstream = ssast_engine(checkpoint(kind))
     featurizer = Featurizer(upstream)
-    assert featurizer.downsample_rate == rate and featurizer.output_dim == 64 and len(featurizer.weights) == 1 + SMALL["depth"]
+    assert (
+        featurizer.downsample_rate == rate
+        and featurizer.output_dim == 64
+        and len(featurizer.weights) == 1 + SMALL["depth"]
+    )
     wavs = noise(0.5, 0.96, 3.3)
     states = upstream(wavs)
     longest = round(len(wavs[2]) / rate)
@@ -69,16 +76,23 @@ def test_superb_trains_on_it(checkpoint, kind, rate):
     assert all(torch.equal(one, other) for one, other in zip(states["hidden_states"], again, strict=True))
     features = featurizer(wavs, states)
     assert [len(each) for each in features] == [round(len(wav) / rate) for wav in wavs]
-    assert not states["hidden_states"][1][0, len(features[0]) :].any() and states["hidden_states"][1][2].abs().sum(-1).all()
+    assert (
+        not states["hidden_states"][1][0, len(features[0]) :].any()
+        and states["hidden_states"][1][2].abs().sum(-1).all()
+    )
     torch.stack([nn.Linear(64, 1)(each).mean() for each in features]).sum().backward()
     assert featurizer.weights.grad.abs().min() > 0
-    without = [name for name, p in upstream.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    without = [
+        name for name, p in upstream.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
     assert without == ["model.norm.weight", "model.norm.bias"]  # only the last_hidden_state has passed it
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_states_are_the_models_own(checkpoint, kind):
-    """Time step n is the mean over frequency of the tokens of its window, which begins where the patches of the last one would go on."""
+    """Time step n is the mean over frequency of the tokens of its window, which begins where the patches of the last
+    one would go on.
+    """
     upstream = UpstreamExpert(checkpoint(kind), windows_at_once=2)
     model, (wav,) = upstream.model, noise(3.3)
     config, step = model.config, model.config.grid[1] * model.config.stride[1] * 160
@@ -89,7 +103,9 @@ def test_states_are_the_models_own(checkpoint, kind):
             features = fbank(part[None], sample_rate=16000, num_frames=96, mean=-5.0, std=4.0)
             wanted = model.encode(features)[0, NUM_PREFIX:].unflatten(0, config.grid).mean(dim=0)
             start = window * config.grid[1]
-            torch.testing.assert_close(states["last_hidden_state"][0, start : start + config.grid[1]], wanted, atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                states["last_hidden_state"][0, start : start + config.grid[1]], wanted, atol=1e-5, rtol=0
+            )
         if kind == "frame":  # one patch high, so the mean over frequency changes nothing
             torch.testing.assert_close(model.norm(states["hidden_states"][-1]), states["last_hidden_state"])
         alone = upstream(noise(3.3))["hidden_states"][2]

@@ -69,7 +69,9 @@ def audio(tmp_path):
     folder = tmp_path / "audio"
     folder.mkdir()
     soundfile.write(folder / "a, short.wav", wave(), RATE)
-    soundfile.write(folder / "b stereo.flac", np.stack([wave("high", rate=44_100), wave("low", rate=44_100)], axis=1), 44_100)
+    soundfile.write(
+        folder / "b stereo.flac", np.stack([wave("high", rate=44_100), wave("low", rate=44_100)], axis=1), 44_100
+    )
     soundfile.write(folder / "c empty.wav", np.zeros(0, np.int16), RATE)
     soundfile.write(folder / "d one sample.wav", np.zeros(1, np.int16), RATE)
     soundfile.write(folder / "e nan.wav", np.array([0.1] * 9999 + [np.nan]), RATE, subtype="FLOAT")
@@ -110,7 +112,14 @@ def test_embed_npz_and_parquet(audio, models, tmp_path, capsys):
 
     with open(tmp_path / "x.rejected.csv", newline="") as file:
         rejected = {os.path.basename(row["path"])[0]: row["reason"] for row in csv.DictReader(file)}
-    reasons = {"c": "no samples", "d": "too short: 1 samples", "e": "NaN", "f": "not audio", "h": "truncated", "m": "no such file"}
+    reasons = {
+        "c": "no samples",
+        "d": "too short: 1 samples",
+        "e": "NaN",
+        "f": "not audio",
+        "h": "truncated",
+        "m": "no such file",
+    }
     assert rejected.keys() == reasons.keys()
     for letter, reason in reasons.items():
         assert reason in rejected[letter]
@@ -154,11 +163,17 @@ def test_embed_options_and_mistakes(audio, models, tmp_path):
     refused("--device nonsense", good, "--device", "nonsense")
     refused("--window -1", good, "--window=-1")
     for name in ("new.npz", "new.parquet"):
-        refused("none of 2 recordings can be used, see .*new.rejected.csv; the first: ", *sorted(audio.glob("[cd]*")), out=name)
+        refused(
+            "none of 2 recordings can be used, see .*new.rejected.csv; the first: ",
+            *sorted(audio.glob("[cd]*")),
+            out=name,
+        )
 
 
 def test_order_and_workers(tmp_path):
-    """As many streams as recordings, each the right one, whatever the number of processes, and if some are not read to the end."""
+    """As many streams as recordings, each the right one, whatever the number of processes, and if some are not read to
+    the end.
+    """
     for number in range(7):
         soundfile.write(tmp_path / f"{number}.wav", np.full(40_000, number, np.int16), RATE)
     (tmp_path / "3.wav").write_bytes(b"RIFF, but no more")
@@ -181,7 +196,9 @@ def test_order_and_workers(tmp_path):
 )
 def test_a_crash_or_a_hang_costs_one_recording(tmp_path, act, reason, monkeypatch):
     for number in range(4):
-        soundfile.write(tmp_path / f"{number}.wav", np.full(2_000_000, number, np.int16), RATE)  # more than a pipe holds
+        soundfile.write(
+            tmp_path / f"{number}.wav", np.full(2_000_000, number, np.int16), RATE
+        )  # more than a pipe holds
     started = []
 
     class Watched(sound.Worker):
@@ -230,7 +247,8 @@ def test_an_hour_in_bounded_memory(tmp_path):
         folder = sys.argv[1]
         for name in ("short", "hour"):
             options = ["--tokens", "--hop", "10.24", "--device", "cpu", "--batch-size", "4"]
-            main([f"{folder}/{name}.wav", "--model", f"{folder}/model.safetensors", "--out", f"{folder}/{name}.npz", *options])
+            options += ["--model", f"{folder}/model.safetensors", "--out", f"{folder}/{name}.npz"]
+            main([f"{folder}/{name}.wav", *options])
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     """
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -245,7 +263,9 @@ def test_an_hour_in_bounded_memory(tmp_path):
 def test_prepared_folders_are_the_files_they_were_made_of(classes, models, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        prepare(Settings([str(classes)], layout="plain", max_length=3600.0), tmp_path / "shards", workers=1, progress=False)
+        prepare(
+            Settings([str(classes)], layout="plain", max_length=3600.0), tmp_path / "shards", workers=1, progress=False
+        )
     options = ("--model", models / "pretrained.safetensors", "--out")
     assert run(embed_module, tmp_path / "shards", *options, tmp_path / "shards.npz") == 0
     assert run(embed_module, classes, *options, tmp_path / "files.npz") == 0
@@ -263,7 +283,9 @@ def test_predict(audio, models, tmp_path, capsys):
     assert "c empty.wav: no samples" in shown.err
     expected = predict_waves(model, soundfile.read(long)[0], RATE)
     rows = json.loads((tmp_path / "x.json").read_text())
-    assert [(row["label"], row["start"], row["end"]) for row in rows] == [(label, 0, 3) for label, _ in expected.top(2)[0]]
+    assert [(row["label"], row["start"], row["end"]) for row in rows] == [
+        (label, 0, 3) for label, _ in expected.top(2)[0]
+    ]
     assert [row["probability"] for row in rows] == pytest.approx([value for _, value in expected.top(2)[0]], abs=1e-4)
     assert rows[0]["label"] in shown.out and f"{rows[0]['probability']:.1%}" in shown.out
 
@@ -272,7 +294,9 @@ def test_predict(audio, models, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     expected = predict_waves(model, soundfile.read(long)[0], RATE, hop=0.5)
     assert [float(row["start"]) for row in rows] == pytest.approx(expected.times[0][:, 0].tolist(), abs=1e-4)
-    assert [float(row["probability"]) for row in rows] == pytest.approx(expected.windows[0].amax(dim=1).tolist(), abs=1e-4)
+    assert [float(row["probability"]) for row in rows] == pytest.approx(
+        expected.windows[0].amax(dim=1).tolist(), abs=1e-4
+    )
     assert float(rows[-1]["end"]) == pytest.approx(3.0, abs=0.03) and len(rows) == 6
 
     for message, arguments in {
@@ -289,7 +313,17 @@ def test_predict(audio, models, tmp_path, capsys):
 
 def test_a_folder_of_classes_is_enough_to_probe(classes, models, tmp_path, capsys):
     assert (
-        run(evaluate, models / "pretrained.safetensors", "--data", classes, "--probe", "knn", "linear", "--out", tmp_path / "o")
+        run(
+            evaluate,
+            models / "pretrained.safetensors",
+            "--data",
+            classes,
+            "--probe",
+            "knn",
+            "linear",
+            "--out",
+            tmp_path / "o",
+        )
         == 0
     )
     shown = capsys.readouterr().out
@@ -314,7 +348,18 @@ def test_labels_that_mean_nothing_are_not_learned(classes, models, tmp_path):
     labels = np.random.default_rng(5).permutation([number % 3 for number in range(len(files))])
     data = manifest(tmp_path / "x.csv", [(file, f"l{label}", "") for file, label in zip(files, labels, strict=True)])
     assert (
-        run(evaluate, models / "pretrained.safetensors", "--data", data, "--probe", "knn", "linear", "--out", tmp_path / "o") == 0
+        run(
+            evaluate,
+            models / "pretrained.safetensors",
+            "--data",
+            data,
+            "--probe",
+            "knn",
+            "linear",
+            "--out",
+            tmp_path / "o",
+        )
+        == 0
     )
     for probe in ("knn", "linear"):
         results = json.loads((tmp_path / "o" / probe / "metrics.json").read_text())["results"]
@@ -343,7 +388,9 @@ def test_a_fine_tuned_model_is_measured_by_its_own_answers(classes, models, tmp_
     tuned = models / "tuned.safetensors"
     assert run(evaluate, tuned, "--data", classes, "--out", tmp_path / "o") == 0
     files = sorted(classes.glob("*/*.wav"))
-    answers = predict_waves(load_model(tuned), [soundfile.read(file)[0] for file in files], RATE).probabilities.argmax(dim=1)
+    answers = predict_waves(load_model(tuned), [soundfile.read(file)[0] for file in files], RATE).probabilities.argmax(
+        dim=1
+    )
     right = np.mean([CLASSES[answer] == file.parent.name for answer, file in zip(answers.tolist(), files, strict=True)])
     result = json.loads((tmp_path / "o" / "metrics.json").read_text())["results"][0]
     assert result["accuracy"] == pytest.approx(right) and result["clips"] == 36
@@ -384,7 +431,18 @@ def test_several_labels_a_clip(classes, models, tmp_path, capsys):
     rows = [(file, file.parent.name + (",loud" if number % 2 else ""), "") for number, file in enumerate(files)]
     data = manifest(tmp_path / "x.csv", rows)
     assert (
-        run(evaluate, models / "pretrained.safetensors", "--data", data, "--probe", "knn", "linear", "--multi-label", "--fold", "1")
+        run(
+            evaluate,
+            models / "pretrained.safetensors",
+            "--data",
+            data,
+            "--probe",
+            "knn",
+            "linear",
+            "--multi-label",
+            "--fold",
+            "1",
+        )
         == 0
     )
     assert len(re.findall("mAP [0-9.]+%, 8 clips", capsys.readouterr().out)) == 2
@@ -394,7 +452,17 @@ def test_real_audio_of_all_kinds(real_audio, models, tmp_path):
     """Every file is either embedded, to finite numbers, or listed with a reason."""
     sources = [real_audio / "messy", real_audio / "corrupt", real_audio / "music_misc"]
     assert (
-        run(embed_module, *sources, "--model", models / "pretrained.safetensors", "--out", tmp_path / "x.npz", "--workers", 2) == 0
+        run(
+            embed_module,
+            *sources,
+            "--model",
+            models / "pretrained.safetensors",
+            "--out",
+            tmp_path / "x.npz",
+            "--workers",
+            2,
+        )
+        == 0
     )
     found = np.load(tmp_path / "x.npz")
     with open(tmp_path / "x.rejected.csv", newline="") as file:
@@ -407,5 +475,7 @@ def test_real_audio_of_all_kinds(real_audio, models, tmp_path):
         with open(real_audio / "manifests" / f"{name}.csv", newline="") as file:
             expected |= {str(real_audio / row["path"]): row["expect"] for row in csv.DictReader(file)}
     embedded = [path for path in found["path"] if expected.get(path) in ("reject", "reject cleanly")]
-    assert [os.path.basename(path) for path in embedded] == ["rate_zero.flac"]  # FFmpeg finds the rate of this one in the frames
+    assert [os.path.basename(path) for path in embedded] == [
+        "rate_zero.flac"
+    ]  # FFmpeg finds the rate of this one in the frames
     assert all(reason.startswith("too short:") for path, reason in rejected.items() if expected.get(path) == "decode")

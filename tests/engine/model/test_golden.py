@@ -1,4 +1,6 @@
-"""The model against the official code: its own checkpoints, features and masks, its tokens, losses, gradients, logits and Adam steps."""
+"""The model against the official code: its own checkpoints, features and masks, its tokens, losses, gradients, logits
+and Adam steps.
+"""
 
 import json
 import zlib
@@ -48,7 +50,9 @@ def test_tokens(golden):
     np.testing.assert_allclose(tokens.detach().numpy(), golden.arrays["tokens_same_mask_f32"], atol=6e-6)
 
 
-@pytest.mark.parametrize(("masks", "dtype", "tolerance"), [("same", "64", 1e-12), ("separate", "64", 1e-12), ("same", "32", 5e-6)])
+@pytest.mark.parametrize(
+    ("masks", "dtype", "tolerance"), [("same", "64", 1e-12), ("separate", "64", 1e-12), ("same", "32", 5e-6)]
+)
 def test_losses_and_accuracy(golden, masks, dtype, tolerance):
     precision = getattr(torch, f"float{dtype}")
     recon_mask = golden.recon_mask if masks == "separate" else None
@@ -118,7 +122,9 @@ def test_finetune_logits_positions_and_gradients(reference):
         )
         assert model.config.grid == (facts["f_dim"], facts["t_dim"])
         classifier = {
-            key.removeprefix("mlp_head."): torch.from_numpy(arrays[key]) for key in arrays.files if key.startswith("mlp_head.")
+            key.removeprefix("mlp_head."): torch.from_numpy(arrays[key])
+            for key in arrays.files
+            if key.startswith("mlp_head.")
         }
         model.classifier.load_state_dict(classifier)
         np.testing.assert_array_equal(model.embedding.position.detach().numpy(), arrays["pos_embed"][0], err_msg=case)
@@ -150,7 +156,9 @@ def test_exact_resize_differs_only_where_the_official_one_is_wrong(reference):
             "input_bins": facts["input_fdim"],
             "stride": (facts["fstride"], facts["tstride"]),
         }
-        exact, official = (load_model(golden.path, **options, position_resize=method) for method in ("exact", "official"))
+        exact, official = (
+            load_model(golden.path, **options, position_resize=method) for method in ("exact", "official")
+        )
         if not torch.allclose(exact.embedding.position, official.embedding.position, atol=1e-6):
             differing.append(case)
     assert sorted(differing) == ["f10t10_F64_T300", "f16t16_F64_T256_same_but_smoothed"]
@@ -204,7 +212,12 @@ def _check_adam_steps(golden: Golden, arrays: np.lib.npyio.NpzFile) -> None:
         [{"params": list(model.parameters())}],
         {
             "type": "Adam",
-            "params": {"lr": facts["lr"], "betas": facts["betas"], "eps": facts["eps"], "weight_decay": facts["weight_decay_l2"]},
+            "params": {
+                "lr": facts["lr"],
+                "betas": facts["betas"],
+                "eps": facts["eps"],
+                "weight_decay": facts["weight_decay_l2"],
+            },
         },
         "torch",
         torch.device("cpu"),
@@ -231,11 +244,15 @@ def test_real_size_tiny_by_recipe(reference):
     """Weights rebuilt from the recipe; 12 blocks, 3 heads, 400 masked patches, and its fine-tuned head."""
     facts = json.loads((reference / "model" / "recipe_real_tiny_patch16.json").read_text())
     arrays = np.load(reference / "model" / "recipe_real_tiny_patch16.npz")
-    features = torch.from_numpy(np.load(reference / "model" / "patch16_t1024_trained_pretrain.npz")["fbank"][:1]).double()
+    features = torch.from_numpy(
+        np.load(reference / "model" / "patch16_t1024_trained_pretrain.npz")["fbank"][:1]
+    ).double()
     model = SSAST(ModelConfig())
     seed = facts["weight_recipe_base_seed"]
     tensors = {
-        key: recipe(key, value.shape, seed) for key, value in _to_official(model, prefix="").items() if value.is_floating_point()
+        key: recipe(key, value.shape, seed)
+        for key, value in _to_official(model, prefix="").items()
+        if value.is_floating_point()
     }
     for key, check in facts["weight_check"].items():
         assert tensors[key].double().sum().item() == pytest.approx(check["sum_float64"], abs=1e-6), key
@@ -280,7 +297,9 @@ def recipe(name: str, shape: torch.Size, base_seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
 @pytest.mark.parametrize("kind", ["patch16", "frame128x2"])
 def test_real_sizes_have_the_official_tensors(reference, size, kind):
-    """Names, shapes, order, parameter counts and initial spread of the published models, pretraining and fine-tuning."""
+    """Names, shapes, order, parameter counts and initial spread of the published models, pretraining and
+    fine-tuning.
+    """
     from ssast.engine.model.ssast import WIDTHS, build_model
 
     listing = json.loads((reference / "parameter_listing.json").read_text())
@@ -295,9 +314,9 @@ def test_real_sizes_have_the_official_tensors(reference, size, kind):
         expected = listing[f"{size}/{kind}/{stage}"]
         model = build_model(config)
         tensors = _to_official(model)
-        assert [[key, list(value.shape), str(value.dtype).removeprefix("torch.")] for key, value in tensors.items()] == expected[
-            "state_dict"
-        ]
+        assert [
+            [key, list(value.shape), str(value.dtype).removeprefix("torch.")] for key, value in tensors.items()
+        ] == expected["state_dict"]
         assert sum(value.numel() for value in tensors.values()) == expected["total_parameters"]
         for name, (_, spread, _) in expected.get("initial_values_mean_std_maxabs", {}).items():
             ours = tensors.get(f"module.{name}")

@@ -148,7 +148,10 @@ def test_finetuned_official_files_say_what_they_were_made_for(tmp_path):
         assert told.classify(features).equal(tuned.classify(features))
         longer = load_model(tmp_path / "tuned.pth", stride=stride, input_frames=2 * frames)
         assert longer.config.input_frames == 2 * frames and longer.config.num_classes == 4
-        kept, fresh = load_model(tmp_path / "tuned.pth", num_classes=4), load_model(tmp_path / "tuned.pth", num_classes=5)
+        kept, fresh = (
+            load_model(tmp_path / "tuned.pth", num_classes=4),
+            load_model(tmp_path / "tuned.pth", num_classes=5),
+        )
         assert kept.classifier[1].weight.equal(tuned.classifier[1].weight) and fresh.config.num_classes == 5
     with pytest.raises(UserError, match="fit neither"):
         load_model(tmp_path / "tuned.pth", stride=(7, 7))
@@ -168,7 +171,9 @@ def test_patches_and_back():
 def test_exact_resize_is_a_cut_or_a_linear_interpolation(new):
     """A position embedding that is linear in both indices stays so away from the edges, and a cut keeps the middle."""
     rows, columns = np.mgrid[0:8, 0:16]
-    position = torch.from_numpy(np.concatenate([np.zeros((2, 2)), np.stack([rows.ravel(), columns.ravel()], axis=1)])).float()
+    position = torch.from_numpy(
+        np.concatenate([np.zeros((2, 2)), np.stack([rows.ravel(), columns.ravel()], axis=1)])
+    ).float()
     resized = resize_position(position, (8, 16), new)[2:].view(*new, 2)
     for axis, old in ((0, 8), (1, 16)):
         got = resized.select(1 - axis, 0)[:, axis].numpy()
@@ -180,5 +185,9 @@ def test_exact_resize_is_a_cut_or_a_linear_interpolation(new):
 
 
 def test_same_seed_same_weights():
-    one, two, other = build_model(PATCH, 1).state_dict(), build_model(PATCH, 1).state_dict(), build_model(PATCH, 2).state_dict()
+    one, two, other = (
+        build_model(PATCH, 1).state_dict(),
+        build_model(PATCH, 1).state_dict(),
+        build_model(PATCH, 2).state_dict(),
+    )
     assert all(one[key].equal(two[key]) for key in one) and not one["embedding.weight"].equal(other["embedding.weight"])

@@ -141,7 +141,9 @@ def test_numbers_are_those_of_the_rows(complete):
     rates = sorted(row["clips_per_s"] for row in kept.values())
     assert f"Clips per second {rates[(len(rates) - 1) // 2]:.1f}" in text
     assert "Audio seen 16.00 h" in text  # 400 steps of 16 clips of 9 s
-    assert "Wall time 3 min 20 s" in text  # 0.5 s for each of 400 steps; the 60 steps lost in the crash are not in the log
+    assert (
+        "Wall time 3 min 20 s" in text
+    )  # 0.5 s for each of 400 steps; the 60 steps lost in the crash are not in the log
     assert f"ln {HIDDEN} = {math.log(HIDDEN):.2f}" in text and f"1 in {HIDDEN}" in text
 
 
@@ -174,7 +176,9 @@ def test_page_needs_no_other_file_and_escapes_names(complete):
 
 def test_pictures_are_small_and_show_something(complete):
     pictures = complete.parent / "pictures"
-    assert {path.name for path in pictures.iterdir()} == {f"{name}.png" for name in [*CURVE_FILES, "clip-1", "clip-2", "clip-3"]}
+    assert {path.name for path in pictures.iterdir()} == {
+        f"{name}.png" for name in [*CURVE_FILES, "clip-1", "clip-2", "clip-3"]
+    }
     for path in pictures.iterdir():
         pixels = imread(path)[..., :3]
         assert path.stat().st_size < 120_000
@@ -217,7 +221,9 @@ def test_found_and_missed_patches_have_their_colours(shape, second, outline):
     clip = report.Clip("a", features, np.array([0, second]), recon, found, shape)
     figure = report.draw_clip(1, clip, report.LIGHT)
     pixels = imread(io.BytesIO(png(figure)))[..., :3]
-    found, missed = (np.abs(pixels - matplotlib.colors.to_rgb(c)).max(-1) < 0.05 for c in (report.LIGHT.found, report.LIGHT.missed))
+    found, missed = (
+        np.abs(pixels - matplotlib.colors.to_rgb(c)).max(-1) < 0.05 for c in (report.LIGHT.found, report.LIGHT.missed)
+    )
     assert found.any() and missed.any()
     assert np.argwhere(found)[:, 1].mean() < np.argwhere(missed)[:, 1].mean(), "patch 0 comes first"
     assert [axes.get_title("left") for axes in figure.axes][-1] == f"Found 1 (green), missed 1 (red{outline})"
@@ -300,7 +306,8 @@ def test_stopped_run_and_fewer_clips_than_before(tmp_path, without_pixels):
 def test_later_rows_replace_earlier_ones(tmp_path):
     path = tmp_path / "metrics.jsonl"
     train = [
-        {"kind": "train", "step": step, "loss": loss, "seconds": s} for step, loss, s in ((10, 1, 5), (20, 2, 10), (30, 3, 15))
+        {"kind": "train", "step": step, "loss": loss, "seconds": s}
+        for step, loss, s in ((10, 1, 5), (20, 2, 10), (30, 3, 15))
     ]
     again = {"kind": "train", "step": 20, "loss": 9, "seconds": 4}
     path.write_text("\n".join(json.dumps(row) for row in [*train, event_row(10, "resume"), again]))

@@ -1,7 +1,8 @@
-"""Runs a list of configs one after another in one set of ranks: `RANK=.. WORLD_SIZE=.. python ranks_worker.py JOBS.json`.
+"""Runs a list of configs one after another in one set of ranks: `RANK=.. WORLD_SIZE=.. python ranks_worker.py
+JOBS.json`.
 
-A job is {"config": name or path, "overrides": [...]}; or {"copy": [from, to, step]}, which makes a run folder as a kill after that
-checkpoint would have left it.
+A job is {"config": name or path, "overrides": [...]}; or {"copy": [from, to, step]}, which makes a run folder as a kill
+after that checkpoint would have left it.
 """
 
 import json

@@ -1,5 +1,6 @@
-"""How a step is computed: compiled or not, plain or DeepSpeed, with which optimizer, norm and checkpointing. Nothing of it may change what
-is learned."""
+"""How a step is computed: compiled or not, plain or DeepSpeed, with which optimizer, norm and checkpointing. Nothing of
+it may change what is learned.
+"""
 
 import os
 import subprocess
@@ -122,13 +123,16 @@ def test_what_is_compiled_when_nothing_is_said():
 
 
 def test_fp8_mlps_learn_much_the_same(batch):
-    """Emulated: factors with 3 mantissa bits in the MLPs' products move the loss by well under a percent, and turn the gradient, which
-    before training hangs on small differences, by less than 25 degrees."""
+    """Emulated: factors with 3 mantissa bits in the MLPs' products move the loss by well under a percent, and turn the
+    gradient, which before training hangs on small differences, by less than 25 degrees.
+    """
     plain, coarse = build_model(SHAPE), build_model(SHAPE)
     coarse.use_fp8()
     exact, rough = plain(*batch).loss, coarse(*batch).loss
     assert exact != rough and rough.item() == pytest.approx(exact.item(), rel=1e-2)
-    ours, theirs = (torch.cat([value.flatten() for value in gradients(model, batch).values()]) for model in (coarse, plain))
+    ours, theirs = (
+        torch.cat([value.flatten() for value in gradients(model, batch).values()]) for model in (coarse, plain)
+    )
     assert 0.9 < torch.nn.functional.cosine_similarity(ours, theirs, dim=0) < 1 - 1e-6
 
 
@@ -145,11 +149,14 @@ from ssast.engine.distributed.ranks import join_ranks
 from ssast.engine.training.trainer import Trainer
 
 seen = collections.Counter()
+WAITS = {
+    "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::masked_fill_.Tensor", "aten::lift_fresh"
+}
 
 class Count(TorchDispatchMode):
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         name = operator.name()
-        if name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::masked_fill_.Tensor", "aten::lift_fresh"):
+        if name in WAITS:
             seen[name] += 1
         return operator(*args, **(kwargs or {}))
 
@@ -175,20 +182,31 @@ for stage in (0, 1, 2, 3):
 
 @pytest.mark.slow
 def test_no_step_of_deepspeed_waits_for_the_device():
-    """Counted on the CPU: reading a number back, making a tensor of one, or asking for a wait. With the check that DeepSpeed makes unless
-    told otherwise there is something to count."""
+    """Counted on the CPU: reading a number back, making a tensor of one, or asking for a wait. With the check that
+    DeepSpeed makes unless told otherwise there is something to count.
+    """
 
     def count(*settings: str) -> list[str]:
         command = [sys.executable, "-c", COUNT_WAITS, *settings]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         assert done.returncode == 0, done.stderr
         return [line for line in done.stdout.splitlines() if line[:3] in ("0 {", "1 {", "2 {", "3 {")]
 
-    assert count() == ["0 {}", "1 {}", "2 {}", "3 {'aten::lift_fresh': 2}"]  # of ZeRO 3 a number made in each step is left
+    assert count() == [
+        "0 {}",
+        "1 {}",
+        "2 {}",
+        "3 {'aten::lift_fresh': 2}",
+    ]  # of ZeRO 3 a number made in each step is left
     assert "_local_scalar_dense" in count("deepspeed.bf16.check_grad_overflow=true")[1]
 
 
-SECTION = {"Adam": {"lr": 2e-4, "betas": [0.95, 0.999], "weight_decay": 0.1}, "AdamW": {"lr": 2e-4, "weight_decay": 0.1}}
+SECTION = {
+    "Adam": {"lr": 2e-4, "betas": [0.95, 0.999], "weight_decay": 0.1},
+    "AdamW": {"lr": 2e-4, "weight_decay": 0.1},
+}
 
 
 class FakeFusedAdam(torch.optim.Adam):
@@ -204,7 +222,10 @@ class FakeFusedLayerNorm(torch.nn.LayerNorm):
 
 @pytest.fixture
 def apex(monkeypatch) -> None:
-    for name, feature in (("optimizers", {"FusedAdam": FakeFusedAdam}), ("normalization", {"FusedLayerNorm": FakeFusedLayerNorm})):
+    for name, feature in (
+        ("optimizers", {"FusedAdam": FakeFusedAdam}),
+        ("normalization", {"FusedLayerNorm": FakeFusedLayerNorm}),
+    ):
         module = types.ModuleType(f"apex.{name}")
         vars(module).update(feature)
         monkeypatch.setitem(sys.modules, f"apex.{name}", module)
@@ -273,7 +294,9 @@ def test_plain_engine_accumulates_to_the_whole_batch(alone, batch, clipping):
 def test_auto_batch_cuts_the_batch_into_what_fits(alone, monkeypatch):
     config = Config.model_validate({**SMALL, "deepspeed": {**SMALL["deepspeed"], "train_batch_size": 96}})
     for fitting, expected in ((1000, (96, 1)), (50, (48, 2)), (7, (6, 16)), (1, (1, 96))):
-        monkeypatch.setattr("ssast.engine.training.auto_batch.largest_micro_batch", lambda config, ranks, fitting=fitting: fitting)
+        monkeypatch.setattr(
+            "ssast.engine.training.auto_batch.largest_micro_batch", lambda config, ranks, fitting=fitting: fitting
+        )
         found = find_auto_batch(config, alone)
         assert (found.used, found.accumulation) == expected
         assert with_micro_batch(config, found, 1).batch_sizes(1) == expected

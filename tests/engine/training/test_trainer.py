@@ -103,7 +103,9 @@ KINDS = [(engine, precision) for engine in ENGINES for precision in ("fp32", "bf
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, corpus) -> Runs:
-    """All jobs of this file: on two ranks every ZeRO stage in both precisions, whole and interrupted; on one rank with accumulation."""
+    """All jobs of this file: on two ranks every ZeRO stage in both precisions, whole and interrupted; on one rank with
+    accumulation.
+    """
     runs = Runs(tmp_path_factory.mktemp("runs"), corpus)
     two, one = [], []
     for engine, precision in KINDS:
@@ -117,7 +119,11 @@ def runs(tmp_path_factory, corpus) -> Runs:
     ]
     two += [runs.job("objective-discriminative", "objective.name=discriminative", "objective.softmax_over=targets")]
     for stage in (0, 1, 2, 3):
-        two += [runs.job(f"clipped-{stage}", f"deepspeed.zero_optimization.stage={stage}", "deepspeed.gradient_clipping=1.0")]
+        two += [
+            runs.job(
+                f"clipped-{stage}", f"deepspeed.zero_optimization.stage={stage}", "deepspeed.gradient_clipping=1.0"
+            )
+        ]
     two += [runs.job("ddp-accumulate", "step.engine=ddp", "deepspeed.train_micro_batch_size_per_gpu=2")]
     two += [runs.job("ddp-separate", "step.engine=ddp", "objective.masks=separate")]
     two += [runs.job("ddp-generative", "step.engine=ddp", "objective.name=generative")]
@@ -171,8 +177,9 @@ def test_plain_pytorch_agrees_with_deepspeed(runs):
 
 
 def test_compiled_training_agrees_and_compiles_no_more_after_two_steps(runs):
-    """With validations and checkpoints in between; a recompilation after step 2 would have ended the run. Compiled code rounds
-    otherwise, and Adam enlarges it."""
+    """With validations and checkpoints in between; a recompilation after step 2 would have ended the run. Compiled code
+    rounds otherwise, and Adam enlarges it.
+    """
     for ours, theirs in zip(runs.losses("compiled"), runs.losses("one-1-fp32"), strict=True):
         assert ours[1] == pytest.approx(theirs[1], rel=1e-5 if ours[0] == 1 else 1e-3)
     assert runs.losses("compiled")[-1] != runs.losses("one-1-fp32")[-1], "nothing was compiled"
@@ -183,10 +190,14 @@ def test_compiled_training_agrees_and_compiles_no_more_after_two_steps(runs):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_one_rank_with_accumulation_equals_two_ranks(runs, stage):
     for kind in ("train", "valid"):
-        for ours, theirs in zip(runs.losses(f"one-{stage}-fp32", kind), runs.losses(f"zero{stage}-fp32", kind), strict=True):
+        for ours, theirs in zip(
+            runs.losses(f"one-{stage}-fp32", kind), runs.losses(f"zero{stage}-fp32", kind), strict=True
+        ):
             assert ours == theirs
         # bf16: micro-batches add up in fp32, ranks at stages 2 and 3 in bf16
-        for ours, theirs in zip(runs.losses(f"one-{stage}-bf16", kind), runs.losses(f"zero{stage}-bf16", kind), strict=True):
+        for ours, theirs in zip(
+            runs.losses(f"one-{stage}-bf16", kind), runs.losses(f"zero{stage}-bf16", kind), strict=True
+        ):
             assert ours[1] == pytest.approx(theirs[1], rel=2e-3)
 
 
@@ -197,8 +208,9 @@ def test_smaller_micro_batches_sum_to_the_same(runs):
 
 
 def test_clipping_agrees_between_stages(runs):
-    """The norm is summed in another order at each stage; Adam turns the last bit of a gradient that is all but zero into a step of
-    its full size, so after nine steps only 1e-3 is left of the agreement."""
+    """The norm is summed in another order at each stage; Adam turns the last bit of a gradient that is all but zero
+    into a step of its full size, so after nine steps only 1e-3 is left of the agreement.
+    """
     for stage in (1, 2, 3):
         for ours, theirs in zip(runs.losses(f"clipped-{stage}"), runs.losses("clipped-0"), strict=True):
             assert ours[1] == pytest.approx(theirs[1], rel=1e-3), stage
@@ -208,27 +220,37 @@ def test_clipping_agrees_between_stages(runs):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_two_ranks_can_be_gone_on_with_on_one(runs, stage):
     for precision, tolerance in (("fp32", 1e-5), ("bf16", 5e-3)):
-        for ours, theirs in zip(runs.losses(f"fewer-{stage}-{precision}"), runs.losses(f"zero{stage}-{precision}"), strict=True):
+        for ours, theirs in zip(
+            runs.losses(f"fewer-{stage}-{precision}"), runs.losses(f"zero{stage}-{precision}"), strict=True
+        ):
             assert ours[1] == pytest.approx(theirs[1], rel=tolerance), precision
 
 
 @pytest.mark.parametrize(("engine", "precision"), KINDS)
 def test_interrupted_equals_uninterrupted(runs, engine, precision):
-    """Bit for bit, training and validation, learning rate and gradient norm, from the checkpoint on and in the log before it."""
+    """Bit for bit, training and validation, learning rate and gradient norm, from the checkpoint on and in the log
+    before it.
+    """
     name = f"{engine}-{precision}"
     resumed = [row for row in runs.rows(f"{name}-again", "event") if row["event"] == "resume"]
     assert [row["step"] for row in resumed] == [4]
     for kind in ("train", "valid"):
         assert runs.losses(f"{name}-again", kind) == runs.losses(name, kind)
     for ours, theirs in zip(runs.rows(f"{name}-again", "train"), runs.rows(name, "train"), strict=True):
-        assert (ours["lr"], ours["grad_norm"], ours["samples"]) == (theirs["lr"], theirs["grad_norm"], theirs["samples"])
+        assert (ours["lr"], ours["grad_norm"], ours["samples"]) == (
+            theirs["lr"],
+            theirs["grad_norm"],
+            theirs["samples"],
+        )
 
 
 @pytest.mark.parametrize(("engine", "precision"), KINDS)
 def test_checkpoints_hold_the_whole_model_in_fp32(runs, engine, precision):
     """Whatever the stage, `load_model` gives the same weights, and the resumed run's are bit-equal."""
     name = f"{engine}-{precision}"
-    ours, again, plain = (load_model(runs.folder / run / "checkpoints" / "step-9") for run in (name, f"{name}-again", "zero0-fp32"))
+    ours, again, plain = (
+        load_model(runs.folder / run / "checkpoints" / "step-9") for run in (name, f"{name}-again", "zero0-fp32")
+    )
     for (key, value), resumed, reference in zip(
         ours.state_dict().items(), again.state_dict().values(), plain.state_dict().values(), strict=True
     ):
@@ -238,7 +260,10 @@ def test_checkpoints_hold_the_whole_model_in_fp32(runs, engine, precision):
 
 
 def test_gradient_norm_is_logged_at_every_stage(runs):
-    norms = {name: [row["grad_norm"] for row in runs.rows(name, "train")] for name in ("zero0-fp32", "zero1-fp32", "zero3-fp32")}
+    norms = {
+        name: [row["grad_norm"] for row in runs.rows(name, "train")]
+        for name in ("zero0-fp32", "zero1-fp32", "zero3-fp32")
+    }
     assert all(norm > 0 for norm in norms["zero0-fp32"])
     for name in ("zero1-fp32", "zero3-fp32"):
         assert norms[name] == pytest.approx(norms["zero0-fp32"], rel=1e-4)
@@ -277,7 +302,15 @@ def test_continued_pretraining_starts_where_the_other_run_ended(runs):
 
 def test_run_folder_is_complete(runs):
     folder = runs.folder / "zero1-bf16"
-    for name in ("config.yaml", "environment.json", "metrics.jsonl", "skipped.csv", "data.json", "report.html", "source.diff"):
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "skipped.csv",
+        "data.json",
+        "report.html",
+        "source.diff",
+    ):
         assert (folder / name).is_file(), name
     assert list((folder / "tensorboard").iterdir())
     kept = sorted(path.name for path in (folder / "checkpoints").iterdir() if path.is_dir())
