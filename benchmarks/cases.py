@@ -317,9 +317,8 @@ def attention_cases(setting: Setting) -> Iterator[Case]:
             return {name: setting.draw(generator, B, H, N, HEAD_DIM) for name in "qkv"}
 
         def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            parts = zip(
-                q.split(16), k.split(16), v.split(16), strict=True
-            )  # all clips' float64 scores at once would be gigabytes
+            # all clips' float64 scores at once would be gigabytes
+            parts = zip(q.split(16), k.split(16), v.split(16), strict=True)
             return torch.cat([((a @ b.transpose(2, 3)) / HEAD_DIM**0.5).softmax(dim=3) @ c for a, b, c in parts])
 
         yield Case(

@@ -46,11 +46,12 @@ from .gate import as_tuple
 from .rows import RESULTS
 
 FILE = RESULTS / "compile.csv"
+# type, clips, how many of the cases
 ROUNDS = (
     (torch.bfloat16, 16, None),
     (torch.bfloat16, 24, 1),
     (torch.float32, 16, 1),
-)  # type, clips, how many of the cases
+)
 SHARED_LIMIT = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 """KiB of shared memory that a block may have, by compute capability (CUDA C++ Programming Guide, "Technical
 Specifications")."""
@@ -117,9 +118,8 @@ class Recorder:
     operator: str = ""
     case: str = ""
     launches: int = 0
-    kernels: dict[str, tuple[str, str, str, Any]] = field(
-        default_factory=dict
-    )  # by hash: operator, case, kernel, compiled
+    # by hash: operator, case, kernel, compiled
+    kernels: dict[str, tuple[str, str, str, Any]] = field(default_factory=dict)
     errors: dict[str, None] = field(default_factory=dict)  # a set in order
 
     def get_current_target(self) -> GPUTarget:  # from here what the compiler asks of a driver
@@ -153,10 +153,11 @@ class Recorder:
         before = JITFunction.run, Autotuner.run, driver._active, backend.INTERPRETED, backend.ASSUMED_CAPABILITY
         JITFunction.run, Autotuner.run = run, tune
         driver.set_active(self)
+        # take CPU tensors for such a GPU's
         backend.INTERPRETED, backend.ASSUMED_CAPABILITY = (
             True,
             divmod(self.target, 10),
-        )  # take CPU tensors for such a GPU's
+        )
         try:
             yield
         finally:

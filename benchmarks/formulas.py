@@ -51,11 +51,10 @@ def embed(B: int, P: int, M: int, K: int, D: int, size: int) -> dict[str, Need]:
     parameters = (D * K + D + (2 + P) * D + 2 * D + D) * size  # weight, bias, position, prefix, mask token
     tokens = B * (2 + P) * D * size
     product = 2 * B * (P - M) * K * D
+    # gradients need no parameter values: written, not read
     return {
         "forward": Need(patches + parameters + tokens, product),
-        "backward": Need(
-            patches + parameters + tokens, product
-        ),  # gradients need no parameter values: written, not read
+        "backward": Need(patches + parameters + tokens, product),
         "both": Need(patches + 2 * parameters + 2 * tokens, 2 * product),
     }
 

@@ -59,9 +59,8 @@ def _results(
     """Outputs by name, and `gradient of NAME` for each learned input."""
     leaves = {name: value.detach().requires_grad_(name in case.learned) for name, value in inputs.items()}
     outputs = as_tuple(run(**leaves))
-    found = dict(
-        zip(case.outputs, (output.detach() for output in outputs), strict=False)
-    )  # a baseline may lack the last ones
+    # a baseline may lack the last ones
+    found = dict(zip(case.outputs, (output.detach() for output in outputs), strict=False))
     if case.learned:
         gradients = torch.autograd.grad(outputs[0], [leaves[name] for name in case.learned], gradient)
         found |= {f"gradient of {name}": value for name, value in zip(case.learned, gradients, strict=True)}

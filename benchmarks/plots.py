@@ -21,6 +21,7 @@ from .cases import CEILING, COPY, MATMUL, OPERATORS
 Row = dict[str, Any]
 INK, SOFT, GRID = "#22272e", "#6b7480", "#e3e7ec"
 COLOURS = {"triton": "#c2410c", "torch": "#2563a8", "compiled": "#6aa5de", "official loop": "#a3acb6"}
+# for providers without a colour of their own
 OTHERS = (
     "#3f7f5f",
     "#8b5fa8",
@@ -28,7 +29,7 @@ OTHERS = (
     "#4aa3a2",
     "#7f5539",
     "#a83254",
-)  # for providers without a colour of their own
+)
 
 
 def plot(rows: Sequence[Row], folder: Path) -> list[Path]:

@@ -142,9 +142,8 @@ def run_study(arguments: argparse.Namespace) -> None:
         compared = list(pool.map(compare, jobs))
     minutes = (seconds + sum(trained_seconds(path.parent) for path in work.rglob(RESULTS_FILE)) / arguments.jobs) / 60
     environment = json.loads((pretrained / "environment.json").read_text(encoding="utf-8"))
-    commit = {
-        "commit": (environment["git_commit"] or "")[:12] + ("+" if environment["git_dirty"] else "")
-    }  # that ran, not that reads
+    # that ran, not that reads
+    commit = {"commit": (environment["git_commit"] or "")[:12] + ("+" if environment["git_dirty"] else "")}
     for row in (row for rows in compared for row in rows):
         settings = {
             "scale": arguments.scale,
@@ -222,10 +221,11 @@ def _read_manifest(audio: Path, name: str) -> list[dict[str, str]]:
 
 
 def _ssast(*words: Any) -> None:
+    # small models: ranks and jobs use the cores better than threads do
     environment = {
         "OMP_NUM_THREADS": "1",
         **os.environ,
-    }  # small models: ranks and jobs use the cores better than threads do
+    }
     subprocess.run([sys.executable, "-m", "ssast.engine.cli", *map(str, words)], check=True, env=environment)
 
 

@@ -174,9 +174,8 @@ class _GraphSampler(_Sampler):
                 prepared = [job.prepare(i) for i in sets]
             pool = self._before.pool()
         with torch.cuda.graph(self._timed, pool=pool, stream=stream):
-            kept = [
-                job.run(i, prepared[i]) for i in sets
-            ]  # so that no call writes over the last one's results, still in cache
+            # so that no call writes over the last one's results, still in cache
+            kept = [job.run(i, prepared[i]) for i in sets]
         del kept
 
     def sample(self) -> float:

@@ -120,9 +120,8 @@ def _embed_kernel(
             tokens = tl.zeros((BR, BD), tl.float32)
             for k0 in range(0, K, BK):
                 k = k0 + tl.arange(0, BK)
-                patches = tl.load(
-                    patch_ptr[:, None] + k[None, :], mask=is_row[:, None] & (k < K)[None, :], other=0.0
-                )  # [BR, BK]
+                # [BR, BK]
+                patches = tl.load(patch_ptr[:, None] + k[None, :], mask=is_row[:, None] & (k < K)[None, :], other=0.0)
                 weight = tl.load(
                     weight_ptr + d[None, :] * K + k[:, None], mask=(d < D)[None, :] & (k < K)[:, None], other=0.0
                 )
@@ -221,13 +220,11 @@ def _weight_sums_kernel(
             if visible_ptr is not None:
                 number = tl.load(visible_ptr + tl.cast(clip, tl.int64) * VISIBLE + row, mask=row < VISIBLE, other=0)
             grad_ptrs = clip_grad_ptr + (2 + number)[:, None] * D + d[None, :]
-            grad = tl.load(grad_ptrs, mask=(row < VISIBLE)[:, None] & (d < D)[None, :], other=0.0).to(
-                COMPUTE
-            )  # [BR, BD]
+            # [BR, BD]
+            grad = tl.load(grad_ptrs, mask=(row < VISIBLE)[:, None] & (d < D)[None, :], other=0.0).to(COMPUTE)
             patch_ptrs = clip_patches_ptr + number.to(tl.int64)[:, None] * patch_stride + k[None, :]
-            patches = tl.load(patch_ptrs, mask=(row < VISIBLE)[:, None] & (k < K)[None, :], other=0.0).to(
-                COMPUTE
-            )  # [BR, BK]
+            # [BR, BK]
+            patches = tl.load(patch_ptrs, mask=(row < VISIBLE)[:, None] & (k < K)[None, :], other=0.0).to(COMPUTE)
             total = tl.dot(tl.trans(grad), patches, total, input_precision=PRECISION)
     keep = (d < D)[:, None] & (k < K)[None, :]
     tl.store(out_ptr + tl.cast(split, tl.int64) * D * K + d[:, None] * K + k[None, :], total, mask=keep)
@@ -255,9 +252,8 @@ def _sum_parts(parts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    return (
-        "ieee" if dtype == torch.float32 else "tf32"
-    )  # of float32 factors; the others are multiplied exactly in any case
+    # of float32 factors; the others are multiplied exactly in any case
+    return "ieee" if dtype == torch.float32 else "tf32"
 
 
 _TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -251,9 +251,8 @@ def _level(clip_ptr, start, is_frame, WINDOW: tl.constexpr):
     pre-emphasis, under window values that sum to at most 2.
     """
     CHUNK: tl.constexpr = 128
-    first = tl.load(clip_ptr + start, mask=is_frame, other=0).to(
-        tl.float32
-    )  # what differs from it is summed: exact for a large DC
+    # what differs from it is summed: exact for a large DC
+    first = tl.load(clip_ptr + start, mask=is_frame, other=0).to(tl.float32)
     total = tl.zeros((CHUNK, start.shape[0]), tl.float32)
     largest = tl.zeros((CHUNK, start.shape[0]), tl.float32)
     for n0 in range(0, WINDOW, CHUNK):
@@ -315,9 +314,8 @@ def _kernel_constants(
             high = values.to(torch.float16)
             basis[parity, part, 0, :quarter, :quarter] = high
             basis[parity, part, 1, :quarter, :quarter] = (values - high.double()).to(torch.float16)
-    by_bin = mel_filters(num_mel_bins, fft_length, sample_rate)[
-        :, :-1
-    ]  # [F, bins] without the Nyquist bin, which feeds no filter
+    # [F, bins] without the Nyquist bin, which feeds no filter
+    by_bin = mel_filters(num_mel_bins, fft_length, sample_rate)[:, :-1]
     filters = torch.zeros(2, _mel_width(num_mel_bins), size)
     for parity in (0, 1):
         filters[parity, :num_mel_bins, :quarter] = by_bin[:, parity::2]

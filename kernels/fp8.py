@@ -23,9 +23,8 @@ import torch
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 _MULTIPLE = 16  # of which both widths, and the rows that dw is summed over, must be multiples: cuBLASLt's rule
-_LEAST_PEAK = (
-    2.0**-100
-)  # far below any gradient; from here on no scale, nor its inverse, leaves the normal numbers of float32
+# far below any gradient; from here on no scale, nor its inverse, leaves the normal numbers of float32
+_LEAST_PEAK = 2.0**-100
 
 
 @torch.compiler.assume_constant_result
@@ -64,9 +63,8 @@ def _quantise(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, t
     diverged run must not look sound.
     """
     peak = tensor.abs().amax(dim=1).amax()  # rows first: so Inductor can join it to a kernel that works on rows
-    peak = peak.double().clamp(
-        min=_LEAST_PEAK
-    )  # in float64, as compiled code divides float32 inexactly and would round otherwise
+    # in float64, as compiled code divides float32 inexactly and would round otherwise
+    peak = peak.double().clamp(min=_LEAST_PEAK)
     largest = torch.finfo(dtype).max
     stored = (tensor.float() * (largest / peak).float()).to(dtype)
     return stored.contiguous(), (peak / largest).float()

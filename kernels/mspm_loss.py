@@ -158,9 +158,8 @@ def _scores_kernel(
         if (
             not TARGET_ROWS
         ):  # the first of equals is the best: the true one must beat those before it and match those after it
-            is_found = (tl.max(before, axis=1) < true) & (
-                tl.max(after, axis=1) <= true
-            )  # beyond M `true` is -inf and beats none
+            # beyond M `true` is -inf and beats none
+            is_found = (tl.max(before, axis=1) < true) & (tl.max(after, axis=1) <= true)
             tl.store(partial_ptr + tl.num_programs(0) + program, tl.sum(is_found.to(tl.float32)))
 
     if recon_ptr is not None:

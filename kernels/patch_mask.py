@@ -37,9 +37,8 @@ def _reference(
         return _keep_smallest(tie * patches + torch.arange(patches, device=device), num_masked)
 
     squares = num_squares(grid, num_masked, min(cluster))
-    covered_by = _first_square(
-        grid, cluster, algorithm, _words(seed, clip, squares, _STREAM_SQUARES)
-    )  # [B, P] in [0, squares]
+    # [B, P] in [0, squares]
+    covered_by = _first_square(grid, cluster, algorithm, _words(seed, clip, squares, _STREAM_SQUARES))
     if algorithm == "centered":
         return _keep_smallest(covered_by << 32 | tie, num_masked)
     # official: all patches of the squares up to the one that takes the count past num_masked, then the lowest numbers
@@ -75,9 +74,8 @@ def _first_square(
     rows, columns = grid
     place, size_word, parity, _ = words  # each [B, squares]
     device, squares = place.device, place.shape[1]
-    side = _sides(cluster, device)[
-        below(size_word[:, :1], len(cluster))
-    ]  # [B, 1]: one side a clip, from its first counter
+    # [B, 1]: one side a clip, from its first counter
+    side = _sides(cluster, device)[below(size_word[:, :1], len(cluster))]
     start = below(place, rows * columns)  # [B, squares]
     cell = torch.arange(max(cluster) ** 2, device=device)  # of the largest square, row by row
     down, right = cell // max(cluster), cell % max(cluster)
@@ -107,9 +105,8 @@ def _first_square(
 @functools.lru_cache(maxsize=16)
 @torch.inference_mode(False)  # kept, and may be asked for in another mode later
 def _sides(cluster: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(
-        cluster, dtype=torch.int64, device=device
-    )  # kept: copying it each time would make the host wait
+    # kept: copying it each time would make the host wait
+    return torch.tensor(cluster, dtype=torch.int64, device=device)
 
 
 def _keep_smallest(key: torch.Tensor, count: int) -> torch.Tensor:

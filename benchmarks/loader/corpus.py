@@ -25,10 +25,11 @@ SUFFIXES = {"wav": "wav", "flac": "flac", "opus": "opus"}
 FORMATS = {"wav": ("WAV", "PCM_16"), "flac": ("FLAC", "PCM_16"), "opus": ("OGG", "OPUS")}
 IN_SHARDS = ("wav", "flac")  # what `ssast prepare` writes
 SHARDS = 32  # or more: every worker of webdataset needs some of its own
+# the short clips on which memory is watched: their length, and of how many clips they are cut
 PIECE_S, SHORT_FROM = (
     0.25,
     20,
-)  # the short clips on which memory is watched: their length, and of how many clips they are cut
+)
 _SOUNDS_A_CLASS = 12
 
 

@@ -32,9 +32,8 @@ def race(job: dict[str, Any], cores: list[int], line: Connection) -> None:
     between them the process may be stopped.
     """
     os.setpgid(0, 0)
-    os.close(
-        forkserver._forkserver._forkserver_alive_fd
-    )  # or the fork server would outlive race.py's process, and this one with it
+    # or the fork server would outlive race.py's process, and this one with it
+    os.close(forkserver._forkserver._forkserver_alive_fd)
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(1)
     case = Case(

@@ -370,9 +370,8 @@ class Eager(StepBaseline):
             of_sides = torch.stack([_lowest_around(order, side) for side in mask.cluster])
             side = torch.randint(len(mask.cluster), (batch,), **options)
             order = of_sides[side, torch.arange(batch, device=self.device)]
-            order = order + 1e-6 * torch.rand(
-                order.shape, **options
-            )  # which of a square's are left when it has too many
+            # which of a square's are left when it has too many
+            order = order + 1e-6 * torch.rand(order.shape, **options)
         return order.flatten(1).argsort(dim=1)[:, : mask.num_masked]
 
     def _loss(self, features: torch.Tensor, masks: Iterator[torch.Tensor]) -> torch.Tensor:

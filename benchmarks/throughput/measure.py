@@ -352,9 +352,8 @@ def _tensors(optimizer: Any) -> list[torch.Tensor]:
     """What an optimizer updates and what it keeps for that; DeepSpeed's hold another inside."""
     inner = getattr(optimizer, "optimizer", optimizer)
     found = [tensor for group in inner.param_groups for tensor in group["params"]]
-    found += getattr(
-        optimizer, "fp32_partitioned_groups_flat", []
-    )  # ZeRO 3 lends its masters to the groups during a step only
+    # ZeRO 3 lends its masters to the groups during a step only
+    found += getattr(optimizer, "fp32_partitioned_groups_flat", [])
     for state in inner.state.values():
         found += [value for value in state.values() if isinstance(value, torch.Tensor)]
     return found

@@ -34,9 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(arguments.config, arguments.overrides)
     arguments.ranks = arguments.ranks or max(1, torch.cuda.device_count())
     arguments.engine = config.step.engine
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "6"
-    )  # the profiler would tell, among the progress, that it starts and stops
+    # the profiler would tell, among the progress, that it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     folder = arguments.out or config.run_dir / PROFILE_FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)

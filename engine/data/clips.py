@@ -369,9 +369,8 @@ def _hash(utf8: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """uint64 [N] of the texts of a block, eight bytes at a time."""
     starts, lengths = offsets[:-1], np.diff(offsets)
     padded = np.append(utf8, np.zeros(8, dtype=np.uint8))
-    words = np.ndarray(
-        (len(padded) - 7,), dtype="<u8", buffer=padded, strides=(1,)
-    )  # the eight bytes from each byte on
+    # the eight bytes from each byte on
+    words = np.ndarray((len(padded) - 7,), dtype="<u8", buffer=padded, strides=(1,))
     hashes = lengths.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     rows = np.flatnonzero(lengths)
     for done in range(0, int(lengths.max(initial=0)), 8):

@@ -68,9 +68,8 @@ class AudioDecoder:
         pin_memory: bool = False,
     ) -> None:
         self.clips, self.num_samples, self.num_threads, self.pin_memory = clips, num_samples, num_threads, pin_memory
-        self.lengths = -(
-            -clips.frames * sample_rate // clips.sample_rates.astype(np.int64)
-        )  # [clips] after resampling, rounded up
+        # [clips] after resampling, rounded up
+        self.lengths = -(-clips.frames * sample_rate // clips.sample_rates.astype(np.int64))
         # Of these sizes a clip may be the WAV header and the samples as they are wanted, and nothing else.
         bare = clips.sizes == HEADER_BYTES + 2 * clips.frames
         self._maybe_bare = bare & (clips.channels == 1) & (clips.sample_rates == sample_rate)

@@ -197,9 +197,8 @@ def cut(blocks: Iterable[np.ndarray], settings: Extraction) -> Iterator[tuple[in
     """
     segment, hop = settings.segment or sys.maxsize, settings.hop
     total, start, number = 0, 0, 0
-    held: list[
-        np.ndarray
-    ] = []  # the last of the `total` samples that have come, from `start` on or from where they were cut
+    # the last of the `total` samples that have come, from `start` on or from where they were cut
+    held: list[np.ndarray] = []
     for block in blocks:
         total += len(block)
         if total > settings.max_length:

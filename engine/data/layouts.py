@@ -263,11 +263,12 @@ def _speech_commands(root: Path, remarks: list[str]) -> Iterator[Entry]:
 
 WANTED_WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 UNKNOWN, SILENCE = "_unknown_", "_silence_"
+# of each file of noise, from where to where
 _NOISE_SHARES = {
     "train": (0.0, 0.6),
     "valid": (0.6, 0.8),
     "test": (0.8, 1.0),
-}  # of each file of noise, from where to where
+}
 _PIECE_SECONDS, _PIECE_HOP = 1.0, 0.5  # of silence that is measured on
 
 

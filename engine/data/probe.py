@@ -69,9 +69,8 @@ def serve(memory: int, handle: Callable[[Any], Iterable[Any]]) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what decoders print must not get between the answers
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(
-            1, signal.SIGKILL
-        )  # PR_SET_PDEATHSIG: dies with its parent, even in the middle of a file
+        # PR_SET_PDEATHSIG: dies with its parent, even in the middle of a file
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     answers.write("null\n")  # ready

@@ -160,9 +160,8 @@ class _Decoder:
 
     def _answers(self) -> list[Any]:
         worker = self._worker
-        patience = max(
-            self._timeout_s, 0.0 if worker.ready else 60.0
-        )  # it may have waited for us meanwhile: time starts now
+        # it may have waited for us meanwhile: time starts now
+        patience = max(self._timeout_s, 0.0 if worker.ready else 60.0)
         end = time.monotonic() + patience
         while (left := end - time.monotonic()) > 0:
             if not select.select([worker.process.stdout], [], [], left)[0]:

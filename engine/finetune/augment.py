@@ -15,11 +15,12 @@ from ssast.kernels.random import below, philox
 
 FULL_SCALE = 32768.0  # of int16
 BETA = 10  # both parameters of the Beta distribution that mixing shares are drawn from
+# any constants that no other use of the seed shares
 _STREAM_MIX, _STREAM_SHARE, _STREAM_MASK = (
     0x6D697875,
     0x73686172,
     0x73706563,
-)  # any constants that no other use of the seed shares
+)
 _STREAM_NOISE, _STREAM_ROLL = 0x6E6F6973, 0x726F6C6C
 
 
@@ -145,12 +146,10 @@ def noise_and_roll(
     amplitude, shift, _, _ = _words(seed, clip, 1, _STREAM_ROLL)  # each [B, 1]
     added = features
     if noise:
-        words = torch.stack(_words(seed, clip, -(-frames * bins // 8), _STREAM_NOISE), dim=2).flatten(
-            1
-        )  # [B, at least T * F / 2]
-        halves = torch.stack([words & 0xFFFF, words >> 16], dim=2).flatten(1)[
-            :, : frames * bins
-        ]  # 16 bits are plenty for noise
+        # [B, at least T * F / 2]
+        words = torch.stack(_words(seed, clip, -(-frames * bins // 8), _STREAM_NOISE), dim=2).flatten(1)
+        # 16 bits are plenty for noise
+        halves = torch.stack([words & 0xFFFF, words >> 16], dim=2).flatten(1)[:, : frames * bins]
         even = (halves.float() / 2**16).view(batch, frames, bins)
         added = (features.float() + even * (amplitude.float() * (noise / 2**32))[:, :, None]).to(features.dtype)
     if not roll:

@@ -183,9 +183,8 @@ def _made_folds(folds: int, groups: Sequence[str], labels: Sequence[str], seed: 
     # Sorted by group, so that the order in which the clips are named does not matter.
     order = np.array(sorted(range(len(groups)), key=lambda number: groups[number]))
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", UserWarning
-        )  # classes of fewer clips than folds: what follows from it is found by `examine`
+        # classes of fewer clips than folds: what follows from it is found by `examine`
+        warnings.simplefilter("ignore", UserWarning)
         counts = defaultdict(int)
         for stratum in strata:
             counts[stratum] += 1

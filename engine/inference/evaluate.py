@@ -463,9 +463,8 @@ def _write(
     scores, targets = (np.concatenate([getattr(answer, name) for answer in answers]) for name in ("scores", "targets"))
     rows = []
     for answer, result in zip(answers, results, strict=True):
-        known = {
-            name: value if math.isfinite(value) else None for name, value in result.items()
-        }  # JSON has no other numbers
+        # JSON has no other numbers
+        known = {name: value if math.isfinite(value) else None for name, value in result.items()}
         rows.append({"part": answer.name, "how": answer.told, "clips": len(answer.numbers), **known})
     content = {"evaluated": title, "chance": _chance(targets, multi_label), "results": rows}
     write_whole(out / "metrics.json", json.dumps(content, indent=1) + "\n")

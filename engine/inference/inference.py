@@ -117,11 +117,12 @@ class Windows:
         Raises:
             ValueError: at the end, if there was not one whole frame.
         """
+        # `held` begins at the frame `origin`, the next window at `start`
         held, origin, start = (
             np.zeros(0, dtype=np.int16),
             0,
             0,
-        )  # `held` begins at the frame `origin`, the next window at `start`
+        )
         for block in blocks:
             held = np.concatenate((held, block)) if len(held) else block.copy()
             while len(held) >= (start - origin) * self.shift + self.samples:

@@ -93,12 +93,10 @@ class UpstreamExpert(nn.Module):
         lengths = [len(wav) for wav in wavs]
         times = [max(1, round(length / self.get_downsample_rates())) for length in lengths]
         windows = self._windows(wavs, lengths, max(times))  # [B, W, T, F]
-        layers = [
-            self._encode(chunk) for chunk in windows.flatten(0, 1).split(self.windows_at_once)
-        ]  # of each [L, w, t, D]
-        states = (
-            torch.cat(layers, dim=1).unflatten(1, windows.shape[:2]).flatten(2, 3)[:, :, : max(times)]
-        )  # [L, B, T', D]
+        # of each [L, w, t, D]
+        layers = [self._encode(chunk) for chunk in windows.flatten(0, 1).split(self.windows_at_once)]
+        # [L, B, T', D]
+        states = torch.cat(layers, dim=1).unflatten(1, windows.shape[:2]).flatten(2, 3)[:, :, : max(times)]
         time = torch.arange(max(times), device=states.device)
         is_past = time[None, :] >= torch.tensor(times, device=states.device)[:, None]  # [B, T']
         *hidden, last = states.masked_fill(is_past[..., None], 0.0)

@@ -192,9 +192,8 @@ class SSAST(nn.Module):
         super().__init__()
         self.config = config
         self.card = card or ModelCard()
-        self.unused: dict[
-            str, torch.Tensor
-        ] = {}  # tensors of an official file that no computation uses, kept for writing it back
+        # tensors of an official file that no computation uses, kept for writing it back
+        self.unused: dict[str, torch.Tensor] = {}
         self.embedding = PatchEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
@@ -440,9 +439,8 @@ def _init_parameter(name: str, parameter: torch.Tensor, config: ModelConfig, gen
     elif name == "layer_weights":
         parameter.zero_()  # equal shares
     elif name == "embedding.mask_token":
-        parameter.normal_(
-            0.0, math.sqrt(1.0 / config.width), generator=generator
-        )  # Xavier normal of a [1, 1, D] tensor
+        # Xavier normal of a [1, 1, D] tensor
+        parameter.normal_(0.0, math.sqrt(1.0 / config.width), generator=generator)
     elif name.startswith("blocks"):
         parameter.zero_()
     else:  # PyTorch's default of Linear and Conv2d

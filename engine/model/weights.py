@@ -28,17 +28,19 @@ log = logging.getLogger("ssast")
 
 WEIGHTS_FILE = "model.safetensors"
 FORMAT = "ssast-engine/1"
+# DeiT's own heads: saved, never used
 UNUSED_OFFICIAL = (
     "v.head.weight",
     "v.head.bias",
     "v.head_dist.weight",
     "v.head_dist.bias",
-)  # DeiT's own heads: saved, never used
+)
 UNUSED_CLASSES = 1000
+# the paper's fine-tuning stride first
 FINETUNE_STRIDES = {
     (16, 16): ((10, 10), (16, 16)),
     (128, 2): ((128, 1), (128, 2)),
-}  # the paper's fine-tuning stride first
+}
 
 
 def load_model(
@@ -366,6 +368,5 @@ def _to_official(model: SSAST, prefix: str = "module.") -> dict[str, torch.Tenso
         tensors[key] = model.unused.get(key, torch.zeros(shape))
     for ours, theirs in (("class_head.", "cpredlayer."), ("recon_head.", "gpredlayer."), ("classifier.", "mlp_head.")):
         tensors |= {theirs + key.removeprefix(ours): value for key, value in weights.items() if key.startswith(ours)}
-    return {
-        prefix + key: value.clone() for key, value in tensors.items()
-    }  # views would be saved with all their storage
+    # views would be saved with all their storage
+    return {prefix + key: value.clone() for key, value in tensors.items()}

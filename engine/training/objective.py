@@ -69,6 +69,7 @@ class Pretraining:
         with span("copy"):  # on a GPU the loader has sent them ahead
             waveform, lengths = (each.to(self.device, non_blocking=True) for each in (batch.waveform, batch.lengths))
         with span("fbank"):
+            # [B, P, K]
             patches = fbank(
                 waveform,
                 sample_rate=config.data.sample_rate,
@@ -81,7 +82,7 @@ class Pretraining:
                 if config.bf16
                 else torch.float32,  # of what is predicted, too: factors of the loss's products
                 patch=config.architecture.patch_shape,
-            )  # [B, P, K]
+            )
         with span("mask + embed"):
             mask = self._mask(batch, _VALID_SEED if validation else _MASK_SEED, validation)
             recon_mask = None

@@ -261,17 +261,15 @@ class Trainer:
     def _exchange_metrics(self, values: torch.Tensor, stop: bool, row: dict[str, Any] | None) -> StepMetrics | None:
         """Send this step's metrics round; return those of the step before."""
         previous = self._collect_metrics()
-        summed = torch.cat(
-            (values, torch.full((1,), float(stop), device=values.device))
-        )  # filled there: a copy would wait
+        # filled there: a copy would wait
+        summed = torch.cat((values, torch.full((1,), float(stop), device=values.device)))
         work = dist.all_reduce(summed, async_op=True)
         arrived = work.wait
         if summed.is_cuda:
             work.wait()  # makes the stream wait, not the host
             if row is not None and isinstance(row["grad_norm"], torch.Tensor):
-                summed = torch.cat(
-                    (summed, row.pop("grad_norm").detach().float().reshape(1))
-                )  # reading it by itself would wait
+                # reading it by itself would wait
+                summed = torch.cat((summed, row.pop("grad_norm").detach().float().reshape(1)))
             summed = torch.empty(summed.shape, pin_memory=True).copy_(summed, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
@@ -434,9 +432,8 @@ class Trainer:
         if point.is_universal:
             self.ranks.once(lambda: remove_incomplete(self.run_dir))
         self.step, self.samples = point.state["step"], point.state["samples"]
-        self.samples -= self.samples % (
-            self.micro_batch * self.ranks.world_size
-        )  # another batch size begins at a whole batch
+        # another batch size begins at a whole batch
+        self.samples -= self.samples % (self.micro_batch * self.ranks.world_size)
         self.schedule.load_state_dict(point.state["schedule"])
         if self.ranks.is_first:
             print(f"resuming from step {self.step} ({self.samples} clips)", flush=True)
@@ -509,9 +506,8 @@ def deepspeed_config(config: RunConfig, *, universal: bool = False) -> dict[str,
         # its own linear layer adds up bias gradients in another order, so that stage 3 would drift from the others
         section["zero_optimization"].setdefault("memory_efficient_linear", False)
     section.setdefault("steps_per_print", 10**9)
-    section.setdefault(
-        "timers", {"throughput": {"enabled": False}}
-    )  # it waits for the device twice in every micro-batch
+    # it waits for the device twice in every micro-batch
+    section.setdefault("timers", {"throughput": {"enabled": False}})
     section["zero_allow_untested_optimizer"] = True
     section.setdefault("zero_force_ds_cpu_optimizer", False)  # offloading with PyTorch's Adam: nothing to compile
     return section

@@ -76,9 +76,8 @@ def test_faults():
     }.items():
         found = replace(KERNEL, **change).faults()
         assert len(found) == 1 and fault in found[0], (fault, found)
-    assert (
-        replace(KERNEL, hgmma=0, hmma=8, warps=1).faults() == []
-    )  # a warpgroup instruction is out of one warp's reach
+    # a warpgroup instruction is out of one warp's reach
+    assert replace(KERNEL, hgmma=0, hmma=8, warps=1).faults() == []
     assert replace(KERNEL, hgmma=0, has_dot=False).faults() == []
 
 

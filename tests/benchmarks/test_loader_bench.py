@@ -214,11 +214,12 @@ def met(rows):
 def test_verdicts():
     assert met(rates(5000, 90, 100, 30)) == [True, True, True]
     assert met(rates(4999, 89.9, 100, 29.9)) == [False, False, True]
+    # 2.99 times the better of the peers; libsndfile alone is none
     assert met(rates(9000, 200, 100, 67)) == [
         True,
         True,
         False,
-    ]  # 2.99 times the better of the peers; libsndfile alone is none
+    ]
     assert met(rates(9000, 90, 100, 30, workers=2)) == [True]  # a core, and alone on the core, are of one core
     read_back = [{name: str(value) for name, value in each.items()} for each in rates(5000, 90, 100, 30)]
     assert aims.verdicts(read_back) == aims.verdicts(rates(5000, 90, 100, 30))

@@ -14,12 +14,13 @@ from ssast.kernels import fbank
 
 CPU = torch.device("cpu")
 STATS = {"mean": -4.3, "std": 4.6}
+# 8 x 4 or 1 x 32 patches
 TINY = [
     "model.depth=1",
     "model.input_frames=64",
     "mask.num_masked=20",
     "objective.recon_weight=10",
-]  # 8 x 4 or 1 x 32 patches
+]
 KINDS = {"patches": ["mask.cluster=[3,4]"], "frames": ["model.patch_shape=[128,2]", "mask.cluster=null"]}
 BF16 = "deepspeed.bf16={enabled: true}"
 
@@ -140,9 +141,8 @@ def test_bf16_is_near_fp32_and_is_not_fp32(patches):
     assert losses[0].dtype == torch.float32
     assert 1e-6 < abs(losses[0] / losses[1] - 1) < 1e-2  # bf16 keeps 2^-9 of each value; errors of many average out
     gradients = [torch.cat([p.grad.flatten() for p in baseline.model.parameters()]) for baseline in (low, full)]
-    assert (
-        relative(*gradients) < 0.1
-    )  # scores of tens, rounded to bf16, are off by 0.06: so are the shares of a softmax
+    # scores of tens, rounded to bf16, are off by 0.06: so are the shares of a softmax
+    assert relative(*gradients) < 0.1
 
 
 def test_compiled_is_one_graph_and_compiled_once(patches):

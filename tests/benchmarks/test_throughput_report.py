@@ -339,9 +339,8 @@ def test_page_is_self_contained(gpu):
     pictures = ("comparison", "device", "kernels", "memory", "scaling", "step", "step-times")
     assert len(sources) == 2 * len(pictures) and all(source.startswith("data:image/png;base64,") for source in sources)
     assert not re.search(r"(src|srcset|href)=[\"'](?!data:)|url\(|@import|<script|<link(?! rel=\"icon\")", markup)
-    assert (
-        "prefers-color-scheme: dark" in markup and "--card:" in markup
-    )  # the style sheet of a run's report came along
+    # the style sheet of a run's report came along
+    assert "prefers-color-scheme: dark" in markup and "--card:" in markup
     assert {path.name for path in (gpu.parent / "pictures").iterdir()} == {f"report-{name}.png" for name in pictures}
     for name in pictures:
         picture = imread(gpu.parent / "pictures" / f"report-{name}.png")

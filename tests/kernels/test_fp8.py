@@ -119,9 +119,8 @@ def test_scaled_mm_multiplies_what_the_reference_does(backend, dtypes, device):
     x, weight, bias, dy = gaussian(device, rows=37)
     given = (x.to(dtypes[0]), weight.to(dtypes[1]), bias.to(dtypes[1]), dy.to(dtypes[0]))
     ours, same, oracle = run(*given, backend), run(*given, "torch"), run(*(each.double() for each in given), "torch")
-    least = (
-        1e-6 if device.type == "cpu" else 2**-8
-    )  # of float32 sums; Hopper's matrix units keep some 14 bits of theirs
+    # of float32 sums; Hopper's matrix units keep some 14 bits of theirs
+    least = 1e-6 if device.type == "cpu" else 2**-8
     for name in NAMES:
         assert ours[name].dtype == same[name].dtype, name
         assert relative_rms(ours[name], oracle[name]) < max(least, torch.finfo(ours[name].dtype).eps), name

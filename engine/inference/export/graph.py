@@ -148,9 +148,8 @@ def example(model: SSAST) -> tuple[torch.Tensor, torch.Tensor]:
 def _traced(module: FromWaveform) -> torch.export.ExportedProgram:
     waveform, lengths = example(module.model)
     with torch.no_grad():
-        module(
-            waveform[:1], lengths[:1]
-        )  # fills the cache of filters; while tracing, it would be filled with stand-ins
+        # fills the cache of filters; while tracing, it would be filled with stand-ins
+        module(waveform[:1], lengths[:1])
         batch = torch.export.Dim("batch", min=1)
         program = torch.export.export(
             module, (waveform, lengths), dynamic_shapes={"waveform": {0: batch}, "lengths": {0: batch}}

@@ -339,9 +339,8 @@ def _to_ours(tensors: dict[str, torch.Tensor], config: ModelConfig) -> dict[str,
         weights[f"norm.{kind}"] = tensors[f"layernorm.{kind}"]
         for number in range(config.depth):
             block, layer = f"blocks.{number}", f"layers.{number}"
-            thirds = [
-                tensors.get(f"{layer}.{name}.{kind}", torch.zeros(config.width)) for name in _QKV
-            ]  # qkv_bias=False: no bias
+            # qkv_bias=False: no bias
+            thirds = [tensors.get(f"{layer}.{name}.{kind}", torch.zeros(config.width)) for name in _QKV]
             weights[f"{block}.attn.qkv.{kind}"] = torch.cat(thirds)
             weights |= {
                 f"{block}.{ours}.{kind}": tensors[f"{layer}.{name}.{kind}"] for ours, name in _BLOCK_PARTS.items()

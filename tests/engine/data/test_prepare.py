@@ -455,9 +455,8 @@ def test_a_crash_a_hang_or_greed_costs_one_file(tmp_path, sabotage):
     for n, name in enumerate(names):
         soundfile.write(tmp_path / "src" / name, noise(1, n), RATE)
     sabotage()
-    run(
-        tmp_path / "out", tmp_path / "src", workers=2, timeout_s=2, segment=0.3, hop=0.3
-    )  # of a broken file, no piece stays
+    # of a broken file, no piece stays
+    run(tmp_path / "out", tmp_path / "src", workers=2, timeout_s=2, segment=0.3, hop=0.3)
     assert rejected(tmp_path / "out") == {
         "b crash.wav": "decoder crashed (SIGABRT), twice",
         "d hang.wav": "took longer than 2 s, twice",

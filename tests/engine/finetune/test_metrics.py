@@ -125,10 +125,11 @@ def test_predictions_are_written_whole(tmp_path):
 @pytest.mark.parametrize("classes", [2, 60])
 def test_pictures(tmp_path, classes):
     rng = np.random.default_rng(0)
+    # the last one has no clip
     scores, targets = (
         rng.random((200, classes)),
         np.eye(classes)[rng.integers(0, classes - 1, 200)],
-    )  # the last one has no clip
+    )
     labels = [f"a rather long name of a class, number {number}, $x_1^$" for number in range(classes)]
     pictures = write_pictures(tmp_path / "one", scores, targets, labels, False)
     assert [path.name for path in pictures] == ["confusion.png", "classes.png"]

@@ -43,11 +43,12 @@ def test_columns_of_splits_and_folds_win():
     assert fold_names(folds) == ["1", "2", "10"] and fold_names(["b", "a", ""]) == ["a", "b"]
     assert split(splits, folds_of=folds, fold="2") == ([0, 1, 4, 5], [], [2, 3])
     assert split(folds_of=folds, fold="fold2", valid_fold=True) == ([0, 4], [1, 5], [2, 3])
+    # the first comes after the last
     assert split(folds_of=folds, fold="10", valid_fold=True) == (
         [2, 3],
         [0, 4],
         [1, 5],
-    )  # the first comes after the last
+    )
     train, valid, test = split(folds_of=folds, fold="10", valid_fraction=0.25)
     assert (len(train), len(valid), test) == (3, 1, [1, 5])
 
@@ -70,9 +71,8 @@ def test_what_contradicts_itself_is_an_error():
     assert "none can be held out" in message(labels=["a", "b"], valid_fraction=0.1)
 
 
-ESC = [
-    f"/esc/{number % 3 + 1}-{100 + number // 4}-{'ABCD'[number % 4]}-7.wav" for number in range(80)
-]  # 20 recordings of 4 takes
+# 20 recordings of 4 takes
+ESC = [f"/esc/{number % 3 + 1}-{100 + number // 4}-{'ABCD'[number % 4]}-7.wav" for number in range(80)]
 
 
 def test_recordings_are_told_by_names_of_esc50_or_by_the_source():

@@ -343,16 +343,14 @@ def test_onnx(tmp_path, capsys, name):
         assert [each.name for each in session.get_outputs()] == (
             ["logits"] if name == "patch" else ["embedding", "tokens"]
         )
-        whole = session.run(None, {"waveform": waveform.numpy()})[
-            0
-        ]  # without lengths, what lies behind the ends counts
+        # without lengths, what lies behind the ends counts
+        whole = session.run(None, {"waveform": waveform.numpy()})[0]
         full = ours(model, waveform[0].numpy())
         worst = max(worst, np.abs(whole[0] - next(iter(full.values()))[0].numpy()).max())
         assert np.abs(whole[0] - got[0][0]).max() > 100 * ONNX
         too_short = session.run(None, {"waveform": waveform.numpy(), "lengths": np.zeros(len(waveform), np.int64)})
-        assert all(
-            np.isfinite(each).all() and np.ptp(each, axis=0).max() == 0 for each in too_short
-        )  # all silence alike
+        # all silence alike
+        assert all(np.isfinite(each).all() and np.ptp(each, axis=0).max() == 0 for each in too_short)
     assert worst <= ONNX
     with capsys.disabled():
         print(f"\nonnx, {name}: {worst:.1e}", end="")

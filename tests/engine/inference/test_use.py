@@ -196,9 +196,8 @@ def test_order_and_workers(tmp_path):
 )
 def test_a_crash_or_a_hang_costs_one_recording(tmp_path, act, reason, monkeypatch):
     for number in range(4):
-        soundfile.write(
-            tmp_path / f"{number}.wav", np.full(2_000_000, number, np.int16), RATE
-        )  # more than a pipe holds
+        # more than a pipe holds
+        soundfile.write(tmp_path / f"{number}.wav", np.full(2_000_000, number, np.int16), RATE)
     started = []
 
     class Watched(sound.Worker):
@@ -475,7 +474,6 @@ def test_real_audio_of_all_kinds(real_audio, models, tmp_path):
         with open(real_audio / "manifests" / f"{name}.csv", newline="") as file:
             expected |= {str(real_audio / row["path"]): row["expect"] for row in csv.DictReader(file)}
     embedded = [path for path in found["path"] if expected.get(path) in ("reject", "reject cleanly")]
-    assert [os.path.basename(path) for path in embedded] == [
-        "rate_zero.flac"
-    ]  # FFmpeg finds the rate of this one in the frames
+    # FFmpeg finds the rate of this one in the frames
+    assert [os.path.basename(path) for path in embedded] == ["rate_zero.flac"]
     assert all(reason.startswith("too short:") for path, reason in rejected.items() if expected.get(path) == "decode")

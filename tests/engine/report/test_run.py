@@ -141,9 +141,8 @@ def test_numbers_are_those_of_the_rows(complete):
     rates = sorted(row["clips_per_s"] for row in kept.values())
     assert f"Clips per second {rates[(len(rates) - 1) // 2]:.1f}" in text
     assert "Audio seen 16.00 h" in text  # 400 steps of 16 clips of 9 s
-    assert (
-        "Wall time 3 min 20 s" in text
-    )  # 0.5 s for each of 400 steps; the 60 steps lost in the crash are not in the log
+    # 0.5 s for each of 400 steps; the 60 steps lost in the crash are not in the log
+    assert "Wall time 3 min 20 s" in text
     assert f"ln {HIDDEN} = {math.log(HIDDEN):.2f}" in text and f"1 in {HIDDEN}" in text
 
 

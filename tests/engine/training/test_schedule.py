@@ -20,9 +20,8 @@ def test_plateau_is_pytorchs():
             metric = round(rng.random(), 1)
             theirs.step(metric)
             ours.after_validation(metric)
-            assert ours.lr(50) == pytest.approx(
-                optimizer.param_groups[0]["lr"], abs=2e-8
-            )  # theirs stops at changes of 1e-8
+            # theirs stops at changes of 1e-8
+            assert ours.lr(50) == pytest.approx(optimizer.param_groups[0]["lr"], abs=2e-8)
 
 
 def test_generative_metrics_are_negative_and_still_compare():

@@ -194,12 +194,13 @@ def test_no_step_of_deepspeed_waits_for_the_device():
         assert done.returncode == 0, done.stderr
         return [line for line in done.stdout.splitlines() if line[:3] in ("0 {", "1 {", "2 {", "3 {")]
 
+    # of ZeRO 3 a number made in each step is left
     assert count() == [
         "0 {}",
         "1 {}",
         "2 {}",
         "3 {'aten::lift_fresh': 2}",
-    ]  # of ZeRO 3 a number made in each step is left
+    ]
     assert "_local_scalar_dense" in count("deepspeed.bf16.check_grad_overflow=true")[1]
 
 
