@@ -1,9 +1,9 @@
 """What is measured: each operator's shapes, inputs, exact result, and the providers that compete.
 
 A provider is one way to compute the operator: "torch" is its own reference, "triton" its kernel, "compiled" the
-reference under torch.compile in its default mode; the others are told in baselines.py. All of a case get the same
-tensors and must give the same result, within what `Case.judge` allows: kernels by the law (law.py), baselines, of which
-only the time is wanted, by SLACK times that.
+reference under torch.compile in its default mode; the others are described in operator_baselines.py. All of a case get
+the same tensors and must give the same result, within what `Case.judge` allows: kernels by the law (law.py), baselines,
+of which only the time is wanted, by SLACK times that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from ssast.kernels import attention, embed_patches, fbank, mspm_loss, sample_patch_mask
 from ssast.kernels.law import error_and_allowance, largest_error
 
-from . import baselines, formulas
+from . import formulas, operator_baselines
 from .formulas import Need
 
 SAMPLE_RATE, SECONDS, FRAMES, MEL_BINS = 16000, 10, 1024, 128
@@ -125,14 +125,14 @@ def fbank_cases(setting: Setting) -> Iterator[Case]:
         others = (
             Provider(
                 "official loop",
-                functools.partial(baselines.official_fbank, **options, dtype=setting.dtype),
+                functools.partial(operator_baselines.official_fbank, **options, dtype=setting.dtype),
                 "clip by clip in Python, on the same device; window and mel filters made once",
                 loops_on_host=True,
                 slack=SLACK,
             ),
             Provider(
                 "stft",
-                functools.partial(baselines.stft_fbank, **options, dtype=setting.dtype),
+                functools.partial(operator_baselines.stft_fbank, **options, dtype=setting.dtype),
                 "not Kaldi's to the bit (no DC removal of each frame): judged by its mean error, within 0.02",
                 judge=near,
             ),
@@ -181,7 +181,7 @@ def mask_cases(setting: Setting) -> Iterator[Case]:
         loop = Provider(
             "official loop",
             functools.partial(
-                baselines.official_mask,
+                operator_baselines.official_mask,
                 B,
                 grid=GRID,
                 num_masked=MASKED,
@@ -298,9 +298,11 @@ def _loss_baselines(setting: Setting) -> tuple[Provider, ...]:
     def near(name: str, actual: torch.Tensor, same_dtype: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
         return ((actual.double() - exact).norm() / exact.norm()).item(), 0.05
 
-    loop = Provider("official loop", baselines.official_loss, "clip by clip in Python", loops_on_host=True, slack=SLACK)
+    loop = Provider(
+        "official loop", operator_baselines.official_loss, "clip by clip in Python", loops_on_host=True, slack=SLACK
+    )
     note = "product in the tensors' dtype, no accuracy: judged by its relative error in norm, within 0.05"
-    bmm = Provider("compiled bmm", _compiled(baselines.bmm_loss), note, judge=near)
+    bmm = Provider("compiled bmm", _compiled(operator_baselines.bmm_loss), note, judge=near)
     return (loop, bmm) if setting.with_compiled else (loop,)
 
 

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     from ssast.engine.files import PROFILE_FOLDER
     from ssast.engine.report.run import write_report
 
-    from .throughput.report import write_comparison, write_throughput_report
+    from .throughput.profile_report import write_comparison, write_throughput_report
 
     def profile_of(run: Path) -> Path:
         return run / PROFILE_FOLDER if (run / PROFILE_FOLDER).is_dir() else run

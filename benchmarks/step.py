@@ -1,9 +1,9 @@
 """How fast a training step is, over batch sizes and backends: `python -m ssast.benchmarks.step [--save] [options]`.
 
 Every case is a config of `ssast pretrain` with some settings of its `step` section, fed with noise from memory, on one
-device; beside them stand the baselines of benchmarks/throughput/baselines.py. Cases run one after another, each timed
-for a few steps after those in which graphs are compiled; a case that does not fit, or cannot run here, becomes a row
-that says so. Rows go to results/step.csv with --save, to the file of --out, or to stdout; MFU is model FLOP
+device; beside them stand the baselines of benchmarks/throughput/step_baselines.py. Cases run one after another, each
+timed for a few steps after those in which graphs are compiled; a case that does not fit, or cannot run here, becomes a
+row that says so. Rows go to results/step.csv with --save, to the file of --out, or to stdout; MFU is model FLOP
 (engine/cost.py) over the datasheet's dense bf16 peak.
 
 Exit status: 0; 2 for a mistake on the command line; 3 if the deadline came before the last case.
@@ -34,10 +34,10 @@ from ssast.engine.training.trainer import Trainer
 
 from .deadline import Deadline, DeadlinePassed
 from .rows import RESULTS, append_row, environment_columns, read_rows
-from .throughput.baselines import step_baselines
+from .throughput.baseline_race import baseline_runner
 from .throughput.device import device_name, gpu_facts, peak_tflops
 from .throughput.measure import LOUDNESS, in_memory, nothing_to_read, run_steps, time_steps, undisturbed
-from .throughput.race import baseline_runner
+from .throughput.step_baselines import step_baselines
 
 FILE = RESULTS / "step.csv"
 INCOMPLETE = 3

@@ -268,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for verdict in verdicts(bench.rows):
             say(str(verdict))
         if arguments.plot:
-            from .picture import draw
+            from .rates_picture import draw
 
             say(f"drawn: {draw(bench.rows, arguments.plot)}")
     except UserError as error:

@@ -22,7 +22,7 @@ import soundfile
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ssast.benchmarks.baselines import official_fbank
+from ssast.benchmarks.operator_baselines import official_fbank
 from ssast.engine.data.decode import AudioDecoder
 from ssast.engine.data.loader import ClipReader, Prefetcher, Shard
 from ssast.engine.data.order import SampleOrder
@@ -187,7 +187,7 @@ def _find_kaldi() -> tuple[types.ModuleType | None, str]:
     if found is None:
         return (
             None,
-            "fbank as torchaudio computes it, written anew (benchmarks/baselines.py): torchaudio is not installed",
+            "fbank as torchaudio computes it, written anew: torchaudio is not installed",
         )
     name = f"fbank of torchaudio {importlib.metadata.version('torchaudio')}"
     try:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ssast.engine.errors import UserError
 
-MEASURE, RACE = "ssast.benchmarks.throughput.measure", "ssast.benchmarks.throughput.race"
+MEASURE, RACE = "ssast.benchmarks.throughput.measure", "ssast.benchmarks.throughput.baseline_race"
 VARIANTS = {
     **{f"ZeRO {stage}": ["step.engine=deepspeed", f"deepspeed.zero_optimization.stage={stage}"] for stage in range(4)},
     "DDP": ["step.engine=ddp"],
@@ -53,7 +53,7 @@ def profile(arguments: argparse.Namespace, children: Children, folder: Path) -> 
     from ssast.engine.environment import describe_environment
     from ssast.engine.files import write_whole
 
-    from .report import write_throughput_report
+    from .profile_report import write_throughput_report
 
     print(f"measuring {arguments.steps} steps on {arguments.ranks} rank(s) ...", file=sys.stderr, flush=True)
     measured = children.measure(out=folder / "measurement.json")

@@ -112,7 +112,7 @@ def _runs(count: int) -> str:
 
 def write_summary(config: FinetuneConfig, folders: Sequence[Path]) -> Path:
     """results.csv, results.md and report.html of all runs of a command; the path of the report."""
-    from .report import write_report
+    from .finetune_report import write_report
 
     results = read_results(folders)
     rows = io.StringIO(newline="")

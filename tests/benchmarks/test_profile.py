@@ -17,8 +17,8 @@ from ssast.benchmarks import step
 from ssast.benchmarks.rows import append_row, read_rows
 from ssast.benchmarks.tables import headline_table, step_table
 from ssast.benchmarks.throughput import profile
+from ssast.benchmarks.throughput.baseline_race import Runner, race
 from ssast.benchmarks.throughput.device import find_peak
-from ssast.benchmarks.throughput.race import Runner, race
 from ssast.engine.config import Config
 from ssast.engine.distributed.ranks import Ranks
 from ssast.engine.errors import UserError

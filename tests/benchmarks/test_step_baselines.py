@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssast.benchmarks.throughput.baselines import Compiled, Eager, OfficialModel, OfficialWay, step_baselines
+from ssast.benchmarks.throughput.step_baselines import Compiled, Eager, OfficialModel, OfficialWay, step_baselines
 from ssast.engine import load_model
 from ssast.engine.config import Config, load_config
 from ssast.engine.errors import UserError

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from ssast.benchmarks.throughput import page
 from ssast.benchmarks.throughput.noise import compare_steps, compare_turns, t_quantile
-from ssast.benchmarks.throughput.report import write_comparison, write_throughput_report
+from ssast.benchmarks.throughput.profile_report import write_comparison, write_throughput_report
 from ssast.benchmarks.throughput.schema import read_profile
 from ssast.benchmarks.throughput.summary import significant, summarise
 from ssast.engine.errors import UserError
+from ssast.engine.report import page
 
 SHARES = {
     "data wait": 0.012,

@@ -86,7 +86,7 @@ def write_page(page: Page, folder: Path, name: str) -> Path:
         embedded[picture.file] = {"light": base64.b64encode(light).decode(), "dark": base64.b64encode(dark).decode()}
     write_whole(folder / f"{name}.md", _markdown(page, f"pictures/{name}-"))
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
-    html = templates.get_template("report.html.j2").render(page=page, embedded=embedded, style=_style_of_runs())
+    html = templates.get_template("page.html.j2").render(page=page, embedded=embedded, style=_style_of_runs())
     write_whole(folder / f"{name}.html", html)
     return folder / f"{name}.html"
 

@@ -33,7 +33,7 @@ def write_report(config: FinetuneConfig, folders: Sequence[Path]) -> Path:
         shown.append({"arm": arm, "result": results[index], "folder": done[index], "pictures": _pictures(done[index])})
     environment = json.loads((done[0] / "environment.json").read_text(encoding="utf-8"))
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
-    page = templates.get_template("report.html.j2").render(
+    page = templates.get_template("finetune_report.html.j2").render(
         name=config.run.name,
         metric=config.metric,
         arms=arms,

@@ -17,10 +17,10 @@ import yaml
 from ssast.engine.config import differences
 from ssast.engine.errors import UserError
 from ssast.engine.files import write_whole
+from ssast.engine.report.page import Code, Page, Picture, Section, Table, Tile, write_page
 
 from .noise import compare_steps
-from .page import Code, Page, Picture, Section, Table, Tile, write_page
-from .pictures import COLOURS, UNKNOWN, Bar, draw_bars, draw_device, draw_scaling, draw_stack, draw_steps
+from .profile_pictures import COLOURS, UNKNOWN, Bar, draw_bars, draw_device, draw_scaling, draw_stack, draw_steps
 from .schema import read_profile
 from .summary import Summary, significant, summarise
 

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ssast.benchmarks.baselines import (
+from ssast.benchmarks.operator_baselines import (
     LOG_FLOOR,
     MEL_BINS,
     PRE_EMPHASIS,

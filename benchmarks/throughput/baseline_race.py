@@ -1,5 +1,5 @@
-"""Our step and the baselines' in turns, on one device: `python -m ssast.benchmarks.throughput.race OUT CONFIG ...`,
-started by `ssast profile`. Writes OUT, a JSON file of the rows of profile.json's "baselines".
+"""Our step and the baselines' in turns, on one device: `python -m ssast.benchmarks.throughput.baseline_race OUT CONFIG
+...`, started by `ssast profile`. Writes OUT, a JSON file of the rows of profile.json's "baselines".
 
 All start from the same weights and are fed the same noise, int16 in the host's memory, so that what differs is the step
 alone.
@@ -28,8 +28,8 @@ from ssast.engine.files import write_whole
 from ssast.engine.model.ssast import build_model
 from ssast.engine.training.trainer import Clock, Trainer
 
-from .baselines import StepBaseline, step_baselines
 from .measure import in_memory, nothing_to_read, time_steps, undisturbed
+from .step_baselines import StepBaseline, step_baselines
 
 TURNS = 5
 TURN_SECONDS = 1.0  # at least one step
@@ -130,7 +130,7 @@ def baseline_runner(baseline: StepBaseline, waveforms: list[torch.Tensor], devic
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m ssast.benchmarks.throughput.race", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m ssast.benchmarks.throughput.baseline_race", description=__doc__)
     parser.add_argument("out", type=Path, help="JSON file to write")
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
