@@ -28,8 +28,8 @@ import torch
 from ssast.engine.config import Config, load_config
 from ssast.engine.distributed.ranks import Ranks, join_ranks
 from ssast.engine.errors import UserError, first_line
+from ssast.engine.model.adapt import build_model
 from ssast.engine.model.cost import flops_per_clip
-from ssast.engine.model.ssast import build_model
 from ssast.engine.training.trainer import Trainer
 
 from .deadline import Deadline, DeadlinePassed

@@ -10,13 +10,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .model.ssast import SSAST, ModelConfig
+    from .model.config import ModelConfig
+    from .model.ssast import SSAST
     from .model.weights import load_model, save_model
 
 __all__ = ["SSAST", "ModelConfig", "load_model", "save_model"]
 _HOMES = {
     "SSAST": "model.ssast",
-    "ModelConfig": "model.ssast",
+    "ModelConfig": "model.config",
     "load_model": "model.weights",
     "save_model": "model.weights",
 }

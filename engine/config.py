@@ -17,7 +17,7 @@ from ssast.kernels.fbank import samples_of
 
 from .data.order import block_shares
 from .errors import UserError
-from .model.ssast import HEAD_DIM, PAPER_MEAN, PAPER_STD, WIDTHS, ModelConfig
+from .model.config import HEAD_DIM, PAPER_MEAN, PAPER_STD, WIDTHS, ModelConfig
 
 # The share of patches that validation always masks: the paper's 400 of 512, whatever number training masks.
 VALID_MASKED_SHARE = 400 / 512

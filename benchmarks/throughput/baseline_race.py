@@ -25,7 +25,7 @@ from ssast.engine.config import load_config
 from ssast.engine.distributed.ranks import join_ranks, leave
 from ssast.engine.errors import UserError
 from ssast.engine.files import write_whole
-from ssast.engine.model.ssast import build_model
+from ssast.engine.model.adapt import build_model
 from ssast.engine.training.trainer import Clock, Trainer
 
 from .measure import in_memory, nothing_to_read, time_steps, undisturbed

@@ -30,10 +30,11 @@ from ssast.engine.data.loader import Batch
 from ssast.engine.distributed.ranks import Ranks, join_ranks, leave, speaks_for_its_node
 from ssast.engine.errors import UserError
 from ssast.engine.files import write_whole
+from ssast.engine.model.adapt import build_model
 from ssast.engine.model.cost import FLOP_FORMULA, flops_per_clip
-from ssast.engine.model.ssast import NUM_PREFIX, build_model
 from ssast.engine.training.auto_batch import activation_bytes, find_auto_batch, with_micro_batch
 from ssast.engine.training.trainer import Clock, Trainer
+from ssast.kernels import NUM_PREFIX
 
 from .device import DeviceWatch, ceiling_rates, device_name, gpu_facts, peak_tflops
 from .timeline import floor_seconds, read_trace, step_parts, top_kernels
@@ -303,7 +304,7 @@ def nothing_to_read(config: Config) -> Dataset:
     """
     import numpy as np
 
-    from ssast.engine.model.ssast import PAPER_MEAN, PAPER_STD
+    from ssast.engine.model.config import PAPER_MEAN, PAPER_STD
 
     none = Clips([], [], [], [], *(np.zeros(0, dtype) for dtype in (np.int64, np.int32, np.int32, np.int64, np.int64)))
     mean = PAPER_MEAN if isinstance(config.data.mean, str) else config.data.mean

@@ -34,7 +34,7 @@ from ssast.benchmarks.operator_baselines import (
 )
 from ssast.engine.config import Config
 from ssast.engine.errors import UserError
-from ssast.engine.model.ssast import PATCH_VALUES, ModelConfig
+from ssast.engine.model.config import PATCH_VALUES, ModelConfig
 from ssast.kernels import NUM_PREFIX
 from ssast.kernels.fbank import frame_geometry, mel_filters
 

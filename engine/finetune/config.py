@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ssast.engine.config import DataSection, Paths, RunConfig, Section, TrainSection
 from ssast.engine.errors import UserError
-from ssast.engine.model.ssast import HEAD_DIM, WIDTHS, ModelConfig
+from ssast.engine.model.config import HEAD_DIM, WIDTHS, ModelConfig
 
 SCRATCH = "none"
 MAIN = {False: "accuracy", True: "mAP"}  # the metric of a task, by whether a clip may have several labels

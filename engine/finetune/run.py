@@ -35,7 +35,9 @@ from ssast.engine.distributed.launch import count_ranks, launch, one_line_errors
 from ssast.engine.distributed.ranks import Ranks, be_deterministic, join_ranks, leave
 from ssast.engine.errors import UserError
 from ssast.engine.files import write_whole
-from ssast.engine.model.ssast import SSAST, WIDTHS, ModelCard, ModelConfig, build_model, init_classifier, resize
+from ssast.engine.model.adapt import build_model, init_classifier, resize
+from ssast.engine.model.config import WIDTHS, ModelCard, ModelConfig
+from ssast.engine.model.ssast import SSAST
 from ssast.engine.model.weights import WEIGHTS_FILE, load_model, save_model
 from ssast.engine.training.checkpoint import checkpoint_steps
 from ssast.engine.training.rundir import check_run_dir, locked, measured_statistics, prepare_run_dir

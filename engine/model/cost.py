@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .ssast import NUM_PREFIX, PATCH_VALUES, SSAST, ModelConfig
+from ssast.kernels import NUM_PREFIX
+
+from .config import PATCH_VALUES, ModelConfig
+from .ssast import SSAST
 
 FLOP_FORMULA = (
     "forward per clip = 2 P K D (projection) + L (24 N D^2 + 4 N^2 D) (blocks) + heads * 2 M (D^2 + K D) + 2 M^2 K "

@@ -10,8 +10,9 @@ import torch
 from ssast.engine.config import Config
 from ssast.engine.distributed.ranks import Ranks
 from ssast.engine.errors import UserError
+from ssast.engine.model.adapt import build_model
 from ssast.engine.model.cost import memory_estimate
-from ssast.engine.model.ssast import SSAST, build_model
+from ssast.engine.model.ssast import SSAST
 
 GRAIN = 8  # clips; matrix products like multiples of it
 # of the memory that is free, for activations and state: the rest is fragments, buffers of collectives, the loader

@@ -19,7 +19,7 @@ from ssast.benchmarks.throughput.measure import (
 from ssast.benchmarks.throughput.timeline import busy_seconds, read_trace, step_parts, top_kernels
 from ssast.engine.config import load_config
 from ssast.engine.distributed.ranks import Ranks
-from ssast.engine.model.ssast import build_model
+from ssast.engine.model.adapt import build_model
 from ssast.engine.training.trainer import Clock, Trainer
 
 pytestmark = pytest.mark.skipif(

@@ -9,7 +9,8 @@ from ssast.benchmarks.throughput.step_baselines import Compiled, Eager, Official
 from ssast.engine import load_model
 from ssast.engine.config import Config, load_config
 from ssast.engine.errors import UserError
-from ssast.engine.model.ssast import SSAST, build_model
+from ssast.engine.model.adapt import build_model
+from ssast.engine.model.ssast import SSAST
 from ssast.kernels import fbank
 
 CPU = torch.device("cpu")

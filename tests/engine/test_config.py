@@ -3,8 +3,8 @@ import yaml
 
 from ssast.engine.config import VALID_MASKED_SHARE, differences, dump_config, list_presets, load_config
 from ssast.engine.errors import UserError
+from ssast.engine.model.adapt import build_model
 from ssast.engine.model.cost import count_parameters, flops_per_clip
-from ssast.engine.model.ssast import build_model
 from ssast.engine.pretrain import describe_run
 
 PUBLISHED = {

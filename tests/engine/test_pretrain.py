@@ -75,7 +75,7 @@ def losses(run_dir: Path) -> list[tuple]:
 )
 def test_mistakes(small, tmp_path, arguments, words):
     from ssast.engine import ModelConfig, save_model
-    from ssast.engine.model.ssast import build_model
+    from ssast.engine.model.adapt import build_model
 
     for folder in ("EMPTY", "TEXT", "BROKEN", "ONE", "MIXED", "FOREIGN/small"):
         (tmp_path / folder).mkdir(parents=True)

@@ -9,7 +9,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from ssast.engine.model.ssast import SSAST, ModelConfig, build_model
+from ssast.engine.model.adapt import build_model
+from ssast.engine.model.config import ModelConfig
+from ssast.engine.model.ssast import SSAST
 from ssast.kernels import fbank, sample_patch_mask
 
 CONFIG = ModelConfig(width=32, depth=1, heads=2, num_mel_bins=32, input_frames=64)  # 2 x 4 patches

@@ -19,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ssast.engine.errors import UserError
-from ssast.engine.model.ssast import SSAST, ModelCard
+from ssast.engine.model.config import ModelCard
+from ssast.engine.model.ssast import SSAST
 from ssast.engine.model.weights import is_write_error, load_model, save_model
 
 from .graph import export_onnx, export_torch, input_samples

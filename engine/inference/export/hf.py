@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 
 from ssast.engine.errors import UserError, first_line
 from ssast.engine.files import permit_as_usual
-from ssast.engine.model.ssast import SSAST, ModelCard, ModelConfig
-from ssast.engine.model.weights import check_weights
+from ssast.engine.model.config import ModelCard, ModelConfig
+from ssast.engine.model.ssast import SSAST
+from ssast.engine.model.tensors import check_weights
 
 from .graph import FromWaveform, check_equal, example
 

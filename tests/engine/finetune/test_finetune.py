@@ -29,7 +29,8 @@ from ssast.engine.finetune.config import FinetuneConfig
 from ssast.engine.finetune.dataset import _balancing, open_task, read_task
 from ssast.engine.finetune.objective import FineTuning, classification_loss
 from ssast.engine.finetune.results import RESULTS_FILE, write_summary
-from ssast.engine.model.ssast import ModelConfig, build_model, resize_position
+from ssast.engine.model.adapt import build_model, resize_position
+from ssast.engine.model.config import ModelConfig
 from ssast.engine.model.weights import save_model
 from ssast.engine.training.runlog import read_rows
 from ssast.engine.training.schedule import Schedule

@@ -20,7 +20,8 @@ from ssast.engine.errors import UserError
 from ssast.engine.inference.export import export_model, from_hf, input_samples, main
 from ssast.engine.inference.export import hf as hf_export
 from ssast.engine.inference.inference import embed
-from ssast.engine.model.ssast import ModelCard, build_model
+from ssast.engine.model.adapt import build_model
+from ssast.engine.model.config import ModelCard
 from ssast.kernels import fbank
 
 try:

@@ -19,7 +19,8 @@ from ssast.engine.inference.inference import (
     prediction_windows,
     read_windows,
 )
-from ssast.engine.model.ssast import ModelCard, ModelConfig, build_model
+from ssast.engine.model.adapt import build_model
+from ssast.engine.model.config import ModelCard, ModelConfig
 from ssast.kernels import fbank
 from ssast.kernels.fbank import count_frames
 

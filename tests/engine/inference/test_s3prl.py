@@ -8,8 +8,9 @@ from torch import nn
 from ssast.engine import ModelConfig, save_model
 from ssast.engine.errors import UserError
 from ssast.engine.inference.s3prl import UpstreamExpert, ssast_engine
-from ssast.engine.model.ssast import NUM_PREFIX, ModelCard, build_model
-from ssast.kernels import fbank
+from ssast.engine.model.adapt import build_model
+from ssast.engine.model.config import ModelCard
+from ssast.kernels import NUM_PREFIX, fbank
 
 SMALL = {"width": 64, "depth": 3, "heads": 2, "input_frames": 96}
 KINDS = {

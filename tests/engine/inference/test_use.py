@@ -22,7 +22,8 @@ from ssast.engine.inference import embed as embed_module
 from ssast.engine.inference import evaluate, predict
 from ssast.engine.inference.inference import embed as embed_waves
 from ssast.engine.inference.inference import predict as predict_waves
-from ssast.engine.model.ssast import ModelCard, ModelConfig, build_model
+from ssast.engine.model.adapt import build_model
+from ssast.engine.model.config import ModelCard, ModelConfig
 
 RATE = 16000
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from ssast.engine.model.adapt import build_model
+from ssast.engine.model.config import ModelConfig
 from ssast.engine.model.cost import flops_per_clip
-from ssast.engine.model.ssast import ModelConfig, build_model
 
 BASE = ModelConfig(width=768, heads=12)
 

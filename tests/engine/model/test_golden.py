@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ssast.engine import SSAST, ModelConfig, load_model, save_model
-from ssast.engine.model.weights import _from_official, _to_official
+from ssast.engine.model.official import from_official, to_official
 from ssast.engine.training.step import build_optimizer
 
 CASES = ["frame128x2_t256_random", "patch16_t1024_trained", "patch16_t256_random", "quirk_patch16_f64_t256"]
@@ -42,7 +42,7 @@ def official_names(model: SSAST, gradients: bool = False) -> dict[str, torch.Ten
         copy = SSAST(model.config).double()
         copy.load_state_dict({name: parameter.grad for name, parameter in model.named_parameters()})
         model = copy
-    return _to_official(model, prefix="")
+    return to_official(model, prefix="")
 
 
 def test_tokens(golden):
@@ -251,12 +251,12 @@ def test_real_size_tiny_by_recipe(reference):
     seed = facts["weight_recipe_base_seed"]
     tensors = {
         key: recipe(key, value.shape, seed)
-        for key, value in _to_official(model, prefix="").items()
+        for key, value in to_official(model, prefix="").items()
         if value.is_floating_point()
     }
     for key, check in facts["weight_check"].items():
         assert tensors[key].double().sum().item() == pytest.approx(check["sum_float64"], abs=1e-6), key
-    model.load_state_dict(_from_official(tensors))
+    model.load_state_dict(from_official(tensors))
     model = model.double()
     mask, recon_mask = torch.from_numpy(arrays["mask_mpc"]), torch.from_numpy(arrays["mask_mpg"])
     loss = model.pretrain(features, mask, recon_mask)
@@ -300,7 +300,8 @@ def test_real_sizes_have_the_official_tensors(reference, size, kind):
     """Names, shapes, order, parameter counts and initial spread of the published models, pretraining and
     fine-tuning.
     """
-    from ssast.engine.model.ssast import WIDTHS, build_model
+    from ssast.engine.model.adapt import build_model
+    from ssast.engine.model.config import WIDTHS
 
     listing = json.loads((reference / "parameter_listing.json").read_text())
     shape, strides = ((16, 16), (10, 10)) if kind == "patch16" else ((128, 2), (128, 1))
@@ -313,7 +314,7 @@ def test_real_sizes_have_the_official_tensors(reference, size, kind):
     for stage, config in stages.items():
         expected = listing[f"{size}/{kind}/{stage}"]
         model = build_model(config)
-        tensors = _to_official(model)
+        tensors = to_official(model)
         assert [
             [key, list(value.shape), str(value.dtype).removeprefix("torch.")] for key, value in tensors.items()
         ] == expected["state_dict"]

@@ -9,7 +9,10 @@ import torch
 
 from ssast.engine import ModelConfig, load_model, save_model
 from ssast.engine.errors import UserError
-from ssast.engine.model.ssast import ModelCard, build_model, patchify, resize_position, unpatchify
+from ssast.engine.model.adapt import build_model, resize_position
+from ssast.engine.model.config import ModelCard
+from ssast.engine.model.ssast import unpatchify
+from ssast.kernels import patchify
 
 PATCH = ModelConfig(width=128, heads=2, depth=2, input_frames=64)
 FRAME = ModelConfig(width=128, heads=2, depth=2, input_frames=64, patch_shape=(128, 2), stride=(128, 2))

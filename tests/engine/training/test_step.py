@@ -15,7 +15,9 @@ from test_trainer import SMALL, free_port
 from ssast.engine.config import Config
 from ssast.engine.distributed.ranks import Ranks
 from ssast.engine.errors import UserError
-from ssast.engine.model.ssast import SSAST, ModelConfig, build_model
+from ssast.engine.model.adapt import build_model
+from ssast.engine.model.config import ModelConfig
+from ssast.engine.model.ssast import SSAST
 from ssast.engine.training.auto_batch import AutoBatch, activation_bytes, find_auto_batch, with_micro_batch
 from ssast.engine.training.backends.ddp import PlainEngine
 from ssast.engine.training.compilation import Compilation, choose_compile
@@ -144,7 +146,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from deepspeed.accelerator import get_accelerator
 from ssast.benchmarks.throughput.measure import in_memory, nothing_to_read, run_steps, undisturbed
 from ssast.engine.config import load_config
-from ssast.engine.model.ssast import build_model
+from ssast.engine.model.adapt import build_model
 from ssast.engine.distributed.ranks import join_ranks
 from ssast.engine.training.trainer import Trainer
 

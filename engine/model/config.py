@@ -1,0 +1,78 @@
+"""The shape of a model, and what using it takes beside its weights. Plain values: nothing here imports torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Mean and standard deviation of the log-mel features of AudioSet-2M + LibriSpeech-960 (the paper's).
+PAPER_MEAN, PAPER_STD = -4.2677393, 4.5689974
+WIDTHS = {"tiny": 192, "small": 384, "base": 768}
+PATCH_VALUES = 256
+HEAD_DIM = 64
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes the shape of the model."""
+
+    width: int = 192
+    depth: int = 12
+    heads: int = 3
+    mlp_ratio: int = 4
+    num_mel_bins: int = 128
+    input_frames: int = 1024
+    patch_shape: tuple[int, int] = (16, 16)  # mel bins x frames
+    stride: tuple[int, int] = (16, 16)
+    num_classes: int | None = None
+    """None: no classifier."""
+    pretraining_heads: bool = True
+    layer_weights: bool = False
+    """Classify a learned weighted sum of what every block gives, as SUPERB does, instead of what the last one gives."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
+        if min(self.stride) < 1 or min(self.patch_shape) < 1:
+            raise ValueError(f"patch shape {self.patch_shape} and stride {self.stride} must be at least 1")
+        if self.num_mel_bins < self.patch_shape[0] or self.input_frames < self.patch_shape[1]:
+            raise ValueError(
+                f"an input of {self.num_mel_bins} mel bins x {self.input_frames} frames is smaller than one patch of "
+                f"{self.patch_shape[0]}x{self.patch_shape[1]}"
+            )
+        if self.pretraining_heads and self.patch_values != PATCH_VALUES:
+            raise ValueError(
+                f"patches must hold {PATCH_VALUES} values to be pretrained on, {self.patch_shape} holds "
+                f"{self.patch_values}"
+            )
+
+    @property
+    def patch_values(self) -> int:
+        return self.patch_shape[0] * self.patch_shape[1]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches along (frequency, time); mel bins and frames that do not fill a patch are left out."""
+        return (
+            (self.num_mel_bins - self.patch_shape[0]) // self.stride[0] + 1,
+            (self.input_frames - self.patch_shape[1]) // self.stride[1] + 1,
+        )
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What using a model takes beside its weights: how its features are made, and what its classes are."""
+
+    sample_rate: int = 16000  # Hz
+    mean: float = PAPER_MEAN
+    std: float = PAPER_STD
+    """Of the log-mel features; the model is given (x - mean) / (2 std)."""
+    labels: tuple[str, ...] | None = None
+    """Of the classes, in the order of the logits; None: not known."""
+    multi_label: bool = False
+    """A clip may have several labels: probabilities are sigmoids, otherwise a softmax."""
+    pool: str = "mean"
+    """What the classifier was trained on, as in `SSAST.classify`."""
