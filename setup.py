@@ -64,6 +64,10 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.120",
             "ruff>=0.14",
+            "mypy>=1.18",
+            "types-PyYAML",
+            "types-psutil",
+            "types-tqdm",
         ],
     },
     entry_points={
