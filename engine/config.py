@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ssast.kernels.fbank import samples_of
 
 from .data.order import block_shares
+from .environment import computes_in_bf16
 from .errors import UserError
 from .model.config import HEAD_DIM, PAPER_MEAN, PAPER_STD, WIDTHS, ModelConfig
 
@@ -71,6 +72,9 @@ class StepSection(Section):
     engine: Literal["deepspeed", "ddp"] = "deepspeed"
     """ddp: plain PyTorch, DistributedDataParallel where there are several ranks; of the deepspeed section only the
     batch sizes, the optimizer, bf16 and gradient_clipping are read. Needs no DeepSpeed installed."""
+    precision: Literal["auto", "bf16", "fp32"] | None = None
+    """Of the products. auto: bf16 on a device that computes in it, else fp32; a run keeps what it began with. null: as
+    `deepspeed.bf16.enabled` says, fp32 without it; where that is given, it decides for auto as well."""
     compile: Compile = "auto"
     """torch.compile: of the encoder as one graph, or of one block, used for all, so that gradients of late blocks are
     exchanged while those of early ones are computed; heads and loss are a graph of their own. auto: encoder on one GPU,
@@ -166,25 +170,38 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    steps: int = Field(ge=1)
-    """Optimizer steps."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps; this or `minutes` says how long to train."""
+    minutes: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Of training, validations and checkpoints included: as many steps as fit. A resumed run uses what is left."""
     schedule: Literal["plateau", "cosine", "constant"] = "plateau"
     """Of the learning rate after warm-up; the paper's is plateau."""
-    warmup_steps: int = Field(1000, ge=0)
-    """Steps of linear warm-up."""
+    warmup_steps: int | None = Field(1000, ge=0)
+    """Steps of linear warm-up; null under `minutes`: a twentieth of them."""
     plateau_factor: float = Field(0.5, gt=0, lt=1)
     plateau_patience: int = Field(2, ge=0)
     """Validations without improvement that are let pass before the learning rate is multiplied by `plateau_factor`."""
     min_lr_share: float = Field(0.0, ge=0, le=1)
     """Where the cosine ends, as a share of the learning rate."""
-    valid_every: int = Field(4000, ge=1)
-    """Steps between validations; the plateau rule counts validations."""
-    checkpoint_every: int = Field(1000, ge=1)
-    """Steps between checkpoints: what a crash can cost."""
+    valid_every: int | None = Field(4000, ge=1)
+    """Steps between validations; the plateau rule counts validations. null under `minutes`: a tenth of them."""
+    checkpoint_every: int | None = Field(1000, ge=1)
+    """Steps between checkpoints: what a crash can cost. null under `minutes`: a tenth of them, ten at most."""
     keep_last: int = Field(2, ge=1)
     """Checkpoints kept, beside the best validation's weights."""
     log_every: int = Field(10, ge=1)
     """Steps between rows of metrics.jsonl."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_in_steps_or_in_time(cls, tree: Any) -> Any:
+        """Intervals that are not given are fractions of `minutes` (null), or the default number of `steps`."""
+        if not isinstance(tree, dict):
+            return tree
+        keys = ("warmup_steps", "valid_every", "checkpoint_every")
+        if tree.get("minutes") is not None:
+            return {**dict.fromkeys(keys), **tree}
+        return {key: value for key, value in tree.items() if key not in keys or value is not None}
 
 
 class RunConfig(Section):
@@ -232,7 +249,13 @@ class RunConfig(Section):
 
     @property
     def bf16(self) -> bool:
-        return bool(self.deepspeed.get("bf16", {}).get("enabled"))
+        """Whether products are computed in bf16; where that is left to the device, on the device of this process."""
+        if self.step.precision in ("bf16", "fp32"):
+            return self.step.precision == "bf16"
+        enabled = self.deepspeed.get("bf16", {}).get("enabled")
+        if enabled is not None:
+            return bool(enabled)
+        return self.step.precision == "auto" and computes_in_bf16()
 
     @property
     def uses_autocast(self) -> bool:
@@ -261,6 +284,12 @@ class RunConfig(Section):
         if "/" in self.run.name or self.run.name in (".", ".."):
             raise ValueError(f"run.name: {self.run.name!r} must be the name of one folder")
         _check_deepspeed(self.deepspeed)
+        enabled = self.deepspeed.get("bf16", {}).get("enabled")
+        if enabled is not None and self.step.precision in ("bf16", "fp32") and enabled != self.bf16:
+            raise ValueError(
+                f"step.precision: {self.step.precision}, but deepspeed.bf16.enabled: {str(enabled).lower()}; give one "
+                "of them"
+            )
         return self
 
 
@@ -316,11 +345,11 @@ class Config(RunConfig):
             raise ValueError(
                 f"objective.masks: 'separate' belongs to the joint objective, not to {self.objective.name}"
             )
-        if self.train.schedule != "constant" and self.train.warmup_steps >= self.train.steps:
-            raise ValueError(
-                f"train.warmup_steps: {self.train.warmup_steps} of {self.train.steps} steps leaves none to train at "
-                "full rate"
-            )
+        if (self.train.steps is None) == (self.train.minutes is None):
+            raise ValueError("train.steps, train.minutes: exactly one of them says how long to train (the other: null)")
+        steps, warmup = self.train.steps, self.train.warmup_steps
+        if steps is not None and warmup is not None and self.train.schedule != "constant" and warmup >= steps:
+            raise ValueError(f"train.warmup_steps: {warmup} of {steps} steps leaves none to train at full rate")
         return self
 
 

@@ -64,6 +64,16 @@ def settle_accelerator() -> str:
     return os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
+def computes_in_bf16() -> bool:
+    """Whether the device of this process has units that multiply in bf16: a GPU of compute capability 8.0 (Ampere) or
+    newer, a CPU with AVX512-BF16 or AMX. Any other CPU converts back and forth, and takes several times as long as in
+    fp32.
+    """
+    if settle_accelerator() == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def optional_parts() -> dict[str, str]:
     """For each optional part "yes" or why not. Judged by the feature, not by the name: `apex` and `flash_attn` on disk
     may be another project, or a part of one.

@@ -102,6 +102,8 @@ class FinetuneTrainSection(TrainSection):
     steps: int | None = Field(None, ge=1)
     """Optimizer steps, or else `epochs`."""
     epochs: int | None = Field(None, ge=1)
+    minutes: None = None
+    """Of pretraining: fine-tuning counts steps or epochs."""
     schedule: Literal["cosine", "constant", "decay"] = "cosine"
     """Of the learning rate after warm-up. decay: multiplied by `decay` after `decay_from` epochs and then every
     `decay_every`."""
