@@ -44,7 +44,8 @@ from .checkpoint import (
     save_epoch,
 )
 from .compilation import Compilation, choose_compile
-from .objective import Objective, Pretraining
+from .objective import Objective
+from .pretraining import Pretraining
 from .runlog import RunLog
 from .schedule import Schedule
 from .step import build_optimizer, use_norms

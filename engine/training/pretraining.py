@@ -1,0 +1,109 @@
+"""Pretraining: the paper's joint objective of search (InfoNCE) and reconstruction (MSE) over masked patches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from ssast.engine.config import Config
+from ssast.engine.data.dataset import Dataset
+from ssast.engine.data.loader import Batch
+from ssast.engine.distributed.ranks import Ranks
+from ssast.engine.spans import span
+from ssast.kernels import fbank, sample_patch_mask
+
+if TYPE_CHECKING:
+    from ssast.engine.model.ssast import SSAST
+
+# Streams of the run's seed: masks in training, their second mask where there are two, and masks in validation.
+_MASK_SEED, _RECON_MASK_SEED, _VALID_SEED = 1, 2, 3
+
+
+class Pretraining:
+    """The paper's joint objective, or one half of it (`config.objective`)."""
+
+    metrics = ("loss", "nce", "mse", "accuracy")
+
+    def __init__(self, config: Config, data: Dataset, ranks: Ranks) -> None:
+        self.config, self.mean, self.std, self.device = config, data.mean, data.std, ranks.device
+        self.all_used = config.objective.name == "joint" and config.objective.masks == "shared"
+
+    def losses(self, engine: Callable[..., Any], batch: Batch, *, validation: bool = False) -> Sequence[torch.Tensor]:
+        config, objective = self.config, self.config.objective
+        with span("copy"):  # on a GPU the loader has sent them ahead
+            waveform, lengths = (each.to(self.device, non_blocking=True) for each in (batch.waveform, batch.lengths))
+        with span("fbank"):
+            # [B, P, K]
+            patches = fbank(
+                waveform,
+                sample_rate=config.data.sample_rate,
+                num_mel_bins=config.model.num_mel_bins,
+                lengths=lengths,
+                num_frames=config.model.input_frames,
+                mean=self.mean,
+                std=self.std,
+                dtype=torch.bfloat16
+                if config.bf16
+                else torch.float32,  # of what is predicted, too: factors of the loss's products
+                patch=config.architecture.patch_shape,
+            )
+        with span("mask + embed"):
+            mask = self._mask(batch, _VALID_SEED if validation else _MASK_SEED, validation)
+            recon_mask = None
+            if objective.masks == "separate" and not validation:
+                recon_mask = self._mask(batch, _RECON_MASK_SEED, validation)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.uses_autocast):
+            return engine(
+                patches,
+                mask,
+                recon_mask,
+                softmax_over=objective.softmax_over,
+                objective=objective.name,
+                recon_weight=objective.recon_weight,
+            )
+
+    def validate(self, engine: Callable[..., Any], batches: Iterable[tuple[Batch, int]]) -> dict[str, float]:
+        """Means over all validation clips. The masks are the same every time, and 400 of 512 patches whatever training
+        masks.
+        """
+        sums = torch.zeros(len(self.metrics) + 1, dtype=torch.float64, device=self.device)
+        for batch, clips in batches:
+            losses = self.losses(engine, batch, validation=True)
+            if clips:
+                sums[:-1] += torch.stack([value.double() for value in losses]) * clips
+                sums[-1] += clips
+        dist.all_reduce(sums)
+        return dict(zip(self.metrics, (sums[:-1] / sums[-1]).tolist(), strict=True))
+
+    def judge(self, metrics: dict[str, float]) -> tuple[str, float]:
+        if self.config.objective.name == "generative":
+            return "mse", -metrics["mse"]
+        return "accuracy", metrics["accuracy"]
+
+    def validation_row(self, metrics: dict[str, float]) -> dict[str, Any]:
+        untrained = {"discriminative": ("mse",), "generative": ("nce", "accuracy")}.get(self.config.objective.name, ())
+        return {"num_masked": self.config.valid_num_masked} | {
+            key: metrics[key] for key in metrics if key not in untrained
+        }
+
+    def keep_epoch(self, step: int) -> int | None:
+        return None
+
+    def parameter_groups(self, model: SSAST) -> list[dict[str, Any]]:
+        return [{"params": list(model.parameters()), "lr_scale": 1.0}]
+
+    def _mask(self, batch: Batch, stream: int, validation: bool) -> torch.Tensor:
+        config = self.config
+        return sample_patch_mask(
+            batch.waveform.shape[0],
+            grid=config.architecture.grid,
+            num_masked=config.valid_num_masked if validation else config.mask.num_masked,
+            cluster=config.mask.cluster,
+            algorithm=config.mask.algorithm,
+            seed=(stream << 32) + config.run.seed,
+            offset=batch.position,
+            device=self.device,
+        )
