@@ -6,18 +6,18 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import soundfile
 
 from ssast.engine.data.check import check_clips
-from ssast.engine.data.clips import Clips, open_shards
+from ssast.engine.data.clips import Clips
 from ssast.engine.data.manifest import Entry
 from ssast.engine.data.prepare import Settings, prepare
-from ssast.engine.data.shards import NOTED, Index, load_index
+from ssast.engine.data.shards import NOTED, Index, load_index, open_shards
 from ssast.engine.data.synth import CLASSES, synthesize
+from ssast.engine.data.texts import Texts
 from ssast.engine.errors import UserError
 
 SAMPLE_RATE = 16_000
@@ -147,7 +147,7 @@ def repeat_index(prepared: Path, out: Path, entries: int) -> None:
     rows = np.arange(entries) % len(numbers["shard"])
     out.mkdir()
     (out / "shards").symlink_to(prepared.resolve() / "shards")
-    words = {name: [str(utf8[a:b], "utf-8") for a, b in pairwise(at)] for name, (at, utf8) in texts.items()}
+    words = {name: list(Texts([block])) for name, block in texts.items()}
     index = Index(out / "index")
     for part in np.array_split(rows, max(1, entries // 100_000)):
         first = index.rows

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import torch
 
-from ssast.engine.data.clips import open_shards
+from ssast.engine.data.shards import open_shards
 from ssast.engine.errors import first_line
 
 from .contestants import CONTESTANTS, Case, prefetcher

@@ -8,26 +8,26 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ssast.engine.config import Config, DataSection
 from ssast.engine.errors import UserError
-from ssast.kernels import fbank
-from ssast.kernels.fbank import count_frames
 
 from .check import check_clips
-from .clips import Clips, Skipped, Texts, is_prepared, open_shards
+from .clips import Clips, Skipped
 from .decode import AudioDecoder
 from .manifest import read_manifest
+from .shards import is_prepared, open_shards
+from .statistics import NUM_MEL_BINS, evenly_picked, feature_statistics
+from .texts import Texts
 
 STATISTICS_CLIPS = 512
 CONVERTED_RATE = 16000  # of the copies that probe.py makes
 MIN_STD = 1e-3
-PREPARED_MEL_BINS = 128  # of the features that stats.json is about
 VALID_SPLITS, TEST_SPLITS = ("valid", "validation", "val", "dev"), ("test", "eval")
 
 
@@ -97,17 +97,17 @@ def open_dataset(config: Config, measured: tuple[float, float] | None = None) ->
             f"data.sample_rate: {data.sample_rate}, but some files are in formats that are converted to "
             f"{CONVERTED_RATE} Hz"
         )
+    sizes = np.bincount(train.datasets, minlength=len(data.train)).tolist()
+    if data.weights is not None and 0 in sizes:
+        raise UserError(f"{data.train[sizes.index(0)]}: no clips to train on, but data.weights gives it a fraction")
     mean, std = data.mean, data.std
     if isinstance(mean, str) or isinstance(std, str):
         bins = config.model.num_mel_bins
         mean, std = (
             measured
             or _prepared_statistics(config)
-            or feature_statistics(train, data.sample_rate, bins, config.num_samples, data.num_threads)
+            or clip_statistics(train, data.sample_rate, bins, config.num_samples, data.num_threads, data.weights)
         )
-    sizes = np.bincount(train.datasets, minlength=len(data.train)).tolist()
-    if data.weights is not None and 0 in sizes:
-        raise UserError(f"{data.train[sizes.index(0)]}: no clips to train on, but data.weights gives it a share")
     return Dataset(train, valid, skipped, mean, std, sizes)
 
 
@@ -117,34 +117,47 @@ def cache_folder(data: DataSection) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssast"
 
 
-def feature_statistics(
-    clips: Clips, sample_rate: int, num_mel_bins: int, num_samples: int, num_threads: int
+def clip_statistics(
+    clips: Clips,
+    sample_rate: int,
+    num_mel_bins: int,
+    num_samples: int,
+    num_threads: int,
+    weights: Sequence[float] | None = None,
 ) -> tuple[float, float]:
-    """Mean and standard deviation of the log-mel features over up to 512 clips, evenly picked; frames of padding do not
-    count.
+    """Mean and standard deviation of the log-mel features over up to 512 clips, evenly picked, of each data set as many
+    as its weight asks for; frames of padding do not count.
     """
-    picked = np.unique(np.linspace(0, len(clips) - 1, min(len(clips), STATISTICS_CLIPS)).astype(np.int64))
     decoder = AudioDecoder(
         clips, num_samples=num_samples, sample_rate=sample_rate, batch_size=16, num_threads=num_threads
     )
-    count, total, squares = 0, 0.0, 0.0
-    for index in np.array_split(picked, -(-len(picked) // 16)):
-        batch = decoder.decode(index, np.zeros(len(index), dtype=np.int64))
-        lengths = torch.from_numpy(batch.lengths)
-        features = fbank(
-            torch.from_numpy(batch.waveform), sample_rate=sample_rate, num_mel_bins=num_mel_bins, lengths=lengths
-        )
-        is_sound = torch.arange(features.shape[1])[None, :] < count_frames(lengths, sample_rate)[:, None]
-        values = features[is_sound].double()
-        count, total, squares = (
-            count + values.numel(),
-            total + values.sum().item(),
-            squares + values.square().sum().item(),
-        )
+    picked = _picked(clips.datasets, weights)
+
+    def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for index in np.array_split(picked, -(-len(picked) // 16)):
+            batch = decoder.decode(index, np.zeros(len(index), dtype=np.int64))
+            yield batch.waveform, batch.lengths
+
+    mean, std = feature_statistics(batches(), sample_rate, num_mel_bins)
     decoder.close()
-    mean = total / count
-    std = max(squares / count - mean**2, 0.0) ** 0.5
-    return round(mean, 4), round(max(std, MIN_STD), 4)
+    return mean, max(std, MIN_STD)
+
+
+def _picked(datasets: np.ndarray, weights: Sequence[float] | None) -> np.ndarray:
+    """Clips to measure on: evenly over all, or, where data sets are drawn by weight, that fraction of each.
+
+    `datasets` int32 [N] is the data set of each clip, ascending. A small data set of a large weight gives the clips it
+    has as often as it takes, as in training.
+    """
+    if weights is None:
+        return evenly_picked(len(datasets), STATISTICS_CLIPS)
+    edges = np.searchsorted(datasets, np.arange(len(weights) + 1))
+    total = min(len(datasets), STATISTICS_CLIPS)
+    parts = []
+    for first, last, weight in zip(edges[:-1], edges[1:], weights, strict=True):
+        wanted = max(1, round(total * weight / sum(weights)))
+        parts.append(first + (np.linspace(0, last - first - 1, wanted)).astype(np.int64))
+    return np.concatenate(parts)
 
 
 def _prepared_statistics(config: Config) -> tuple[float, float] | None:
@@ -152,17 +165,19 @@ def _prepared_statistics(config: Config) -> tuple[float, float] | None:
     computes.
     """
     folder = Path(config.data.train[0])
-    if len(config.data.train) > 1 or not is_prepared(folder) or config.model.num_mel_bins != PREPARED_MEL_BINS:
+    if len(config.data.train) > 1 or not is_prepared(folder):
         return None
     path = folder / "stats.json"
     try:
         if json.loads((folder / "dataset.json").read_bytes())["sample_rate"] != config.data.sample_rate:
             return None
         stats = json.loads(path.read_bytes())
+        if stats.get("num_mel_bins", NUM_MEL_BINS) != config.model.num_mel_bins:
+            return None
         return float(stats["mean"]), max(float(stats["std"]), MIN_STD)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise UserError(
             f"{path}: no mean and std to be read ({problem}); run ssast prepare again, or set data.mean and data.std"

@@ -38,13 +38,15 @@ from . import extract
 from .extract import Extraction, Job
 from .layouts import LAYOUTS, Recording, read_source
 from .probe import file_status
-from .shards import CODECS, END_OF_TAR, FORMAT, Index, clip_key, encode_text, load_index, shard_name, verify
+from .shards import CODECS, END_OF_TAR, FORMAT, NUMBERS, Index, clip_key, load_index, shard_name, verify
+from .statistics import NUM_MEL_BINS, evenly_picked, feature_statistics
+from .texts import encode_text
 from .workers import Pool
 
 BEGUN, FINISHED = "unfinished.json", "dataset.json"
 SHARDS_AIMED_AT = 64  # of a small data set, so that all cores have work
 LEAST_SHARD = 16 << 20  # bytes
-STATISTICS_CLIPS, STATISTICS_SECONDS, MEL_BINS = 2048, 10.24, 128
+STATISTICS_CLIPS, STATISTICS_SECONDS = 2048, 10.24
 HISTOGRAM_EDGES_S = (0, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 12.5, 15, 20, 30, 60, 120, 300, 600, 1800, 3600)
 
 
@@ -366,42 +368,26 @@ def _feature_statistics(folder: Path, settings: Settings, progress: bool) -> dic
     """Mean and standard deviation of the log-mel features over up to 2048 clips, evenly picked, and the head of
     each.
     """
-    import torch  # only here, and it takes seconds
-
-    from ssast.kernels import fbank
-    from ssast.kernels.fbank import count_frames
-
-    numbers, _ = load_index(folder)
-    picked = np.unique(np.linspace(0, len(numbers["shard"]) - 1, STATISTICS_CLIPS).astype(np.int64))
+    numbers, _ = load_index(folder, names=tuple(NUMBERS))
+    picked = evenly_picked(len(numbers["shard"]), STATISTICS_CLIPS)
     limit = round(STATISTICS_SECONDS * settings.sample_rate)
-    count, total, squares = 0, 0.0, 0.0
-    for rows in tqdm(
-        np.array_split(picked, -(-len(picked) // 16)), desc="measuring features", disable=None if progress else True
-    ):
-        clips = [_head(folder, {name: int(column[row]) for name, column in numbers.items()}, limit) for row in rows]
-        lengths = torch.tensor([len(clip) for clip in clips])
-        waveform = np.zeros((len(clips), int(lengths.max())), dtype=np.int16)
-        for row, clip in zip(waveform, clips, strict=True):
-            row[: len(clip)] = clip
-        frames = count_frames(lengths, settings.sample_rate)
-        if not (frames > 0).any():
-            continue
-        features = fbank(
-            torch.from_numpy(waveform), sample_rate=settings.sample_rate, num_mel_bins=MEL_BINS, lengths=lengths
-        )
-        values = features[torch.arange(features.shape[1])[None, :] < frames[:, None]].double()
-        count, total, squares = (
-            count + values.numel(),
-            total + values.sum().item(),
-            squares + values.square().sum().item(),
-        )
-    mean = total / max(count, 1)
-    std = max(squares / max(count, 1) - mean**2, 0.0) ** 0.5
-    told = (
-        f"Kaldi fbank of this engine, {MEL_BINS} mel bins, over {len(picked)} clips, of each the first "
+
+    def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        rows_of_batches = np.array_split(picked, -(-len(picked) // 16))
+        for rows in tqdm(rows_of_batches, desc="measuring features", disable=None if progress else True):
+            clips = [_head(folder, {name: int(column[row]) for name, column in numbers.items()}, limit) for row in rows]
+            lengths = np.array([len(clip) for clip in clips], dtype=np.int64)
+            waveform = np.zeros((len(clips), int(lengths.max())), dtype=np.int16)
+            for row, clip in zip(waveform, clips, strict=True):
+                row[: len(clip)] = clip
+            yield waveform, lengths
+
+    mean, std = feature_statistics(batches(), settings.sample_rate, NUM_MEL_BINS)
+    described = (
+        f"Kaldi fbank of this engine, {NUM_MEL_BINS} mel bins, over {len(picked)} clips, of each the first "
         f"{STATISTICS_SECONDS} s at most"
     )
-    return {"mean": round(mean, 4), "std": round(std, 4), "features": told}
+    return {"mean": mean, "std": std, "num_mel_bins": NUM_MEL_BINS, "features": described}
 
 
 def _head(folder: Path, row: dict[str, int], limit: int) -> np.ndarray:

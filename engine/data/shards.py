@@ -22,13 +22,20 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
 import soundfile
+from pydantic import BaseModel, Field, ValidationError
 from tqdm import tqdm
 
 from ssast.engine.errors import UserError, first_line
+
+from .clips import Clips
+from .texts import Block, Texts, encode_text
+
+# What a prepared folder holds; the second as long as it is not finished.
+DESCRIPTION, UNFINISHED, SHARDS, INDEX = "dataset.json", "unfinished.json", "shards", "index"
 
 FORMAT = 1
 CODECS = ("wav", "flac")
@@ -86,6 +93,25 @@ def _member(name: str, content: bytes) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
 
 
+class ShardDescription(BaseModel):
+    """One shard, as dataset.json has it."""
+
+    name: str
+    bytes: int
+    clips: int
+    sha256: str = ""
+
+
+class Description(BaseModel):
+    """What is read of dataset.json."""
+
+    format: Literal[1]
+    sample_rate: Annotated[int, Field(ge=1)]
+    codec: str = "wav"
+    clips: int
+    shards: list[ShardDescription]
+
+
 class Index:
     """Writes the columns of the index row by row; they are complete when it is closed, and none is held in memory."""
 
@@ -135,42 +161,122 @@ class _Column:
         self._file.close()
 
 
-def encode_text(text: str) -> bytes:
-    """UTF-8, with the bytes that were none in a file name as they were."""
-    try:
-        return text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
-        return text.encode("utf-8", "replace")
+def is_prepared(folder: Path) -> bool:
+    """Whether a folder is what `ssast prepare` writes, finished or not."""
+    if (folder / UNFINISHED).is_file():
+        return True
+    return (folder / SHARDS).is_dir() and ((folder / DESCRIPTION).is_file() or any((folder / SHARDS).glob("*.tar")))
 
 
-def load_index(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """(numbers by name, (offsets, bytes) of texts by name) of a prepared folder, mapped.
+def open_shards(folder: Path) -> Clips:
+    """The clips of a prepared folder, its index mapped into memory. No audio is read.
 
-    Raises `UserError` if a file is missing or damaged, or the columns do not agree in length.
+    Raises:
+        UserError: the folder is not finished, of another format, or its shards or index are not what dataset.json says.
     """
+    description = describe(folder)
+    count = description.clips
+    for shard in description.shards:
+        path = folder / SHARDS / shard.name
+        size = path.stat().st_size if path.is_file() else None
+        if size != shard.bytes:
+            found = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
+            raise UserError(f"{path}: the shard {found}; copy it again, or run ssast prepare again")
+    names = ("shard", "offset", "size", "samples", "source", "label", "split", "speaker")
+    numbers, blocks = load_index(folder, count, names)
+    shard_of, offsets, sizes, samples = numbers.values()
+    if count and (
+        shard_of.min() < 0
+        or shard_of.max() >= len(description.shards)
+        or min(offsets.min(), sizes.min(), samples.min()) < 1
+        or (offsets + sizes > np.array([shard.bytes for shard in description.shards])[shard_of]).any()
+    ):
+        raise UserError(f"{folder / INDEX}: names clips outside the shards; run ssast prepare again")
+    shards = Texts.from_list([str(folder / SHARDS / shard.name) for shard in description.shards])
+    rows = np.arange(count)
+    texts = {name: Texts([block], rows) for name, block in blocks.items()}
+    return Clips(
+        paths=shards.subset(shard_of.astype(np.int64)),
+        sources=texts["source"],
+        labels=texts["label"],
+        splits=texts["split"],
+        speakers=texts["speaker"],
+        frames=samples,
+        sample_rates=np.broadcast_to(np.int32(description.sample_rate), count),
+        channels=np.broadcast_to(np.int32(1), count),
+        sizes=sizes,
+        mtimes_ns=np.broadcast_to(np.int64(0), count),
+        offsets=offsets,
+    )
 
-    def load(name: str, dtype: str) -> np.ndarray:
-        try:
-            column = np.load(folder / "index" / name, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{folder / 'index' / name} cannot be read: {first_line(error)}") from error
-        if column.dtype != dtype or column.ndim != 1:
-            raise UserError(
-                f"{folder / 'index' / name} holds {column.dtype} {list(column.shape)}, not a column of "
-                f"{np.dtype(dtype)}"
-            )
-        return column
 
-    numbers = {name: load(f"{name}.npy", dtype) for name, dtype in NUMBERS.items()}
-    texts = {name: (load(f"{name}.offsets.npy", "<i8"), load(f"{name}.utf8.npy", "|u1")) for name in TEXTS}
-    rows = len(numbers["shard"])
-    for name, column in numbers.items():
-        if len(column) != rows:
-            raise UserError(f"{folder / 'index'}: {name} has {len(column)} rows, shard has {rows}")
-    for name, (offsets, utf8) in texts.items():
-        if len(offsets) != rows + 1 or offsets[0] != 0 or offsets[-1] != len(utf8) or (np.diff(offsets) < 0).any():
-            raise UserError(f"{folder / 'index'}: the offsets of {name} do not fit {rows} rows and {len(utf8)} bytes")
+def describe(folder: Path) -> Description:
+    """What dataset.json says of a prepared folder.
+
+    Raises:
+        UserError: it is not there yet, cannot be read or contradicts itself.
+    """
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: is not finished, {DESCRIPTION} is missing; run the same ssast prepare again to finish it"
+        )
+    try:
+        description = Description.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "content"
+        raise UserError(f"{path}: {where}: {problem['msg']}; not the format 1 that this version reads") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if sum(shard.clips for shard in description.shards) != description.clips or not description.clips:
+        raise UserError(
+            f"{path}: {description.clips} clips, {sum(shard.clips for shard in description.shards)} of them in shards"
+        )
+    return description
+
+
+def load_index(
+    folder: Path, count: int | None = None, names: Sequence[str] = (*NUMBERS, *TEXTS)
+) -> tuple[dict[str, np.ndarray], dict[str, Block]]:
+    """The columns `names` of a prepared folder's index, mapped: numbers by name, and texts by name.
+
+    `count` is how many rows dataset.json promises; without it the first column says.
+
+    Raises:
+        UserError: a file is missing or damaged, or the columns do not agree in length.
+    """
+    numbers, texts = {}, {}
+    for name in names:
+        if name in NUMBERS:
+            numbers[name] = _column(folder, name, np.dtype(NUMBERS[name]), count)
+            count = len(numbers[name]) if count is None else count
+        else:
+            texts[name] = _text_block(folder, name, 0 if count is None else count)
     return numbers, texts
+
+
+def _column(folder: Path, name: str, dtype: np.dtype, count: int | None) -> np.ndarray:
+    """A column of the index, mapped; `count` rows if one is given."""
+    path = folder / INDEX / f"{name}.npy"
+    try:
+        column = np.asarray(np.load(path, mmap_mode="r"))
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: the index cannot be read ({first_line(error)}); run ssast prepare again") from None
+    if column.dtype != dtype or column.ndim != 1 or (count is not None and len(column) != count):
+        expected = f"{dtype} [{'any' if count is None else count}]"
+        raise UserError(f"{path}: {column.dtype} {list(column.shape)} instead of {expected}; run ssast prepare again")
+    return column
+
+
+def _text_block(folder: Path, name: str, count: int) -> Block:
+    offsets = _column(folder, f"{name}.offsets", np.dtype(np.int64), count + 1)
+    utf8 = _column(folder, f"{name}.utf8", np.dtype(np.uint8), None)
+    if offsets[0] != 0 or offsets[-1] != len(utf8):
+        raise UserError(
+            f"{folder / INDEX / name}.utf8.npy: {len(utf8)} bytes instead of {offsets[-1]}; run ssast prepare again"
+        )
+    return Block(count, *(str(folder / INDEX / f"{name}.{part}.npy") for part in ("offsets", "utf8")))
 
 
 def verify(folder: Path, workers: int, progress: bool = True) -> tuple[int, list[str]]:
@@ -178,27 +284,8 @@ def verify(folder: Path, workers: int, progress: bool = True) -> tuple[int, list
 
     Raises `UserError` if there is no finished folder to verify.
     """
-    try:
-        described = json.loads((folder / "dataset.json").read_bytes())
-        shards, codec, clips, rate = (
-            described["shards"],
-            described["codec"],
-            described["clips"],
-            described["sample_rate"],
-        )
-        if described["format"] != FORMAT:
-            raise UserError(f"{folder} is of format {described['format']}; this version reads {FORMAT}")
-        sizes = [(shard["name"], shard["bytes"], shard["clips"], shard["sha256"]) for shard in shards]
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{folder} holds no finished data set (no dataset.json): run ssast prepare to its end"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{folder / 'dataset.json'} cannot be read: {type(error).__name__}: {first_line(error)}"
-        ) from error
+    description = describe(folder)
+    clips, shards, codec, rate = description.clips, description.shards, description.codec, description.sample_rate
     try:
         numbers, texts = load_index(folder)
     except UserError as error:
@@ -209,7 +296,10 @@ def verify(folder: Path, workers: int, progress: bool = True) -> tuple[int, list
         faults.append(f"index: {len(shard_of)} rows, dataset.json counts {clips} clips")
     if (np.diff(shard_of) < 0).any() or (len(shard_of) and not 0 <= shard_of[0] <= shard_of[-1] < len(shards)):
         return clips, [*faults, "index: shard.npy does not name the shards of dataset.json in order"]
-    names = {name for name, *_ in sizes}
+    for name, block in texts.items():
+        if (np.diff(block.arrays[0]) < 0).any():
+            return clips, [*faults, f"index: the offsets of {name} do not ascend"]
+    names = {shard.name for shard in shards}
     faults += [
         f"shards/{path.name}: not in dataset.json"
         for path in sorted((folder / "shards").glob("*.tar"))
@@ -220,43 +310,39 @@ def verify(folder: Path, workers: int, progress: bool = True) -> tuple[int, list
         first, last = np.searchsorted(shard_of, [number, number + 1])
         rows = [
             {name: int(column[row]) for name, column in numbers.items()}
-            | {
-                name: str(utf8[offsets[row] : offsets[row + 1]], "utf-8", "surrogateescape")
-                for name, (offsets, utf8) in texts.items()
-            }
+            | {name: Texts([block])[row] for name, block in texts.items()}
             for row in range(first, last)
         ]
         return [
-            f"shards/{sizes[number][0]}: {fault}"
-            for fault in _shard_faults(folder / "shards", *sizes[number], rows, codec, rate, bar)
+            f"shards/{shards[number].name}: {fault}"
+            for fault in _shard_faults(folder / "shards", shards[number], rows, codec, rate, bar)
         ]
 
-    total = sum(size for _, size, *_ in sizes)
+    total = sum(shard.bytes for shard in shards)
     bar = tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=None if progress else True)
     with bar, ThreadPoolExecutor(workers) as pool:
-        for found in pool.map(check, range(len(sizes))):
+        for found in pool.map(check, range(len(shards))):
             faults += found
     return clips, faults
 
 
 def _shard_faults(
     folder: Path,
-    name: str,
-    size: int,
-    clips: int,
-    sha256: str,
+    shard: ShardDescription,
     rows: list[dict[str, Any]],
     codec: str,
     rate: int,
     bar: tqdm,
 ) -> list[str]:
     """What is wrong with a shard, read once from end to end."""
-    faults = [] if len(rows) == clips else [f"{len(rows)} rows in the index, dataset.json counts {clips} clips"]
+    faults = (
+        [] if len(rows) == shard.clips else [f"{len(rows)} rows in the index, dataset.json counts {shard.clips} clips"]
+    )
     try:
-        with open(folder / name, "rb", buffering=0) as file:
+        with open(folder / shard.name, "rb", buffering=0) as file:
             held = os.fstat(file.fileno()).st_size
-            if held != size:
-                faults.append(f"{held} bytes instead of {size}")
+            if held != shard.bytes:
+                faults.append(f"{held} bytes instead of {shard.bytes}")
             hashing = _Hashing(file, bar)
             found = _member_faults(hashing, rows, codec, rate)
             try:
@@ -265,7 +351,7 @@ def _shard_faults(
                 faults.append(f"damaged tar: {first_line(error)}")
             while hashing.read(1 << 20):
                 pass
-            if hashing.sha256.hexdigest() != sha256:
+            if hashing.sha256.hexdigest() != shard.sha256:
                 faults.append("sha256 differs from dataset.json")
     except OSError as error:
         faults.append(f"cannot be read: {error.strerror or error}")

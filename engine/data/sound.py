@@ -24,11 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from ssast.engine.data.clips import Clips, is_prepared, open_shards
+from ssast.engine.data.clips import Clips
 from ssast.engine.data.extract import as_file, decode
 from ssast.engine.data.layouts import Recording, read_source
 from ssast.engine.data.probe import describe, file_status, serve
 from ssast.engine.data.resample import to_int16
+from ssast.engine.data.shards import is_prepared, open_shards
 from ssast.engine.data.workers import Worker
 from ssast.engine.errors import UserError
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from ssast.engine.data.check import check_clips
-from ssast.engine.data.clips import Clips, Skipped, is_prepared, open_shards
-from ssast.engine.data.dataset import CONVERTED_RATE, Dataset, cache_folder, feature_statistics
+from ssast.engine.data.clips import Clips, Skipped
+from ssast.engine.data.dataset import CONVERTED_RATE, Dataset, cache_folder, clip_statistics
+from ssast.engine.data.shards import is_prepared, open_shards
 from ssast.engine.errors import UserError
 
 from .config import FinetuneConfig, FinetuneDataSection
@@ -160,7 +161,7 @@ def open_task(config: FinetuneConfig, read: LabelledClips, measured: tuple[float
         )
     mean, std = data.mean, data.std
     if isinstance(mean, str) or isinstance(std, str):
-        mean, std = measured or feature_statistics(
+        mean, std = measured or clip_statistics(
             train, data.sample_rate, config.model.num_mel_bins, config.num_samples, data.num_threads
         )
     targets = [examined.targets[part] for part in split.parts]

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ssast.engine.data.clips import Clips, is_prepared, open_shards
+from ssast.engine.data.clips import Clips
 from ssast.engine.data.layouts import read_source, speech_commands_12
 from ssast.engine.data.manifest import Entry, read_manifest
+from ssast.engine.data.shards import is_prepared, open_shards
 from ssast.engine.errors import UserError
 
 from .splits import Split, read_split

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from ssast.engine.data.layouts import Recording
-from ssast.engine.data.shards import encode_text
 from ssast.engine.data.sound import default_workers, find_recordings
+from ssast.engine.data.texts import encode_text
 from ssast.engine.errors import UserError
 from ssast.engine.files import write_whole
 from ssast.engine.model.ssast import SSAST

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from ssast.engine.data.clips import is_prepared, open_shards
 from ssast.engine.data.layouts import Recording
+from ssast.engine.data.shards import is_prepared, open_shards
 from ssast.engine.data.sound import shard_recordings
 from ssast.engine.errors import UserError
 from ssast.engine.files import write_whole

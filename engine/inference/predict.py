@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from ssast.engine.data.shards import encode_text
 from ssast.engine.data.sound import find_recordings
+from ssast.engine.data.texts import encode_text
 from ssast.engine.errors import UserError
 from ssast.engine.files import write_whole
 

@@ -16,7 +16,7 @@ from ssast.benchmarks.loader import aims, command, race
 from ssast.benchmarks.loader.contestants import CONTESTANTS, FRAMES, MEAN, STD, Case
 from ssast.benchmarks.loader.corpus import make_corpus, repeat_index
 from ssast.benchmarks.operator_baselines import official_fbank
-from ssast.engine.data.clips import open_shards
+from ssast.engine.data.shards import open_shards
 
 CLIPS, SECONDS, BATCH = 6, 0.5, 4
 

@@ -6,7 +6,7 @@ import soundfile
 import torch
 
 from ssast.engine.config import load_config
-from ssast.engine.data.dataset import open_dataset
+from ssast.engine.data.dataset import _picked, open_dataset
 from ssast.engine.errors import UserError
 from ssast.kernels import fbank
 
@@ -109,3 +109,11 @@ def test_held_out_files_are_those_of_before_shards(audio):
     paths = sorted(str(path) for path in (audio / "audio").iterdir())
     lowest = sorted(paths, key=lambda path: hashlib.blake2b(path.encode(), digest_size=8).digest())[:4]
     assert data.valid.sources == sorted(lowest)
+
+
+def test_measured_clips_follow_the_weights_of_their_data_sets():
+    datasets = np.repeat(np.arange(3, dtype=np.int32), [1000, 10, 500])
+    picked = _picked(datasets, [1.0, 1.0, 2.0])
+    assert np.bincount(datasets[picked]).tolist() == [128, 128, 256]
+    assert len(np.unique(picked[datasets[picked] == 1])) == 10, "all of a small data set, repeatedly, as in training"
+    assert np.bincount(datasets[_picked(datasets, None)]).tolist() == pytest.approx([339, 3, 170], abs=1)

@@ -358,7 +358,7 @@ def test_kill_9_and_again(tmp_path, recordings):
         kept = {path.with_name(f"{path.stem[1:]}.tar"): 0 for path in (out / "shards").glob(".*.json")}
         kept = {path: path.stat().st_mtime_ns for path in kept}
         assert wanted <= len(kept) < 12
-    with pytest.raises(UserError, match="no finished data set"):
+    with pytest.raises(UserError, match=r"is not finished, dataset\.json is missing"):
         verify(out, 1)
     assert f"{out} was made with codec 'wav', now 'flac': choose another folder" in refused(
         out, recordings, **EACH_ALONE, codec="flac"
@@ -566,9 +566,9 @@ def test_verify_finds_whatever_was_changed(tmp_path, recordings):
     flip(out / "index" / "label.utf8.npy", -1)
     check(r"json: label is b'class .', the index says b'class .'")
     np.save(out / "index" / "samples.npy", np.zeros(3, dtype=np.int64))
-    check("samples has 3 rows, shard has 12")
+    check(r"samples.npy: int64 \[3\] instead of int64 \[12\]")
     flip(out / "index" / "crc32.npy", 3)
-    check("crc32.npy cannot be read")
+    check("crc32.npy: the index cannot be read")
     assert main(["--verify", str(out), "--workers", "1"]) == 0
     flip(shard, 600)
     assert main(["--verify", str(out), "--workers", "1"]) == 1

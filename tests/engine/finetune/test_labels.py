@@ -8,9 +8,9 @@ import pytest
 import soundfile
 
 from ssast.engine.data.check import check_clips
-from ssast.engine.data.clips import open_shards
 from ssast.engine.data.layouts import WANTED_WORDS, read_source
 from ssast.engine.data.prepare import main as prepare
+from ssast.engine.data.shards import open_shards
 from ssast.engine.errors import UserError
 from ssast.engine.finetune.labels import Labelled, Vocabulary, examine, of_clips, read_labelled, targets
 from ssast.engine.finetune.splits import Split, check_leaks, split_clips
