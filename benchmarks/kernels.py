@@ -321,11 +321,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--save", action="store_true", help="add the rows to benchmarks/results/kernels.csv")
     add("--out", type=Path, metavar="FILE", help="add the rows to this CSV file")
     add("--plot", type=Path, metavar="DIR", help="draw bar charts and a roofline into this folder")
-    add(
-        "--compare",
-        metavar="REV",
-        help="time the kernels of this git revision and of this tree in turn; writes no rows",
-    )
     add("--modes", nargs="+", choices=MODES, default=MODES)
     add("--providers", nargs="+", metavar="NAME", help="only these; all that there are by default")
     add("--dtype", choices=DTYPES, help="bfloat16 by default on a GPU, float32 on a CPU")
@@ -350,8 +345,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"unknown operator {operator!r}; there are {', '.join(OPERATORS)}")
     if arguments.save and arguments.out:
         raise UserError("--save and --out name two files: give one of them")
-    if arguments.compare and (arguments.save or arguments.out or arguments.plot):
-        raise UserError("--compare prints its result and writes nothing: leave out --save, --out and --plot")
     for option in ("seconds", "deadline"):
         if (value := getattr(arguments, option)) is not None and not value > 0:
             raise UserError(f"--{option} {value:g}: must be above 0")
@@ -360,12 +353,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
-        arguments = parse(argv)
-        if arguments.compare:
-            from .compare import compare
-
-            return compare(arguments)
-        return run(arguments)
+        return run(parse(argv))
     except UserError as error:
         say(f"kernels: {error}")
         return error.exit_code

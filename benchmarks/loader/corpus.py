@@ -21,15 +21,10 @@ from ssast.engine.data.texts import Texts
 from ssast.engine.errors import UserError
 
 SAMPLE_RATE = 16_000
-SUFFIXES = {"wav": "wav", "flac": "flac", "opus": "opus"}
 FORMATS = {"wav": ("WAV", "PCM_16"), "flac": ("FLAC", "PCM_16"), "opus": ("OGG", "OPUS")}
 IN_SHARDS = ("wav", "flac")  # what `ssast prepare` writes
 SHARDS = 32  # or more: every worker of webdataset needs some of its own
-# the short clips on which memory is watched: their length, and of how many clips they are cut
-PIECE_S, SHORT_FROM = (
-    0.25,
-    20,
-)
+PIECE_S, SHORT_FROM = 0.25, 20  # length of the short clips that memory is watched on; of how many clips they are cut
 _SOUNDS_A_CLASS = 12
 
 
@@ -82,7 +77,7 @@ def make_corpus(
     )
     for codec in codecs:
         (folder / "files" / codec).mkdir(parents=True)
-        paths = [folder / "files" / codec / f"{number:06}.{SUFFIXES[codec]}" for number in range(len(sounds))]
+        paths = [folder / "files" / codec / f"{number:06}.{codec}" for number in range(len(sounds))]
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(_write, paths, sounds, [codec] * len(sounds)))
         corpus.clips(codec, "files")  # checked once, before anything is timed

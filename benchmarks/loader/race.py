@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ssast.benchmarks.turns import take_turns
 from ssast.engine.errors import UserError
 
 from . import lane
@@ -80,12 +81,9 @@ def run_race(jobs: Sequence[Job], cores: Sequence[int], *, rounds: int, seconds:
             said.append(lanes[-1].answer())
             if "left_out" not in said[-1]:
                 lanes[-1].stop()
-        measured: list[list[Job]] = [[] for _ in jobs]
-        running = [number for number, answer in enumerate(said) if "left_out" not in answer]
-        for turn in range(rounds):
-            for number in running if turn % 2 == 0 else reversed(running):
-                measured[number].append(lanes[number].round(seconds))
-        return list(zip(said, measured, strict=True))
+        running = [lane for lane, answer in zip(lanes, said, strict=True) if "left_out" not in answer]
+        measured = iter(take_turns(running, rounds, lambda lane, _: lane.round(seconds)))
+        return [(answer, [] if "left_out" in answer else next(measured)) for answer in said]
     finally:
         for each in lanes:
             each.close()

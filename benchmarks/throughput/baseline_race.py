@@ -15,12 +15,13 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ssast.benchmarks.turns import median_ratio, take_turns
 from ssast.engine.config import load_config
 from ssast.engine.distributed.ranks import join_ranks, leave
 from ssast.engine.errors import UserError
@@ -48,31 +49,27 @@ class Runner:
     step: Callable[[], object]
     device: torch.device
     peak_bytes: int | None = None
-    rates: list[float] = field(default_factory=list)
-    """Clips a second, one for each turn."""
 
-    def take_turn(self, seconds: float) -> None:
+    def clips_per_s(self, seconds: float) -> float:
+        """Over about so many seconds, at least one step."""
         (first,) = time_steps(self.step, 1, self.device)
         steps = max(1, round(seconds / first) - 1)
-        self.rates.append(steps * self.clips / sum(time_steps(self.step, steps, self.device)))
+        return steps * self.clips / sum(time_steps(self.step, steps, self.device))
 
 
 def race(runners: list[Runner], turns: int = TURNS, seconds: float = TURN_SECONDS) -> list[dict[str, Any]]:
     """The first is ours. Ratios are taken within each turn, and their median is given."""
-    for _ in range(turns):
-        for runner in runners:
-            runner.take_turn(seconds)
-    ours, *others = runners
+    ours, *others = take_turns(runners, turns, lambda runner, _: runner.clips_per_s(seconds))
     return [
         {
-            "name": other.name,
-            "what": other.what,
-            "clips_per_s": statistics.median(other.rates),
-            "ratio": statistics.median(a / b for a, b in zip(ours.rates, other.rates, strict=True)),
-            "clips": other.clips,
-            "peak_bytes": other.peak_bytes,
+            "name": runner.name,
+            "what": runner.what,
+            "clips_per_s": statistics.median(rates),
+            "ratio": median_ratio(ours, rates),
+            "clips": runner.clips,
+            "peak_bytes": runner.peak_bytes,
         }
-        for other in others
+        for runner, rates in zip(runners[1:], others, strict=True)
     ]
 
 

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
     with tempfile.TemporaryDirectory() as scratch:
         children = Children(arguments, Path(scratch))
-        report = compare(arguments, children, folder) if arguments.compare else profile(arguments, children, folder)
+        report = (compare if arguments.against else profile)(arguments, children, folder)
     print(report)
     return 0
 
@@ -102,17 +102,17 @@ def compare(arguments: argparse.Namespace, children: Children, folder: Path) -> 
     """Two configs in turns, each turn in processes of its own; prints the verdict, and returns where it is written
     down.
     """
+    from ssast.benchmarks.turns import compare_turns, take_turns
     from ssast.engine.files import write_whole
 
-    from .noise import compare_turns
-
-    other = arguments.compare
+    other = arguments.against
     b = {"overrides": [other]} if "=" in other else {"config": other}
-    rates: tuple[list[float], list[float]] = ([], [])
-    for turn in range(arguments.turns):
-        for side in (0, 1) if turn % 2 == 0 else (1, 0):  # neither is always the one on the warmer machine
-            print(f"turn {turn + 1} of {arguments.turns}: {'AB'[side]}", file=sys.stderr, flush=True)
-            rates[side].append(_clips_per_s(children.measure(quick=True, **(b if side else {}))))
+
+    def measure(side: str, turn: int) -> float:
+        print(f"turn {turn + 1} of {arguments.turns}: {side}", file=sys.stderr, flush=True)
+        return _clips_per_s(children.measure(quick=True, **(b if side == "B" else {})))
+
+    rates = take_turns("AB", arguments.turns, measure)
     verdict = compare_turns(*rates)
     a_name = shlex.join([arguments.config, *arguments.overrides])
     contents = {
@@ -184,9 +184,8 @@ def _powers_of_two_below(ranks: int) -> list[int]:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="ssast profile",
-        description="Measure the training step of a config, without training, and write report.html, report.md, "
-        "report.json, pictures "
-        "and a trace for Perfetto into RUN_FOLDER/profile.",
+        description="Measure the training step of a config, without training, and write report.html, report.json, "
+        "pictures and a trace for Perfetto into RUN_FOLDER/profile.",
     )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file or the name of a preset")
     parser.add_argument(
@@ -208,11 +207,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--variants", action="store_true", help="also measure ZeRO 0 to 3 and DDP")
     parser.add_argument("--scaling", action="store_true", help="also measure 1, 2, 4, ... ranks")
     parser.add_argument(
-        "--compare",
+        "--against",
         metavar="B",
         help="measure CONFIG and B, another config or one override of CONFIG (key=value), in turns, and judge",
     )
-    parser.add_argument("--turns", type=int, default=TURNS, help=f"of --compare (default {TURNS})")
+    parser.add_argument("--turns", type=int, default=TURNS, help=f"of --against (default {TURNS})")
     parser.add_argument("--out", type=Path, help="folder to write into, instead of RUN_FOLDER/profile")
     arguments = parser.parse_intermixed_args(argv)
     for name, least in (("ranks", 1), ("steps", 2), ("warmup", 3), ("turns", 1)):

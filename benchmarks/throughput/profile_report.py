@@ -1,4 +1,4 @@
-"""The throughput report: what profile.json holds, as a page, as Markdown and as figures in JSON.
+"""The throughput report: what profile.json holds, as a page and as figures in JSON.
 
 Its words are here. Figures that are not in profile.json itself come from `summarise`.
 """
@@ -6,23 +6,19 @@ Its words are here. Figures that are not in profile.json itself come from `summa
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ssast.engine.config import differences
-from ssast.engine.errors import UserError
+from ssast.engine.errors import UserError, first_line
 from ssast.engine.files import write_whole
 from ssast.engine.report.page import Code, Page, Picture, Section, Table, Tile, write_page
 
-from .noise import compare_steps
 from .profile_pictures import COLOURS, UNKNOWN, Bar, draw_bars, draw_device, draw_scaling, draw_stack, draw_steps
-from .schema import read_profile
-from .summary import Summary, significant, summarise
+from .summary import FILE, Summary, read_profile, significant, summarise
 
 MOST_KERNELS, DRAWN_KERNELS = 20, 10
 UNEXPLAINED = 0.01  # of a whole: parts that miss or exceed it by more are said to
@@ -32,21 +28,21 @@ UNEXPLAINED = 0.01  # of a whole: parts that miss or exceed it by more are said 
 
 
 def write_throughput_report(folder: Path) -> Path:
-    """Write report.html, report.md, report.json and pictures/ from profile.json in the same folder; the path of the
-    page.
+    """Write report.html, report.json and pictures/ from profile.json in the same folder; the path of the page.
 
     Raises:
         UserError: profile.json is missing or damaged, or the folder cannot be written.
     """
     profile = read_profile(folder)
-    summary = summarise(profile)
-    return _write(_report(profile, summary, folder), summary, folder, "report")
-
-
-def _write(page: Page, figures: Mapping[str, Any], folder: Path, name: str) -> Path:
     try:
-        path = write_page(page, folder, name)
-        write_whole(folder / f"{name}.json", json.dumps(figures, indent=2) + "\n")
+        summary = summarise(profile)
+        page = _report(profile, summary, folder)
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
+        raise UserError(f"{folder / FILE} is damaged: {what}. `ssast profile` writes it anew.") from error
+    try:
+        path = write_page(page, folder, "report")
+        write_whole(folder / "report.json", json.dumps(summary, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{folder}: the report cannot be written: {error.strerror}") from None
     return path
@@ -424,156 +420,6 @@ def _setup_section(profile: Mapping[str, Any]) -> Section:
     )
 
 
-# ---- A against B -----------------------------------------------------------------------------------------------------
-
-
-def write_comparison(folder_a: Path, folder_b: Path, out: Path) -> Path:
-    """Write compare.html, compare.md, compare.json and pictures/ into `out`, of two folders with a profile.json; the
-    path of the page.
-
-    Times are compared by the clip, so that runs of different batches can be. The verdict is that of `compare_steps`.
-
-    Raises:
-        UserError: a profile.json is missing or damaged, or `out` cannot be written.
-    """
-    folders = folder_a, folder_b
-    profiles = [read_profile(folder) for folder in folders]
-    summaries = [summarise(profile) for profile in profiles]
-    by_clip = [
-        [seconds / summary["steps"]["clips_per_step"] for seconds in profile["steps"]["seconds"]]
-        for profile, summary in zip(profiles, summaries, strict=True)
-    ]
-    figures = {
-        "format": 1,
-        "a": {"folder": str(folder_a), "summary": summaries[0]},
-        "b": {"folder": str(folder_b), "summary": summaries[1]},
-        "verdict": asdict(compare_steps(*by_clip)),
-        "figures": _side_by_side(summaries),
-        "parts_us_per_clip": _parts_by_clip(summaries),
-        "differences": [
-            list(found) for key in ("setup", "environment", "config") for found in _differences(profiles, key)
-        ],
-    }
-    return _write(_comparison(figures), figures, out, "compare")
-
-
-def _side_by_side(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
-    """Of A and B; `ratio` is B / A."""
-    rows = {
-        "clips/s": [summary["total"]["clips_per_s"] for summary in summaries],
-        "clips/s per device": [summary["per_device"]["clips_per_s"] for summary in summaries],
-        "hours of audio/s": [summary["total"]["audio_hours_per_s"] for summary in summaries],
-        "tokens/s": [summary["total"]["tokens_per_s"] for summary in summaries],
-        "model TFLOP/s": [summary["total"]["model_tflops"] for summary in summaries],
-        "MFU, %": [100 * value if (value := summary["mfu"]["value"]) is not None else None for summary in summaries],
-        "median step, ms": [summary["steps"]["p50_ms"] for summary in summaries],
-        "95th percentile, ms": [summary["steps"]["p95_ms"] for summary in summaries],
-        "99th percentile, ms": [summary["steps"]["p99_ms"] for summary in summaries],
-        "data stall, %": [100 * summary["data_stall"] for summary in summaries],
-        "peak memory, GiB": [summary["memory"]["peak_bytes"] / 2**30 for summary in summaries],
-    }
-    return [
-        {"figure": name, "a": a, "b": b, "ratio": b / a if a and b is not None else None}
-        for name, (a, b) in rows.items()
-    ]
-
-
-def _parts_by_clip(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
-    sides = [
-        {part["name"]: 1e3 * part["ms"] / summary["steps"]["clips_per_step"] for part in summary["parts"]["parts"]}
-        for summary in summaries
-    ]
-    return [
-        {"part": name, "a": sides[0].get(name), "b": sides[1].get(name)}
-        for name in dict.fromkeys([*sides[0], *sides[1]])
-    ]
-
-
-def _differences(profiles: Sequence[Mapping[str, Any]], key: str) -> list[tuple[str, Any, Any]]:
-    """Commands aside, which the page shows by themselves."""
-    found = differences(*(profile[key] for profile in profiles), f"{key}.")
-    return [difference for difference in found if difference[0] != "environment.command"]
-
-
-def _comparison(figures: Mapping[str, Any]) -> Page:
-    sides = {label: figures[label.lower()] for label in "AB"}
-    parts = figures["parts_us_per_clip"]
-    stacks = {
-        label: {part["part"]: part[label.lower()] for part in parts if part[label.lower()] is not None}
-        for label in sides
-    }
-    show = _us_as_ms if max(sum(stack.values()) for stack in stacks.values()) > 1e4 else _us
-    unlike = [(key, _text(a), _text(b)) for key, a, b in figures["differences"]]
-    labels = " in A, ".join(side["summary"]["mfu"]["label"] for side in sides.values())
-    sections = [
-        Section(
-            "Figures",
-            tables=[
-                Table(
-                    ("", "A", "B", "B / A"),
-                    "lrrr",
-                    [
-                        (
-                            row["figure"],
-                            *(_maybe(row[key], _large) for key in ("a", "b")),
-                            _maybe(row["ratio"], "{:.3f}".format),
-                        )
-                        for row in figures["figures"]
-                    ],
-                )
-            ],
-            after=[f"MFU is {labels} in B."] if "equivalent" in labels else [],
-        ),
-        Section(
-            "The step, by the clip",
-            ["Means of the traced steps over their clips."],
-            [Picture("step", "The parts of A's step and of B's", partial(draw_stack, "Time a clip", stacks, show))],
-            [
-                Table(
-                    ("part", "A", "B", "B - A"),
-                    "lrrr",
-                    [
-                        (row["part"], _maybe(row["a"], show), _maybe(row["b"], show), _change(row, show))
-                        for row in parts
-                    ],
-                )
-            ],
-        ),
-        Section(
-            "What differs",
-            [] if unlike else ["Nothing that the profiles tell of."],
-            tables=[Table(("", "A", "B"), "lll", unlike)] if unlike else [],
-            code=[Code(f"{label} was measured by", side["summary"]["command"]) for label, side in sides.items()],
-        ),
-    ]
-    names = [_name(side["summary"], Path(side["folder"])) for side in sides.values()]
-    if names[0] == names[1]:
-        names = [side["folder"] for side in sides.values()]
-    verdict = figures["verdict"]["text"]
-    return Page(
-        title=" against ".join(names),
-        kind="Throughput, A against B",
-        lead=f"{verdict[0].upper()}{verdict[1:]}.",
-        tiles=[
-            Tile(
-                f"{label}: clips a second",
-                significant(side["summary"]["total"]["clips_per_s"]),
-                f"{_devices(side['summary'])}",
-            )
-            for label, side in sides.items()
-        ],
-        sections=sections,
-        footer=" ".join(
-            f"{label} is {side['folder']}, measured {side['summary']['written']}." for label, side in sides.items()
-        ),
-    )
-
-
-def _change(part: Mapping[str, Any], show: Callable[[float], str]) -> str:
-    change = (part["b"] or 0) - (part["a"] or 0)
-    return ("+" if change > 0 else "") + show(change)
-
-
 # ---- words and numbers -----------------------------------------------------------------------------------------------
 
 
@@ -602,14 +448,6 @@ def _ms(milliseconds: float) -> str:
     return f"{significant(milliseconds)} ms"
 
 
-def _us(microseconds: float) -> str:
-    return f"{significant(microseconds)} µs"
-
-
-def _us_as_ms(microseconds: float) -> str:
-    return _ms(microseconds / 1e3)
-
-
 def _bytes(size: float) -> str:
     for factor, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if size >= factor:
@@ -627,10 +465,6 @@ def _large(value: float) -> str:
 
 def _times(ratio: float) -> str:
     return f"{significant(ratio)} x"
-
-
-def _maybe(value: float | None, show: Callable[[float], str]) -> str:
-    return "–" if value is None else show(value)
 
 
 def _text(value: Any) -> str:

@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ssast.engine.errors import UserError, first_line
+
 from .timeline import PARTS
 
+FILE, FORMAT = "profile.json", 1
 Summary = dict[str, Any]
+
+
+def read_profile(folder: Path) -> dict[str, Any]:
+    """What `ssast profile` wrote into profile.json in the folder.
+
+    Raises:
+        UserError: there is none, or it is damaged or of another format.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"holds {constant}, which is no measurement")
+
+    path = folder / FILE
+    try:
+        profile = json.loads(path.read_bytes(), parse_constant=refuse)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}. Name a folder that `ssast profile` wrote.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {first_line(error)}. `ssast profile` writes it anew.") from None
+    if not isinstance(profile, dict) or profile.get("format") != FORMAT:
+        raise UserError(f"{path} is not of format {FORMAT}, which this version reads. `ssast profile` writes it anew.")
+    return profile
 
 
 def summarise(profile: Mapping[str, Any]) -> Summary:

@@ -13,13 +13,10 @@ A step lasts from the first activity that it launched to the first one of the ne
 only marks the end of the one before, unless it is alone: the wait for data after it is not in the trace.
 
 On a CPU the work is done where it is called, the backward pass included: a part is the time in its ranges on the main
-thread, and what is in none of them is "host gaps". Gloo exchanges on threads of its own, and the main thread leaves no
-event while it waits for them. So it is taken to wait for a collective in a pause between two operators in which that
-collective runs and ends, or after which it ends by no more than the pause's length: ends are recorded late, by a thread
-that must first be given a core. So much is moved from the range around it to "communication", and so are the calls that
-start collectives. A wait for data stays what it is, and a collective that runs beside operators costs nothing.
+thread, and what is in none of them is "host gaps". Gloo exchanges on threads of its own, and a wait for it within
+another range is counted in that range; "communication" is what the trainer marks as such.
 
-On either, waiting for a slower rank is communication: no trace of one rank can tell the two apart.
+On either, waiting for a slower rank is counted as communicating: no trace of one rank can tell the two apart.
 """
 
 from __future__ import annotations
@@ -30,7 +27,7 @@ import json
 import math
 import re
 import sys
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -96,7 +93,6 @@ class Trace:
     steps: list[Event]
     spans: list[Event]
     operators: list[Event]  # those of the main thread in steps, and on other threads those with known work
-    collectives: list[Event]  # of the host
     activities: list[Activity]  # launched since the first step began; empty on a CPU
 
     @property
@@ -128,7 +124,6 @@ class KernelRow:
     """
 
     name: str
-    full_name: str
     calls: float
     seconds: float
     share: float
@@ -165,14 +160,12 @@ def step_parts(trace: Trace) -> StepParts:
 
 
 def busy_seconds(trace: Trace) -> float:
-    """Seconds of a step in which anything runs on the device; on a CPU, in which the main thread runs an operator or
-    waits for other ranks.
-    """
+    """Seconds of a step in which anything runs on the device; on a CPU, in which the main thread runs an operator."""
     if trace.on_device:
         busy = _intersection(_union((each.start, each.end) for each in trace.activities), [_device_extent(trace)])
     else:
-        working = _working(trace)
-        busy = _union(working + _exposed_collectives(trace, working))
+        main = trace.steps[0].thread
+        busy = _union((each.start, each.end) for each in _calls(trace.operators, main))
     return _seconds(_length(busy), trace)
 
 
@@ -216,7 +209,6 @@ _NOT_TELLING = {"BinaryFunctor", "AUnaryFunctor", "BUnaryFunctor"}
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
-_COLLECTIVES = ("gloo:", "c10d::", "_c10d_functional::", "nccl")
 _ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
 
 
@@ -227,7 +219,6 @@ class _Reader:
         self._steps: list[Event] = []
         self._spans: list[Event] = []
         self._operators: list[Event] = []
-        self._collectives: list[Event] = []
         self._on_device: list[tuple[str, int, int, int]] = []  # name, start, end, correlation
         self._launches: dict[int, tuple[int | str, int]] = {}  # by correlation: thread, time
 
@@ -250,8 +241,6 @@ class _Reader:
         return None
 
     def _keep_host_event(self, category: str, event: Event, arguments: dict[str, Any]) -> None:
-        if event.name.startswith(_COLLECTIVES):
-            self._collectives.append(event)
         if category == "cpu_op":  # some operators are named like ranges
             need, eight_bit = _need(event.name, arguments.get("Input Dims", []), arguments.get("Input type", []))
             self._operators.append(Event(event.name, event.thread, event.start, event.end, need, eight_bit))
@@ -275,8 +264,7 @@ class _Reader:
             each for each in self._operators if each.need or (each.thread == main and _around(steps, each.start))
         ]
         activities = self._activities(path, steps, sorted(spans, key=_begin))
-        collectives = sorted(self._collectives, key=_begin)
-        return Trace(steps, sorted(spans, key=_begin), sorted(operators, key=_nesting), collectives, activities)
+        return Trace(steps, sorted(spans, key=_begin), sorted(operators, key=_nesting), activities)
 
     def _activities(self, path: Path, steps: list[Event], spans: list[Event]) -> list[Activity]:
         main, working, kept = steps[0].thread, [span for span in spans if span.name != "data wait"], []
@@ -390,60 +378,29 @@ def _device_calls(trace: Trace) -> Iterator[tuple[str, str, int, Event | None]]:
 
 def _host_parts(trace: Trace) -> tuple[int, Counter[str]]:
     """ns of all steps, and of each part."""
-    exposed = _exposed_collectives(trace, _working(trace))
-    parts: Counter[str] = Counter({"communication": _length(exposed)})
-    for span in trace.spans:
-        parts[span.name] += span.end - span.start - _length(_intersection(exposed, [(span.start, span.end)]))
+    parts: Counter[str] = Counter()
+    for each in trace.spans:
+        parts[each.name] += each.end - each.start
     total = _length(_intervals(trace.steps))
     parts["host gaps"] = total - parts.total()
     return total, parts
 
 
-def _working(trace: Trace) -> list[Interval]:
-    """When the main thread runs an operator, but for those that only call others (as hooks, for instance) or start a
-    collective.
-    """
-    main = trace.steps[0].thread
-    starting = _union((each.start, each.end) for each in trace.collectives if each.thread == main)
-    segments = _innermost(each for each in trace.operators if each.thread == main)
-    working = _union((start, end) for start, end, operator in segments if not _only_calls(operator))
-    return _difference(working, starting)
-
-
-def _only_calls(operator: Event) -> bool:
-    return operator.name.startswith(("autograd::engine::", "torch::autograd::", "torch.distributed."))
-
-
-def _exposed_collectives(trace: Trace, working: list[Interval]) -> list[Interval]:
-    """When the main thread waits for a collective, or starts one."""
-    waits_for_data = _intervals(each for each in trace.spans if each.name == "data wait")
-    pauses = _difference(_difference(_intervals(trace.steps), waits_for_data), working)
-    exposed = []
-    for each in trace.collectives:
-        first = max(bisect_right(pauses, (each.start, each.start)) - 1, 0)
-        for start, end in pauses[first : bisect_left(pauses, (each.end, each.end))]:
-            if each.end <= end + (end - start):
-                exposed.append((max(start, each.start), min(end, each.end)))
-    return _union(exposed)
+def _calls(operators: Iterable[Event], thread: int | str) -> Iterator[Event]:
+    """The operators of one thread, without those that only call others (hooks, for instance)."""
+    calling = ("autograd::engine::", "torch::autograd::", "torch.distributed.")
+    return (each for each in operators if each.thread == thread and not each.name.startswith(calling))
 
 
 def _host_calls(trace: Trace) -> Iterator[tuple[str, str, int, Event | None]]:
-    """Name, part and own ns of each operator of the main thread, and of each collective that runs beside it; the
-    operator itself, for its work.
-    """
+    """Name, part and own ns of each operator of the main thread; the operator itself, for its work."""
     main = trace.steps[0].thread
     own: dict[int, int] = {}
-    operators = [each for each in trace.operators if each.thread == main]
-    for start, end, operator in _innermost(operators):
+    for start, end, operator in _innermost(each for each in trace.operators if each.thread == main):
         own[id(operator)] = own.get(id(operator), 0) + end - start
-    for operator in operators:
-        if not _only_calls(operator):
-            span = _around(trace.spans, operator.start)
-            part = "communication" if operator.name.startswith(_COLLECTIVES) else span.name if span else "host gaps"
-            yield operator.name, part, own.get(id(operator), 0), operator
-    for each in trace.collectives:
-        if each.thread != main and _around(trace.steps, each.start):
-            yield each.name, "communication", each.end - each.start, None
+    for operator in _calls(trace.operators, main):
+        span = _around(trace.spans, operator.start)
+        yield operator.name, span.name if span else "host gaps", own.get(id(operator), 0), operator
 
 
 def _innermost(events: Iterable[Event]) -> Iterator[tuple[int, int, Event]]:
@@ -528,7 +485,6 @@ def _row(name: str, group: _Group, trace: Trace, busy: float) -> KernelRow:
     steps, seconds = trace.measured_steps, _seconds(group.duration, trace)
     return KernelRow(
         name=short_name(name) if trace.on_device else name,
-        full_name=name,
         calls=group.calls / steps,
         seconds=seconds,
         share=seconds / busy,
@@ -590,10 +546,3 @@ def _intersection(some: list[Interval], others: list[Interval]) -> list[Interval
         else:
             j += 1
     return common
-
-
-def _difference(some: list[Interval], taken: list[Interval]) -> list[Interval]:
-    """What of some is not taken."""
-    edges = [edge for interval in taken for edge in interval]
-    left = list(zip([-math.inf, *edges[1::2]], [*edges[::2], math.inf], strict=True))
-    return _intersection(some, left)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import base64
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -84,7 +83,6 @@ def write_page(page: Page, folder: Path, name: str) -> Path:
         light, dark = png(picture.draw(LIGHT)), png(picture.draw(DARK))
         write_whole(pictures / f"{name}-{picture.file}.png", light)
         embedded[picture.file] = {"light": base64.b64encode(light).decode(), "dark": base64.b64encode(dark).decode()}
-    write_whole(folder / f"{name}.md", _markdown(page, f"pictures/{name}-"))
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
     html = templates.get_template("page.html.j2").render(page=page, embedded=embedded, style=_style_of_runs())
     write_whole(folder / f"{name}.html", html)
@@ -95,53 +93,3 @@ def _style_of_runs() -> str:
     """The style sheet of a run's report: the two look alike."""
     template = Path(ssast.engine.report.run.__file__).with_name("run.html.j2").read_text(encoding="utf-8")
     return template.partition("<style>")[2].partition("</style>")[0]
-
-
-def _markdown(page: Page, pictures: str) -> str:
-    lines = [f"# {_escape(page.title)}", "", _escape(page.kind), "", _escape(page.lead), ""]
-    lines += [
-        f"- {_escape(tile.label)}: **{_escape(tile.value)}**{f' ({_escape(tile.note)})' if tile.note else ''}"
-        for tile in page.tiles
-    ]
-    for section in page.sections:
-        lines += ["", f"## {_escape(section.title)}"]
-        for text in section.text:
-            lines += ["", _escape(text)]
-        for picture in section.pictures:
-            lines += ["", f"![{_escape(picture.alt)}]({pictures}{picture.file}.png)"]
-        for table in section.tables:
-            lines += ["", *_table(table)]
-        for code in section.code:
-            lines += ["", *_fenced(code)]
-        for text in section.after:
-            lines += ["", _escape(text)]
-    return "\n".join([*lines, "", _escape(page.footer), ""])
-
-
-def _table(table: Table) -> Iterable[str]:
-    yield _row(map(_escape, table.head))
-    yield _row({"l": ":---", "r": "---:"}[side] for side in table.align)
-    for first, *others in table.rows:
-        yield _row([_inline_code(first) if table.code else _escape(first), *map(_escape, others)])
-
-
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _escape(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    return re.sub(r"([\\`*_\[\]<>&|~$#])", r"\\\1", " ".join(text.split()))
-
-
-def _inline_code(text: str) -> str:
-    """In a table; a bar ends a cell even there."""
-    return "`" + " ".join(text.split()).replace("`", "'").replace("|", "\\|") + "`"
-
-
-def _fenced(code: Code) -> list[str]:
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code.text)), default=0))
-    block = [fence, code.text, fence]
-    if code.folded:
-        return [f"<details><summary>{_escape(code.title)}</summary>", "", *block, "", "</details>"]
-    return [f"{_escape(code.title)}:", "", *block]

@@ -176,8 +176,6 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     for argv, message in [
         (["blur"], "kernels: unknown operator 'blur'; there are fbank, mask, embed, loss, attention"),
         (["mask", "--providers", "cuda"], "kernels: no provider 'cuda' here; there are official loop, torch"),
-        (["mask", "--compare", "no-such-rev"], "kernels: --compare no-such-rev: no such revision in "),
-        (["mask", "--compare", "HEAD", "--save"], "kernels: --compare prints its result and writes nothing"),
         (["mask", "--save", "--out", "x"], "kernels: --save and --out name two files"),
         (["mask", "--seconds", "0"], "kernels: --seconds 0: must be above 0"),
         (["mask", "--out", str(taken / "rows.csv"), *QUICK], f"kernels: {taken}/rows.csv: cannot be written: "),

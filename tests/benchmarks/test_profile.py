@@ -127,7 +127,7 @@ class FakeChildren:
 @pytest.mark.parametrize(("faster", "word"), [(1.2, "faster"), (0.8, "slower"), (1.0, "no difference")])
 def test_comparing_takes_turns_and_judges(tmp_path, faster, word):
     children = FakeChildren(faster)
-    given = argparse.Namespace(compare="step.compile=off", turns=5, config="demo", overrides=[], given=["demo"])
+    given = argparse.Namespace(against="step.compile=off", turns=5, config="demo", overrides=[], given=["demo"])
     result = json.loads(profile.compare(given, children, tmp_path).read_text())
     assert word in result["verdict"] and result["b"] == "demo step.compile=off"
     assert "".join(children.asked) == "ABBAABBAAB", "neither always on the warmer machine"
@@ -138,8 +138,8 @@ def test_a_race_compares_within_turns():
     clock = itertools.count()
 
     class Paced(Runner):
-        def take_turn(self, seconds: float) -> None:
-            self.rates.append(self.clips / 2 ** (next(clock) // 2))
+        def clips_per_s(self, seconds: float) -> float:
+            return self.clips / 2 ** (next(clock) // 2)
 
     cpu = torch.device("cpu")
     ours, theirs = Paced("ours", "", 30, lambda: None, cpu), Paced("theirs", "what", 10, lambda: None, cpu)
