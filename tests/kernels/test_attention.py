@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from law import assert_lawful
+from law import assert_lawful, attention_order_errors
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssast.kernels import AttentionChoice, attention, available_attention, choose_attention, use_attention
@@ -52,8 +52,9 @@ def train(
 
 def assert_right(function: Callable, qkv: torch.Tensor, dout: torch.Tensor) -> None:
     exact, same_dtype = train(definition, qkv, dout, torch.float64), train(definition, qkv, dout)
+    order_errors = attention_order_errors(*split(qkv), dout.transpose(1, 2))
     for name, actual in train(function, qkv, dout).items():
-        assert_lawful(name, actual, same_dtype[name], exact[name])
+        assert_lawful(name, actual, same_dtype[name], exact[name], order_errors[name])
 
 
 def test_equals_the_definition():

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from law import assert_lawful
+from law import assert_lawful, embed_order_errors
 
 from ssast.kernels import embed_patches
 
@@ -107,8 +107,9 @@ def test_law(backend, clips, patches, values, width, masked, with_mask, dtype, d
     same = run(given, mask, "torch", upstream)
     exact = run({name: value.double() for name, value in given.items()}, mask, "torch", upstream.double())
     assert ours.keys() == exact.keys()
+    order_errors = embed_order_errors(given, mask, upstream)
     for name in exact:
-        assert_lawful(name, ours[name], same[name], exact[name])
+        assert_lawful(name, ours[name], same[name], exact[name], order_errors[name])
 
 
 @pytest.mark.parametrize("backend", ["triton"])
@@ -142,9 +143,10 @@ def test_autocast_rounds_the_projection_only(backend, device):
     with torch.autocast(device.type, torch.bfloat16):
         ours, same = run(given, mask, backend, upstream), run(given, mask, "torch", upstream)
     exact = run({name: value.double() for name, value in given.items()}, mask, "torch", upstream.double())
+    order_errors = embed_order_errors(given, mask, upstream)
     for name in exact:
         assert ours[name].dtype == torch.float32
-        assert_lawful(name, ours[name], same[name], exact[name])
+        assert_lawful(name, ours[name], same[name], exact[name], order_errors[name])
 
 
 @pytest.mark.parametrize("backend", ["triton"])
