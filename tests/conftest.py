@@ -1,5 +1,5 @@
-"""Fixtures of all tests. `shared/` beside the checkout holds golden values of the official code and real audio; tests
-that need it are skipped, with a notice, where it is absent.
+"""Fixtures of all tests. Golden values of filter banks and masks are in tests/golden; `shared/` beside the checkout
+holds those of whole models, and real audio: tests that need these are skipped, with a notice, where it is absent.
 
 Triton kernels are tested on CPU tensors in Triton's interpreter, which must be chosen before triton is imported: here.
 SSAST_TEST_DEVICE=cuda tests them compiled, on a GPU. All other tests are the same on every machine: CPU and PyTorch
@@ -35,8 +35,14 @@ def shared_path(name: str) -> Path:
 
 
 @pytest.fixture(scope="session")
+def golden_values() -> Path:
+    """`fbank/` and `masks/` of other programs: see the README there."""
+    return Path(__file__).resolve().parent / "golden"
+
+
+@pytest.fixture(scope="session")
 def reference() -> Path:
-    """Golden values of the official implementation."""
+    """Golden values of the official implementation's models."""
     return shared_path("reference")
 
 

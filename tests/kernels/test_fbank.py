@@ -33,11 +33,11 @@ def noise(clips: int, samples: int, seed: int = 0) -> torch.Tensor:
 
 @both
 @pytest.mark.parametrize("name", WAVES.split())
-def test_golden_waves(reference, name, backend, device):
+def test_golden_waves(golden_values, name, backend, device):
     """Within what two existing programs keep to: 1.2e-3 + 2e-6 exp(D / 2), D nats below the frame's largest value. Ours
     must keep to a fifth of it, float32 FFT rounding in deep valleys being all that is left.
     """
-    golden = np.load(reference / "fbank" / f"{name}.npz")
+    golden = np.load(golden_values / "fbank" / f"{name}.npz")
     wave = torch.from_numpy(np.atleast_2d(golden["wave"]))[:1].to(device)
     ours = (
         fbank(wave, sample_rate=int(golden["sample_rate"]), backend=backend)[0]
@@ -52,8 +52,8 @@ def test_golden_waves(reference, name, backend, device):
 
 @both
 @pytest.mark.parametrize("name", ["speech_16k", "pink_16k_10p24s", "noise_16k_1s"])
-def test_golden_padding_and_normalisation(reference, name, backend, device):
-    golden = np.load(reference / "fbank" / f"{name}.npz")
+def test_golden_padding_and_normalisation(golden_values, name, backend, device):
+    golden = np.load(golden_values / "fbank" / f"{name}.npz")
     wave = torch.from_numpy(np.atleast_2d(golden["wave"])).to(device)
     ours = (
         fbank(wave, num_frames=1024, mean=-4.2677393, std=4.5689974, backend=backend)[0]
@@ -64,8 +64,8 @@ def test_golden_padding_and_normalisation(reference, name, backend, device):
 
 
 @pytest.mark.parametrize("rate", [8000, 16000, 44100])
-def test_golden_mel_filters(reference, rate):
-    golden = np.load(reference / "fbank" / f"melbank_{rate}.npz")
+def test_golden_mel_filters(golden_values, rate):
+    golden = np.load(golden_values / "fbank" / f"melbank_{rate}.npz")
     ours = mel_filters(128, {8000: 256, 16000: 512, 44100: 2048}[rate], rate).numpy()
     dense = np.zeros_like(ours)
     dense[golden["row"], golden["col"]] = golden["weight64"]

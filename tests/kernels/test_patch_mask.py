@@ -95,11 +95,11 @@ def test_every_cluster_size_is_drawn_alike(algorithm):
 
 
 @pytest.mark.parametrize("name", ["patch512_n400", "patch512_n100", "patch128_n40"])
-def test_official_has_the_official_marginals(reference, name):
+def test_official_has_the_official_marginals(golden_values, name):
     """Against 20,000 draws of the official code: every position, and how often a shift of a masked patch is masked,
     too.
     """
-    golden = np.load(reference / "masks" / f"{name}.npz")
+    golden = np.load(golden_values / "masks" / f"{name}.npz")
     patches = golden["position_mask_count"].size
     grid = (8, patches // 8)
     num_masked = golden["example_masks"].shape[1]
@@ -126,9 +126,9 @@ def test_official_has_the_official_marginals(reference, name):
         assert abs((here * there).sum() / here.sum() - together[df, dt + 16]) < 0.006, (df, dt)
 
 
-def test_uniform_masks_every_patch_alike(reference):
+def test_uniform_masks_every_patch_alike(golden_values):
     """The frame model: independent of position; the official frame sampler has the same odds."""
-    golden = np.load(reference / "masks" / "frame512_n400.npz")
+    golden = np.load(golden_values / "masks" / "frame512_n400.npz")
     mask = draw(4000, grid=(1, 512), num_masked=400, cluster=None, seed=4)
     share = as_grid(mask, (1, 512)).double().mean(dim=0).numpy().ravel()
     expected = golden["position_mask_count"] / 20_000

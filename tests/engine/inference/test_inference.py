@@ -320,11 +320,11 @@ def test_a_failing_recording_ends_with_its_error():
     assert (end.clip, end.samples, end.error) == (7, 30_000, "broken in the middle")
 
 
-def test_golden_waves_give_the_official_features(reference):
+def test_golden_waves_give_the_official_features(golden_values):
     """What the official loader makes of real files, padded to 1024 frames."""
     model = small(frames=1024, card=ModelCard())
     checked = 0
-    for file in sorted((reference / "fbank").glob("*.npz")):
+    for file in sorted((golden_values / "fbank").glob("*.npz")):
         arrays = np.load(file)
         if (
             not {"norm1024", "sample_rate"} <= set(arrays)
