@@ -1,28 +1,59 @@
 """Writing files so that a reader, or the next process, never meets half of one."""
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 PROFILE_FOLDER = "profile"
 """In a run folder: what `ssast profile` wrote, which may come before the run."""
 
 
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str], suffix: str = ".tmp") -> Iterator[Path]:
+    """A path beside `path`, to write a file or a folder to. It takes the name `path` when the block ends, and is
+    removed if the block fails: nobody ever reads half of it.
+
+    Args:
+        suffix: of the path to write to, for writers that choose a format by it; files left by a killed process are
+            found by ".tmp".
+
+    Raises:
+        OSError: it could not be renamed.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}{suffix}")
+    try:
+        yield aside
+        os.replace(aside, path)
+    except BaseException:
+        if aside.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):  # what failed is the story
+                aside.unlink(missing_ok=True)
+        raise
+
+
+def encode_text(text: str) -> bytes:
+    """UTF-8, with the bytes that were none in a file name as they were."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+        return text.encode("utf-8", "replace")
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file aside and rename it: whatever interrupts this leaves the old file or the new one.
+    """Write a file that appears whole or not at all, safe from a power cut.
 
     Raises:
         OSError: as `open` and `write` do; nothing is left behind.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(aside, "wb") as file:
-            file.write(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    with atomic_write(path) as aside, open(aside, "wb") as file:
+        file.write(encode_text(content) if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def permit_as_usual(path: Path) -> None:

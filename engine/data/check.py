@@ -25,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ssast.engine.errors import UserError
+from ssast.engine.files import atomic_write
 
 from . import probe
 from .clips import Clips, Skipped
@@ -136,10 +137,11 @@ def write_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
     """Writes a CSV of path and reason to `path`; it appears whole or not at all. Raises `OSError` if it cannot be
     written.
     """
-    aside = f"{path}.{os.getpid()}.tmp"
-    with open(aside, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+    with (
+        atomic_write(path) as aside,
+        open(aside, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
         csv.writer(file).writerows([("path", "reason"), *((item.path, item.reason) for item in skipped)])
-    os.replace(aside, path)
 
 
 def _writable(cache_dir: Path) -> Path:

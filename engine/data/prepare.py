@@ -32,7 +32,7 @@ import soundfile
 from tqdm import tqdm
 
 from ssast.engine.errors import UserError
-from ssast.engine.files import write_whole
+from ssast.engine.files import encode_text, write_whole
 
 from . import extract
 from .extract import Extraction, Job
@@ -40,7 +40,6 @@ from .layouts import LAYOUTS, Recording, read_source
 from .probe import file_status
 from .shards import CODECS, END_OF_TAR, FORMAT, NUMBERS, Index, clip_key, load_index, shard_name, verify
 from .statistics import NUM_MEL_BINS, evenly_picked, feature_statistics
-from .texts import encode_text
 from .workers import Pool
 
 BEGUN, FINISHED = "unfinished.json", "dataset.json"

@@ -26,6 +26,7 @@ import numpy as np
 import soundfile
 
 from ssast.engine.data.resample import to_int16
+from ssast.engine.files import atomic_write
 
 COPY_RATE = 16_000  # Hz
 MIN_RATE, MAX_RATE = 1_000, 768_000  # Hz
@@ -284,16 +285,12 @@ def _convert(path: str, copy: str, problem: str) -> list[int]:
 
 def _write_copy(copy: str, content: io.BytesIO) -> tuple[int, int]:
     """(size, mtime in ns) of the copy, which appears whole or not at all."""
-    aside = f"{copy}.{os.getpid()}.tmp"
     try:
-        with open(aside, "wb") as file:
-            file.write(content.getbuffer())
-        os.replace(aside, copy)
+        with atomic_write(copy) as aside:
+            aside.write_bytes(content.getbuffer())
         status = os.stat(copy)
         return status.st_size, status.st_mtime_ns
     except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(aside)
         folder = os.path.dirname(copy)
         free = shutil.disk_usage(folder).free / 2**20
         raise _CannotWriteError(

@@ -30,9 +30,10 @@ from pydantic import BaseModel, Field, ValidationError
 from tqdm import tqdm
 
 from ssast.engine.errors import UserError, first_line
+from ssast.engine.files import encode_text
 
 from .clips import Clips
-from .texts import Block, Texts, encode_text
+from .texts import Block, Texts
 
 # What a prepared folder holds; the second as long as it is not finished.
 DESCRIPTION, UNFINISHED, SHARDS, INDEX = "dataset.json", "unfinished.json", "shards", "index"

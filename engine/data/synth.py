@@ -8,7 +8,6 @@ the seed and its index.
 import argparse
 import io
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import soundfile
 from tqdm import tqdm
 
 from ssast.engine.errors import UserError
+from ssast.engine.files import atomic_write
 
 GENERATOR = "ssast.engine.data.synth"
 VERSION = 1  # to be raised with every change that alters what any clip sounds like
@@ -354,13 +354,8 @@ def _plan(clips: int) -> list[tuple[str, int, str]]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Writes aside and renames: a file is there whole or not at all."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_write(path) as aside:
         aside.write_bytes(content)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def write_corpus(folder: Path, clips: int = 300, seed: int = 0, progress: bool = True) -> Path:

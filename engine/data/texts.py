@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ssast.engine.files import encode_text
+
 _CHUNK = 1 << 16  # texts that are Python objects at one time
 
 
@@ -131,13 +133,6 @@ class Block:
             part = offsets[start : start + _CHUNK + 1]
             found[start : start + _CHUNK] = _hash(utf8[part[0] : part[-1]], part - part[0])
         return found
-
-
-def encode_text(text: str) -> bytes:
-    try:
-        return text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
-        return text.encode("utf-8", "replace")
 
 
 def _decode(text: memoryview) -> str:

@@ -11,7 +11,6 @@ import contextlib
 import csv
 import dataclasses
 import io
-import os
 import shutil
 import sys
 import tempfile
@@ -25,9 +24,8 @@ import torch
 
 from ssast.engine.data.layouts import Recording
 from ssast.engine.data.sound import default_workers, find_recordings
-from ssast.engine.data.texts import encode_text
 from ssast.engine.errors import UserError
-from ssast.engine.files import write_whole
+from ssast.engine.files import atomic_write, encode_text, write_whole
 from ssast.engine.model.ssast import SSAST
 from ssast.engine.model.weights import load_model
 
@@ -306,7 +304,7 @@ class _Npz:
         arrays = {name: np.array(values) for name, values in (self._columns | self._about).items()}
         if self._frames is not None or self._tokens is not None:
             arrays["offsets"] = np.array(self._offsets)
-        with _aside(self._path) as aside, zipfile.ZipFile(aside, "w") as file:
+        with atomic_write(self._path) as aside, zipfile.ZipFile(aside, "w") as file:
             for name, array in arrays.items():
                 with file.open(f"{name}.npy", "w", force_zip64=True) as out:
                     np.lib.format.write_array(out, array, allow_pickle=False)
@@ -338,7 +336,7 @@ class _Parquet:
         metadata = about | {"seconds_per_frame": str(seconds_per_step(model)), "frequencies": str(rows)}
         self._pa, self._schema = pa, pa.schema(fields, metadata=metadata)
         self._stack = contextlib.ExitStack()
-        aside = self._stack.enter_context(_aside(path))
+        aside = self._stack.enter_context(atomic_write(path))
         self._file = self._stack.enter_context(pq.ParquetWriter(aside, self._schema))
         self._steps: dict[str, list[np.ndarray]] = {
             name: [] for name in ("frames", "tokens") if name in self._schema.names
@@ -394,17 +392,6 @@ class _Parquet:
 
 class _Unfinished(Exception):
     """Thrown into what would put a file in its place."""
-
-
-@contextlib.contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """Where to write a file, which takes its name when that ends without an exception."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield aside
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _texts(recording: Recording) -> tuple[str, ...]:

@@ -19,9 +19,8 @@ import torch
 from tqdm import tqdm
 
 from ssast.engine.data.sound import find_recordings
-from ssast.engine.data.texts import encode_text
 from ssast.engine.errors import UserError
-from ssast.engine.files import write_whole
+from ssast.engine.files import encode_text, write_whole
 
 from .embed import add_audio, add_run_options, open_model, require_new, require_some, to_stderr, write_rejected, writing
 from .inference import Window, class_encoder, class_names, encode_recordings, prediction_windows

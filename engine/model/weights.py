@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ssast.engine.errors import UserError
-from ssast.engine.files import permit_as_usual
+from ssast.engine.files import atomic_write, permit_as_usual
 
 from .adapt import init_classifier, resize
 from .config import ModelCard, ModelConfig
@@ -97,15 +97,13 @@ def save_model(model: SSAST, path: str | os.PathLike[str], format: str = "safete
     if format not in ("safetensors", "official"):
         raise UserError(f"format must be 'safetensors' or 'official', not {format!r}")
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        if format == "official":
-            torch.save(to_official(model), aside)
-        else:
-            save_weights({k: v.detach() for k, v in model.state_dict().items()}, model, aside)
-        os.replace(aside, path)
+        with atomic_write(path) as aside:
+            if format == "official":
+                torch.save(to_official(model), aside)
+            else:
+                save_weights({k: v.detach() for k, v in model.state_dict().items()}, model, aside)
     except Exception as error:
-        aside.unlink(missing_ok=True)
         if not is_write_error(error):
             raise
         raise UserError(f"{path}: could not be written: {error}") from None

@@ -5,7 +5,6 @@ import csv
 import io
 import json
 import math
-import os
 import re
 import shlex
 import zipfile
@@ -30,7 +29,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from PIL import Image
 
 from ssast.engine.errors import UserError
-from ssast.engine.files import PROFILE_FOLDER
+from ssast.engine.files import PROFILE_FOLDER, write_whole
 
 FRAME_SECONDS = 0.01
 MOST_CLIPS = 3
@@ -364,22 +363,15 @@ def write_report(run_dir: Path) -> Path:
     html = templates.get_template("run.html.j2").render(
         run=run, curves=curves, clips=clips, all_curves=CURVES, **_facts(run)
     )
-    _write_aside(page, html.encode())
+    write_whole(page, html)
     return page
 
 
 def _picture(path: Path, draw: Callable[[Theme], Figure]) -> dict[str, str]:
     """Write a picture, and give it as text to put into the page, in light and in dark."""
     light, dark = png(draw(LIGHT)), png(draw(DARK))
-    _write_aside(path, light)
+    write_whole(path, light)
     return {"light": base64.b64encode(light).decode(), "dark": base64.b64encode(dark).decode()}
-
-
-def _write_aside(path: Path, content: bytes) -> None:
-    """Write under another name and rename, so that nobody ever reads half a file."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_bytes(content)
-    os.replace(aside, path)
 
 
 def _throughput(folder: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from ssast.engine.errors import UserError, first_line
-from ssast.engine.files import sync_folder, write_whole
+from ssast.engine.files import atomic_write, sync_folder, write_whole
 from ssast.engine.model.ssast import SSAST
 from ssast.engine.model.weights import WEIGHTS_FILE, is_write_error, save_weights
 
@@ -146,15 +146,13 @@ def _write_weights(weights: dict[str, torch.Tensor], engine: Engine, file: Path)
     Raises:
         UserError: it could not be written.
     """
-    aside = file.with_suffix(".tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_weights(weights, _model(engine), aside)
-        os.replace(aside, file)
+        with atomic_write(file) as aside:
+            save_weights(weights, _model(engine), aside)
     except Exception as error:
         if not is_write_error(error):
             raise
-        aside.unlink(missing_ok=True)
         raise UserError(f"{file}: could not be written ({first_line(error)})", every_rank=True) from None
 
 

@@ -11,7 +11,6 @@ import dataclasses
 import importlib.util
 import json
 import logging
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from ssast.engine.errors import UserError
+from ssast.engine.files import atomic_write
 from ssast.engine.model.ssast import SSAST
 from ssast.kernels import NUM_PREFIX, fbank
 from ssast.kernels.fbank import count_frames, samples_of
@@ -90,16 +90,11 @@ def export_torch(model: SSAST, out: Path) -> float:
         UserError: a program that does not compute what the model does, or one with operators of this engine inside.
     """
     module = FromWaveform(model)
-    aside = out.with_name(f".{out.stem}.{os.getpid()}.tmp.pt2")
-    try:
+    with atomic_write(out, suffix=".tmp.pt2") as aside:
         torch.export.save(_traced(module), aside, extra_files={CARD_FILE: json.dumps(describe(model))})
         program = torch.export.load(aside).module()
         waveform, lengths = example(model)
-        deviation = _deviation(module, _as_tuple(program(waveform, lengths)), out)
-        os.replace(aside, out)
-    finally:
-        aside.unlink(missing_ok=True)
-    return deviation
+        return _deviation(module, _as_tuple(program(waveform, lengths)), out)
 
 
 def export_onnx(model: SSAST, out: Path) -> float | None:
@@ -118,16 +113,11 @@ def export_onnx(model: SSAST, out: Path) -> float | None:
 
     module = FromWaveform(model)
     proto = _to_onnx(module)
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_write(out) as aside:
         onnx.save(proto, aside)
-        deviation = None
-        if importlib.util.find_spec("onnxruntime") is not None:
-            deviation = _deviation(module, _run_onnx(aside, *example(model)), out)
-        os.replace(aside, out)
-    finally:
-        aside.unlink(missing_ok=True)
-    return deviation
+        if importlib.util.find_spec("onnxruntime") is None:
+            return None
+        return _deviation(module, _run_onnx(aside, *example(model)), out)
 
 
 def describe(model: SSAST) -> dict[str, Any]:

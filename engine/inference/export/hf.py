@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from ssast.engine.errors import UserError, first_line
-from ssast.engine.files import permit_as_usual
+from ssast.engine.files import atomic_write, permit_as_usual
 from ssast.engine.model.config import ModelCard, ModelConfig
 from ssast.engine.model.ssast import SSAST
 from ssast.engine.model.tensors import check_weights
@@ -62,8 +62,7 @@ def export_hf(model: SSAST, out: Path) -> float:
     _require_transformers()
     _check_exportable(model)
     _check_replaceable(out)
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_write(out) as aside:
         with _quiet():
             theirs = _build(model)
             theirs.save_pretrained(aside)
@@ -74,9 +73,6 @@ def export_hf(model: SSAST, out: Path) -> float:
             deviation = _check(model, loaded, extractor, out)
         if out.exists():
             shutil.rmtree(out)
-        os.replace(aside, out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return deviation
 
 

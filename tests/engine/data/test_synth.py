@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -156,7 +157,7 @@ def test_interrupted_corpus_is_completed(tmp_path, corpus):
 
 
 def test_failure_half_way_leaves_only_whole_files_and_can_be_resumed(tmp_path, corpus, monkeypatch):
-    replace, renames = synth.os.replace, iter(range(8))
+    replace, renames = os.replace, iter(range(8))
 
     def run_out(*arguments):
         if next(renames, None) is None:
@@ -164,12 +165,12 @@ def test_failure_half_way_leaves_only_whole_files_and_can_be_resumed(tmp_path, c
         replace(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="no space left"):
-        patch.setattr(synth.os, "replace", run_out)
+        patch.setattr(os, "replace", run_out)
         write_corpus(tmp_path, clips=CLIPS, seed=3, progress=False)
     left, whole = snapshot(tmp_path), snapshot(corpus)
     assert left.pop(Path("corpus.json.part")) == whole[Path("corpus.json")] and Path("corpus.json") not in left
     assert len(left) == 7 and left.items() <= whole.items()
-    killed = tmp_path / "bell" / "bell-0000.flac.12345.tmp"
+    killed = tmp_path / "bell" / ".bell-0000.flac.12345.tmp"
     killed.parent.mkdir(exist_ok=True)
     killed.write_bytes(b"left by a killed run")
     write_corpus(tmp_path, clips=CLIPS, seed=3, progress=False)
