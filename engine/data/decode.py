@@ -1,31 +1,36 @@
-"""From files and shards to windows of sound: samples that lie there as int16 are read straight into the batch, all else
-by NVIDIA DALI.
+"""From files and shards to windows of sound, on CPU threads.
 
-DALI decodes WAV, FLAC, OGG and Opus, downmixes, resamples, and cuts or pads, on CPU threads on every machine: it has no
-audio decoder for the GPU.
+Samples that lie there as they are wanted are read straight into the batch. Other files of the wanted sample rate are
+decoded, downmixed, cut and padded by NVIDIA DALI, which has no audio decoder for the GPU. Files of other rates are
+decoded by libsndfile, of long ones the part that a window needs, and resampled (resample.py): DALI's own resampler
+aliases.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import resource
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import soundfile
 import torch
 
 from .clips import Clips
+from .resample import Span, as_float, mean_of_channels, resampled_length, rounded
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
 
 HEADER_BYTES = 44
+_BLOCK = 1 << 18  # samples of all channels that are decoded at a time
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,11 @@ class AudioDecoder:
         pin_memory: bool = False,
     ) -> None:
         self.clips, self.num_samples, self.num_threads, self.pin_memory = clips, num_samples, num_threads, pin_memory
-        # [clips] after resampling, rounded up
-        self.lengths = -(-clips.frames * sample_rate // clips.sample_rates.astype(np.int64))
-        # Of these sizes a clip may be the WAV header and the samples as they are wanted, and nothing else.
-        bare = clips.sizes == HEADER_BYTES + 2 * clips.frames
-        self._maybe_bare = bare & (clips.channels == 1) & (clips.sample_rates == sample_rate)
-        self._build = lambda: _build_pipeline(num_samples, sample_rate, batch_size, num_threads)
+        self.sample_rate = sample_rate
+        self.lengths = resampled_length(clips.frames, clips.sample_rates.astype(np.int64), sample_rate)  # [clips]
+        # Of these sizes a clip may be the WAV header and mono int16 samples, and nothing else.
+        self._maybe_bare = (clips.sizes == HEADER_BYTES + 2 * clips.frames) & (clips.channels == 1)
+        self._build = lambda: _build_pipeline(num_samples, batch_size, num_threads)
         self._pipeline: Pipeline | None = None
         self._files = _Files(clips)
         self._readers = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="audio-read")
@@ -98,9 +102,10 @@ class AudioDecoder:
         contents = dict(enumerate(content for read in pending.reads for content in read.result()))
         broken = {row: content for row, content in contents.items() if isinstance(content, str)}
         encoded = {row: content for row, content in contents.items() if isinstance(content, np.ndarray)}
-        for row, window, length in self._decoded(encoded, start, broken):
-            if length != self.lengths[index[row]]:
-                broken[row] = f"broken since it was checked: {length} samples instead of {self.lengths[index[row]]}"
+        for row, window, length, rate in self._decoded(encoded, start, broken):
+            problem = self._changed(index[row], length, rate)
+            if problem:
+                broken[row] = problem
             else:
                 waveform[row] = window
         lengths = np.clip(self.lengths[index] - start, 0, self.num_samples)
@@ -113,6 +118,13 @@ class AudioDecoder:
         self._files.close()
         self._pipeline = None
 
+    def _changed(self, clip: int, frames: int, rate: int) -> str:
+        """What is wrong with a clip that has `frames` samples at `rate` Hz now, "" if nothing is."""
+        before, rate_before = self.clips.frames[clip], self.clips.sample_rates[clip]
+        if rate != rate_before:
+            return f"broken since it was checked: {rate} Hz instead of {rate_before}"
+        return "" if frames == before else f"broken since it was checked: {frames} samples instead of {before}"
+
     def _place(self, clip: int) -> str:
         offset = self.clips.offsets[clip]
         return f" (byte {offset} of {self.clips.paths[clip]})" if offset else ""
@@ -123,40 +135,79 @@ class AudioDecoder:
     def _read_clip(self, clip: int, start: int, window: np.ndarray) -> np.ndarray | str | None:
         clips = self.clips
         offset, size = int(clips.offsets[clip]), int(clips.sizes[clip])
+        is_resampled = clips.sample_rates[clip] != self.sample_rate
         try:
             with self._files.opened(clip) as file:
-                found = size if offset else os.fstat(file).st_size
-                if found != size:
-                    return f"changed since it was checked: {found} bytes instead of {size}"
-                if self._maybe_bare[clip] and self._read_bare(file, clip, start, window):
+                there = size if offset else os.fstat(file).st_size
+                if there != size:
+                    return f"changed since it was checked: {there} bytes instead of {size}"
+                if self._maybe_bare[clip] and self._is_bare(file, clip):
+                    if is_resampled:
+                        self._resample(clip, start, window, lambda first, last: self._bare(file, clip, first, last))
+                    else:
+                        self._read_bare(file, clip, start, window)
                     return None
+                if is_resampled and not offset:
+                    return self._read_resampled(file, clip, start, window)
                 content = np.empty(size, dtype=np.uint8)
                 got = _read_into(file, content, offset)
         except OSError as error:
             return f"cannot be read any more: {error.strerror or error}"
-        return content if got == size else f"changed since it was checked: {got} bytes instead of {size}"
+        if got != size:
+            return f"changed since it was checked: {got} bytes instead of {size}"
+        return self._read_resampled(io.BytesIO(content), clip, start, window) if is_resampled else content
 
-    def _read_bare(self, file: int, clip: int, start: int, window: np.ndarray) -> bool:
-        """Read a window of samples that follow the header of 44 bytes into its place; False if there is another
-        header.
-        """
-        frames, offset = int(self.clips.frames[clip]), int(self.clips.offsets[clip])
+    def _is_bare(self, file: int, clip: int) -> bool:
+        """Whether a clip begins with the header of 44 bytes that says what is known of it."""
         header = bytearray(HEADER_BYTES)
-        if _read_into(file, header, offset) < HEADER_BYTES or header != wav_header(
-            frames, int(self.clips.sample_rates[clip])
-        ):
-            return False
-        count = min(max(frames - start, 0), len(window))
+        expected = wav_header(int(self.clips.frames[clip]), int(self.clips.sample_rates[clip]))
+        return _read_into(file, header, int(self.clips.offsets[clip])) == HEADER_BYTES and header == expected
+
+    def _read_bare(self, file: int, clip: int, start: int, window: np.ndarray) -> None:
+        """Read a window of the samples that follow the header of 44 bytes into its place."""
+        count = min(max(int(self.clips.frames[clip]) - start, 0), len(window))
         window[count:] = 0
-        if _read_into(file, window[:count].view(np.uint8), offset + HEADER_BYTES + 2 * start) < 2 * count:
-            raise OSError(0, "ends too early")
-        return True
+        _read_samples(file, window[:count], int(self.clips.offsets[clip]) + HEADER_BYTES + 2 * start)
+
+    def _bare(self, file: int, clip: int, first: int, last: int) -> np.ndarray:
+        """Samples `first` to `last` that follow the header of 44 bytes, float32."""
+        samples = np.empty(last - first, dtype=np.int16)
+        _read_samples(file, samples, int(self.clips.offsets[clip]) + HEADER_BYTES + 2 * first)
+        return as_float(samples)
+
+    def _read_resampled(self, file: int | io.BytesIO, clip: int, start: int, window: np.ndarray) -> str | None:
+        """Decode and resample a window into its place; a str of why that is not possible."""
+        try:
+            with soundfile.SoundFile(file, closefd=False) as sound:
+                known, there = (
+                    (self.clips.frames[clip], self.clips.sample_rates[clip]),
+                    (sound.frames, sound.samplerate),
+                )
+                if there != known:
+                    return f"broken since it was checked: {there[0]} samples at {there[1]} Hz instead of {known[0]}"
+                self._resample(clip, start, window, lambda first, last: _decode_span(sound, first, last))
+        except soundfile.LibsndfileError as error:
+            return f"broken since it was checked: {error.error_string.rstrip('.')}"
+        except EOFError as error:
+            return f"broken since it was checked: {error}"
+        return None
+
+    def _resample(
+        self, clip: int, start: int, window: np.ndarray, samples_between: Callable[[int, int], np.ndarray]
+    ) -> None:
+        """Put a window of a clip into its place that is resampled from what `samples_between` returns of it."""
+        count = min(max(int(self.lengths[clip]) - start, 0), len(window))
+        window[count:] = 0
+        if count:
+            frames, rate = int(self.clips.frames[clip]), int(self.clips.sample_rates[clip])
+            span = Span.of(start, start + count, frames, rate, self.sample_rate)
+            window[:count] = rounded(span.resample(samples_between(span.first, span.last)))
 
     def _decoded(
         self, encoded: dict[int, np.ndarray], start: np.ndarray, broken: dict[int, str]
-    ) -> Iterator[tuple[int, np.ndarray, int]]:
-        """(row, window, length of the whole clip) of all that DALI can decode; why it cannot do the others goes to
-        `broken`.
+    ) -> Iterator[tuple[int, np.ndarray, int, int]]:
+        """(row, window, samples of the whole clip, its rate in Hz) of all that DALI can decode; why it cannot do the
+        others goes to `broken`.
         """
         if not encoded:
             return
@@ -166,21 +217,29 @@ class AudioDecoder:
         except RuntimeError:
             for row in rows:
                 try:
-                    windows, lengths = self._run([encoded[row]], start[[row]])
+                    windows, lengths, rates = self._run([encoded[row]], start[[row]])
                 except RuntimeError as error:
                     broken[row] = f"broken since it was checked: {_reason(error)}"
                 else:
-                    yield row, windows[0], lengths[0]
+                    yield row, windows[0], lengths[0], rates[0]
 
-    def _run(self, contents: list[np.ndarray], start: np.ndarray) -> tuple[np.ndarray, list[int]]:
-        """(windows, lengths of the whole clips), until the next call; RuntimeError if any cannot be decoded."""
+    def _run(self, contents: list[np.ndarray], start: np.ndarray) -> tuple[np.ndarray, list[int], list[int]]:
+        """(windows, samples of the whole clips, their rates in Hz), valid until the next call.
+
+        Raises:
+            RuntimeError: any cannot be decoded.
+        """
         if self._pipeline is None:
             self._pipeline = self._build()
         try:
             self._pipeline.feed_input("encoded", contents)
             self._pipeline.feed_input("start", list(start.astype(np.int32)[:, None]))
-            windows, shapes = self._pipeline.run()
-            return windows.as_array(), shapes.as_array()[:, 0].tolist()
+            windows, shapes, rates = self._pipeline.run()
+            return (
+                windows.as_array(),
+                shapes.as_array()[:, 0].tolist(),
+                rates.as_array().astype(np.int64).ravel().tolist(),
+            )
         except RuntimeError:
             self._pipeline = None  # DALI: "Current pipeline object is no longer valid"
             raise
@@ -247,6 +306,27 @@ def wav_header(frames: int, sample_rate: int) -> bytes:
     )
 
 
+def _decode_span(sound: soundfile.SoundFile, first: int, last: int) -> np.ndarray:
+    """Samples `first` to `last` of a file, the mean of its channels, float32 of full scale 1.
+
+    Opus is decoded from its beginning: what its decoder returns after a jump depends on what it has decoded before.
+
+    Raises:
+        EOFError: it ends before them.
+    """
+    at = 0 if sound.subtype == "OPUS" else sound.seek(first)
+    block = np.empty((max(1, _BLOCK // sound.channels), sound.channels), dtype=np.float32)
+    samples = np.empty(last - first, dtype=np.float32)
+    while at < last:
+        got = sound.buffer_read_into(block[: last - at], "float32")
+        if not got:
+            raise EOFError(f"{at} samples can be decoded, not {last}")
+        if at + got > first:
+            samples[max(at - first, 0) : at + got - first] = mean_of_channels(block[max(first - at, 0) : got])
+        at += got
+    return samples
+
+
 def _read_into(file: int, buffer: np.ndarray | bytearray, offset: int) -> int:
     """Bytes read at `offset`: fewer than the buffer holds only at the end of the file. One call reads no more than 2
     GiB.
@@ -257,7 +337,13 @@ def _read_into(file: int, buffer: np.ndarray | bytearray, offset: int) -> int:
     return done
 
 
-def _build_pipeline(num_samples: int, sample_rate: int, batch_size: int, num_threads: int) -> Pipeline:
+def _read_samples(file: int, samples: np.ndarray, offset: int) -> None:
+    """Fill int16 [n] from the bytes at `offset`. Raises `OSError` where the file ends before."""
+    if _read_into(file, samples.view(np.uint8), offset) < samples.nbytes:
+        raise OSError(0, "ends too early")
+
+
+def _build_pipeline(num_samples: int, batch_size: int, num_threads: int) -> Pipeline:
     from nvidia.dali import fn, pipeline_def, types  # steps that are fed from memory do without
 
     @pipeline_def(
@@ -266,9 +352,9 @@ def _build_pipeline(num_samples: int, sample_rate: int, batch_size: int, num_thr
     def windows() -> tuple:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
         start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
-        audio, _ = fn.decoders.audio(encoded, dtype=types.INT16, downmix=True, sample_rate=sample_rate)
+        audio, rate = fn.decoders.audio(encoded, dtype=types.INT16, downmix=True)
         window = fn.slice(audio, start, [num_samples], axes=[0], out_of_bounds_policy="pad", fill_values=0)
-        return window, audio.shape()
+        return window, audio.shape(), rate
 
     pipeline = windows()
     pipeline.build()

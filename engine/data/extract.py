@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ssast.engine.data.probe import Reject, describe, ffmpeg_blocks, file_status, native_blocks, open_native, serve
-from ssast.engine.data.resample import to_int16
+from ssast.engine.data.resample import mean_of_channels, to_int16
 from ssast.engine.data.shards import END_OF_TAR, clip_key, encode_audio, tar_members
 
 
@@ -172,18 +172,9 @@ def decode(path: str, size: int) -> Iterator[tuple[int, np.ndarray]]:
         if sound is not None:
             exact = sound.subtype == "PCM_16" and sound.channels == 1
             for block in native_blocks(sound, "int16" if exact else "float32"):
-                yield sound.samplerate, _mean_of_channels(block)
+                yield sound.samplerate, mean_of_channels(block)
             return
     yield from ffmpeg_blocks(path, problem)
-
-
-def _mean_of_channels(block: np.ndarray) -> np.ndarray:
-    if block.shape[1] == 1:
-        return block[:, 0]
-    mean = block[:, 0].copy()
-    for channel in range(1, block.shape[1]):  # an order of magnitude faster than a mean over the short axis
-        mean += block[:, channel]
-    return mean / block.shape[1]
 
 
 def cut(blocks: Iterable[np.ndarray], settings: Extraction) -> Iterator[tuple[int, int, np.ndarray]]:

@@ -121,6 +121,29 @@ def measured_statistics(config: RunConfig) -> tuple[float, float] | None:
         return None
 
 
+def sound_version(config: RunConfig, data: Dataset) -> int:
+    """The oldest version of the resampler (data/resample.py) that any step of the run has heard, or will.
+
+    A warning says where a run that resumes has heard files resampled by another one, which aliased.
+    """
+    from ssast.engine.data.resample import SOUND_VERSION
+
+    if not (config.run_dir / "metrics.jsonl").is_file():
+        return SOUND_VERSION
+    try:
+        before = int(json.loads((config.run_dir / "data.json").read_text(encoding="utf-8")).get("sound", 1))
+    except (OSError, ValueError, AttributeError):
+        before = 1
+    lowered = sum(int((clips.sample_rates > config.data.sample_rate).sum()) for clips in data.parts())
+    if before < SOUND_VERSION and lowered:
+        print(
+            f"warning: earlier steps of {config.run_dir} heard aliases in {lowered} clips above "
+            f"{config.data.sample_rate} Hz, which were resampled without a low-pass filter; from here on they are "
+            "filtered (docs/data.md). For a clean comparison, train anew under another run.name"
+        )
+    return min(before, SOUND_VERSION) if lowered else SOUND_VERSION
+
+
 def prepare_run_dir(config: RunConfig, data: Dataset, world_size: int) -> None:
     """Make the run folder, clear what a killed process left half-written, and write down what the run is made of."""
     from ssast.engine.data.check import write_skipped
@@ -132,7 +155,7 @@ def prepare_run_dir(config: RunConfig, data: Dataset, world_size: int) -> None:
         "config.yaml": dump_config(config),
         "environment.json": json.dumps(describe_environment(world_size), indent=2) + "\n",
         "source.diff": source_diff(),
-        "data.json": json.dumps(data.summary(), indent=2) + "\n",
+        "data.json": json.dumps(data.summary() | {"sound": sound_version(config, data)}, indent=2) + "\n",
     }
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
