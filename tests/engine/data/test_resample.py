@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from ssast.engine.data import extract, probe
 from ssast.engine.data.check import check_clips
-from ssast.engine.data.clips import Clips, open_shards
-from ssast.engine.data.dataset import feature_statistics
+from ssast.engine.data.clips import Clips
+from ssast.engine.data.dataset import clip_statistics
 from ssast.engine.data.decode import AudioDecoder
 from ssast.engine.data.manifest import Entry
 from ssast.engine.data.prepare import Settings, prepare
 from ssast.engine.data.resample import Span, resampled_length, rounded, to_int16
+from ssast.engine.data.shards import open_shards
 from ssast.engine.data.sound import find_recordings, read_recordings
 from ssast.engine.inference.inference import as_clips
 
@@ -241,5 +242,5 @@ def test_every_way_in_hears_the_same(tones, tmp_path):
         for (_, frequency), samples, first in zip(tones, found, ways["files"], strict=True):
             require_level(samples, frequency, 16_000, 44_100, 0.02)
             assert len(samples) == len(first) and np.abs(samples.astype(int) - first).max() <= 1, way
-    ours, theirs = (feature_statistics(some, 16_000, 128, 9_600, 1) for some in (clips, shards))
+    ours, theirs = (clip_statistics(some, 16_000, 128, 9_600, 1) for some in (clips, shards))
     assert ours == pytest.approx(theirs, abs=0.02)
