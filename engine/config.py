@@ -3,60 +3,74 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.resources
 import importlib.util
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ssast.kernels.fbank import samples_of
 
 from .data.order import block_shares
+from .deepspeed_section import check_section, micro_batch
 from .environment import computes_in_bf16
 from .errors import UserError
+from .files import expand_path
 from .model.config import HEAD_DIM, PAPER_MEAN, PAPER_STD, WIDTHS, ModelConfig
 
 # The share of patches that validation always masks: the paper's 400 of 512, whatever number training masks.
 VALID_MASKED_SHARE = 400 / 512
 
-# Top-level keys that DeepSpeed reads. DeepSpeed itself passes over an unknown one in silence.
-_DEEPSPEED_KEYS = """
-activation_checkpointing aio amp autotuning bf16 checkpoint comms_logger communication_data_type compile
-compression_training csv_monitor curriculum_learning data_efficiency data_types dataloader_drop_last disable_allgather
-dump_state elasticity eigenvalue flops_profiler fp16 fp32_allreduce gradient_accumulation_steps gradient_clipping
-gradient_predivide_factor memory_breakdown optimizer prescale_gradients progressive_layer_drop
-seq_parallel_communication_data_type sparse_gradients steps_per_print tensorboard timers torch_autocast
-train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism wall_clock_breakdown wandb
-zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
-"""
-DEEPSPEED_KEYS = frozenset(_DEEPSPEED_KEYS.split())
-
-_BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-
-OPTIMIZER_PARAMS = ("lr", "betas", "eps", "weight_decay")
-
 Compile = Annotated[
     Literal["auto", "off", "blocks", "encoder"],
     BeforeValidator(lambda value: "off" if value is False else value),  # YAML 1.1 reads off as false
 ]
-Paths = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+
+
+def _expanded(text: str) -> str:
+    try:
+        return expand_path(text)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
+PathText = Annotated[str, AfterValidator(_expanded)]
+"""A path, in which ~ and $VARIABLES stand for what they stand for in a shell."""
+Paths = Annotated[list[PathText], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
 
 C = TypeVar("C", bound="RunConfig")
 
 
+def _types_of(annotation: Any) -> set[Any]:
+    return {annotation}.union(*(_types_of(argument) for argument in get_args(annotation)))
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_switches_for_numbers(cls, values: Any) -> Any:
+        """To Python, and so to pydantic, true is a 1."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            items = value if isinstance(value, list) else [value]
+            if name in cls.model_fields and any(isinstance(item, bool) for item in items):
+                types = _types_of(cls.model_fields[name].annotation)
+                if types & {int, float} and bool not in types:
+                    raise ValueError(f"{name}: must be a number, not {str(value).lower()}")
+        return values
 
 
 class RunSection(Section):
     name: str = Field(min_length=1)
     """Of the run folder."""
-    folder: str = "runs"
+    folder: PathText = "runs"
     """The run folder is `folder/name`."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Of initial weights, order, crops and masks."""
@@ -113,8 +127,26 @@ class ModelSection(Section):
     """10 ms each."""
     num_mel_bins: int = Field(128, ge=1)
     """Of the filter bank; all published models have 128."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Continue from these weights: an official `.pth`, a `.safetensors`, or a run folder."""
+
+    @property
+    def architecture(self) -> ModelConfig:
+        return _architecture(self)
+
+
+@functools.cache
+def _architecture(section: ModelSection) -> ModelConfig:
+    width = WIDTHS[section.size]
+    return ModelConfig(
+        width=width,
+        depth=section.depth,
+        heads=width // HEAD_DIM,
+        num_mel_bins=section.num_mel_bins,
+        input_frames=section.input_frames,
+        patch_shape=section.patch_shape,
+        stride=section.patch_shape,
+    )
 
 
 class MaskSection(Section):
@@ -165,8 +197,9 @@ class DataSection(Section):
     """Decoding threads of each rank."""
     prefetch: int = Field(3, ge=1)
     """Batches decoded ahead."""
-    cache_dir: str | None = None
-    """Verdicts on checked files and converted copies; default `$XDG_CACHE_HOME/ssast` or `~/.cache/ssast`."""
+    cache_dir: PathText | None = None
+    """Verdicts on checked files and converted copies; default `$XDG_CACHE_HOME/ssast` or `~/.cache/ssast`, and a folder
+    under the temporary one where there is no home folder to write to."""
 
 
 class TrainSection(Section):
@@ -228,19 +261,10 @@ class RunConfig(Section):
         Raises:
             UserError: sizes that do not multiply out.
         """
-        batch, micro, steps = (self.deepspeed.get(key) for key in _BATCH_KEYS)
-        if micro is None:
-            micro = batch // (steps or 1) // world_size
-        elif steps is None:
-            steps = 1 if batch is None else batch // micro // world_size
-        steps = steps or 1
-        if micro < 1 or steps < 1 or (batch is not None and micro * steps * world_size != batch):
-            given = ", ".join(f"{key} {self.deepspeed[key]}" for key in _BATCH_KEYS if key in self.deepspeed)
-            raise UserError(
-                f"deepspeed: {given} on {world_size} ranks do not fit: "
-                "train_batch_size must be train_micro_batch_size_per_gpu x gradient_accumulation_steps x ranks"
-            )
-        return micro, steps
+        try:
+            return micro_batch(self.deepspeed, world_size)
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
     @property
     def zero_stage(self) -> int:
@@ -283,7 +307,7 @@ class RunConfig(Section):
             raise ValueError("run.wandb: Weights & Biases is not installed; pip install wandb, or leave it off")
         if "/" in self.run.name or self.run.name in (".", ".."):
             raise ValueError(f"run.name: {self.run.name!r} must be the name of one folder")
-        _check_deepspeed(self.deepspeed)
+        check_section(self.deepspeed)
         enabled = self.deepspeed.get("bf16", {}).get("enabled")
         if enabled is not None and self.step.precision in ("bf16", "fp32") and enabled != self.bf16:
             raise ValueError(
@@ -302,16 +326,7 @@ class Config(RunConfig):
 
     @property
     def architecture(self) -> ModelConfig:
-        width = WIDTHS[self.model.size]
-        return ModelConfig(
-            width=width,
-            depth=self.model.depth,
-            heads=width // HEAD_DIM,
-            num_mel_bins=self.model.num_mel_bins,
-            input_frames=self.model.input_frames,
-            patch_shape=self.model.patch_shape,
-            stride=self.model.patch_shape,
-        )
+        return self.model.architecture
 
     @property
     def valid_num_masked(self) -> int:
@@ -364,8 +379,14 @@ def load_config(source: str | Path, overrides: Iterable[str] = (), kind: type[C]
     """
     path = _find(str(source), Path("."), kind)
     tree = _read(path, (), kind)
+    applied: list[str] = []
     for override in overrides:
+        key = override.partition("=")[0]
+        lost = [earlier for earlier in applied if earlier.startswith(f"{key}.")]
+        if lost:
+            raise UserError(f"{override}: replaces the whole section, and with it {lost[0]}; write that after it")
         _apply(tree, override)
+        applied.append(override)
     return validated(tree, path, kind)
 
 
@@ -374,7 +395,8 @@ def validated(tree: dict[str, Any], path: Path, kind: type[C] = Config) -> C:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{path}: " + "; ".join(_explain(problem, kind) for problem in error.errors()[:5])) from None
+        problems = dict.fromkeys(_explain(problem, kind) for problem in _deepest(error.errors(), kind))
+        raise UserError(f"{path}: " + "; ".join([*problems][:5])) from None
 
 
 def list_presets(kind: type[RunConfig] = Config) -> list[str]:
@@ -398,8 +420,34 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return found
 
 
+class _DuplicateKeyError(ValueError):
+    """A key that comes twice in one mapping: YAML's readers take the last value and drop the others."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-4 as text, for want of a dot; here it is a number, as in YAML 1.2 and everywhere else."""
+
+    def check_keys(self, node: yaml.Node, path: str = "", seen: frozenset[int] = frozenset()) -> None:
+        """Raises _DuplicateKeyError if a key comes twice in any mapping below `node`."""
+        if id(node) in seen:  # an alias inside of what it stands for
+            return
+        seen |= {id(node)}
+        if isinstance(node, yaml.SequenceNode):
+            for item in node.value:
+                self.check_keys(item, path, seen)
+        if not isinstance(node, yaml.MappingNode):
+            return
+        lines: dict[Any, int] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key, line = self.construct_object(key_node), key_node.start_mark.line + 1
+            name = f"{path}.{key_node.value}".removeprefix(".")
+            if key in lines:
+                lines_of_both = f"line {line}" if line == lines[key] else f"lines {lines[key]} and {line}"
+                raise _DuplicateKeyError(f"the key {name} comes twice, {lines_of_both}")
+            lines[key] = line
+            self.check_keys(value_node, name, seen)
 
 
 _Loader.add_implicit_resolver(
@@ -408,11 +456,22 @@ _Loader.add_implicit_resolver(
 
 
 def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)
+    """Raises yaml.YAMLError, or _DuplicateKeyError."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        loader.check_keys(node)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
 
 
 def _find(source: str, beside: Path, kind: type[RunConfig]) -> Path:
     path = beside / source
+    if not path.is_file():
+        path = beside / expand_path(source)
     if path.is_file():
         return path
     preset = (
@@ -428,7 +487,9 @@ def _read(path: Path, seen: tuple[Path, ...], kind: type[RunConfig]) -> dict[str
         raise UserError(f"{path}: 'extends' goes round in a circle")
     try:
         tree = _parse_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except _DuplicateKeyError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
@@ -452,7 +513,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"{override}: an override is written key.sub=value")
     try:
         value = _parse_yaml(text) if text else None
-    except yaml.YAMLError:
+    except _DuplicateKeyError as error:
+        raise UserError(f"{override}: {error}") from None
+    except (yaml.YAMLError, RecursionError):
         value = text  # a path with a colon or a bracket, say
     if isinstance(value, str) or key in ("data.train", "data.valid", "data.test", "run.name", "model.init_from"):
         value = text if not text.startswith("[") else value
@@ -465,15 +528,45 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree[leaf] = value
 
 
+_UNION_TAGS = re.compile(r"(function-|literal\[|list\[|dict\[|tuple\[|constrained-|nullable|(str|int|float|bool)$)")
+
+
+def _place(problem: dict[str, Any]) -> tuple[str, ...]:
+    """Where it is, without the names that pydantic gives to the members of a union."""
+    return tuple(str(part) for part in problem["loc"] if not _UNION_TAGS.match(str(part)) and part != "[key]")
+
+
+def _deepest(problems: Sequence[dict[str, Any]], kind: type[RunConfig]) -> list[dict[str, Any]]:
+    """One problem for a place: where a value may be of several types, the one of the type that fits best."""
+    kept: dict[tuple[str, ...], dict[str, Any]] = {}
+    for problem in problems:
+        place = _place(problem)
+        if place in kept and problem["type"] == "literal_error":
+            kept[place] = {**kept[place], "msg": f"{kept[place]['msg']} or {problem['ctx']['expected']}"}
+        if any(other[: len(place)] == place for other in kept):
+            continue  # of another member of the union
+        for other in [other for other in kept if place[: len(other)] == other]:
+            del kept[other]
+        kept[place] = problem
+    return list(kept.values())
+
+
 def _explain(problem: dict[str, Any], kind: type[RunConfig]) -> str:
-    key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("function-"))
+    key = ".".join(_place(problem))
+    if problem["type"] == "string_type" and isinstance(problem["input"], bool):
+        key = ".".join(part for part in _place(problem) if not part.isdecimal())
+        return f"{key}: quote yes, no, on, off and the like: without quotes YAML reads them as true or false"
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, _known_keys(kind), n=1, cutoff=0.5)
         return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
     if problem["type"] == "missing":
         return f"{key} is missing"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}, not {problem['input']!r}" if key else message
+    if not key:
+        return message
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):
+        return f"{key}.{message}"  # of a key in this section
+    return f"{key}: {message}" + ("" if str(problem["input"]) in message else f", not {problem['input']!r}")
 
 
 def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
@@ -494,49 +587,3 @@ def _check_weights(weights: list[float], sources: list[str]) -> None:
         raise ValueError(
             f"data.weights: {len(weights)} weights for {len(sources)} entries of data.train; each needs one"
         )
-
-
-def _check_deepspeed(section: dict[str, Any]) -> None:
-    for key in section:
-        if key not in DEEPSPEED_KEYS:
-            near = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1, cutoff=0.5)
-            raise ValueError(f"unknown key deepspeed.{key}" + (f"; did you mean deepspeed.{near[0]}?" if near else ""))
-    if not {"train_micro_batch_size_per_gpu", "train_batch_size"} & section.keys():
-        raise ValueError("deepspeed.train_micro_batch_size_per_gpu or deepspeed.train_batch_size is missing")
-    for key in (*_BATCH_KEYS, "gradient_clipping"):
-        value, is_count = section.get(key, 1), key in _BATCH_KEYS
-        if isinstance(value, bool) or not isinstance(value, int if is_count else int | float) or value < is_count:
-            raise ValueError(f"deepspeed.{key}: must be a positive number, not {value!r}")
-    for key in ("optimizer", "zero_optimization", "bf16", "fp16", "data_types"):
-        if not isinstance(section.get(key, {}), dict):
-            raise ValueError(f"deepspeed.{key}: is a section of its own, not {section[key]!r}")
-    optimizer = section.get("optimizer", {})
-    if optimizer.get("type") not in ("Adam", "AdamW"):
-        raise ValueError(
-            "deepspeed.optimizer.type: must be Adam (L2 weight decay, the paper's) or AdamW, not "
-            f"{optimizer.get('type')!r}"
-        )
-    params = optimizer.get("params") or {}
-    if "lr" not in params:
-        raise ValueError("deepspeed.optimizer.params.lr is missing")
-    for name, value in params.items():
-        if name == "betas":
-            if not (
-                isinstance(value, list)
-                and len(value) == 2
-                and all(isinstance(b, int | float) and 0 <= b < 1 for b in value)
-            ):
-                raise ValueError(
-                    f"deepspeed.optimizer.params.betas: must be two numbers from 0 to below 1, not {value!r}"
-                )
-        elif not isinstance(value, int | float) or value < 0:
-            raise ValueError(f"deepspeed.optimizer.params.{name}: must be a number of at least 0, not {value!r}")
-    if unknown := sorted(params.keys() - set(OPTIMIZER_PARAMS)):
-        raise ValueError(
-            f"unknown key deepspeed.optimizer.params.{unknown[0]}; there are {', '.join(OPTIMIZER_PARAMS)}"
-        )
-    stage = section.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise ValueError(f"deepspeed.zero_optimization.stage: must be 0, 1, 2 or 3, not {stage!r}")
-    if section.get("fp16", {}).get("enabled"):
-        raise ValueError("deepspeed.fp16: this engine trains in bf16 or fp32; set deepspeed.bf16.enabled instead")

@@ -2,12 +2,47 @@
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from .errors import UserError
+
 PROFILE_FOLDER = "profile"
 """In a run folder: what `ssast profile` wrote, which may come before the run."""
+
+
+_VARIABLE = re.compile(r"\$(?:\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
+
+
+def expand_path(text: str) -> str:
+    """A path that a user has written, with `~`, `~NAME`, `$NAME` and `${NAME}` expanded: no shell does it behind an
+    equals sign or in YAML. A path that exists as it is written is taken as it is written.
+
+    Raises:
+        UserError: a variable that is not set, a user that there is not, or no home folder.
+    """
+    if ("$" not in text and not text.startswith("~")) or os.path.lexists(text):
+        return text
+
+    def value_of(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if name not in os.environ:
+            raise UserError(f"{text}: the environment variable {name} is not set")
+        return os.environ[name]
+
+    tilde, slash, rest = text.partition("/")
+    if tilde.startswith("~"):
+        home = os.path.expanduser(tilde)
+        if home == tilde:
+            raise UserError(
+                f"{text}: there is no home folder: HOME is not set; write the whole path"
+                if tilde == "~"
+                else f"{text}: there is no user {tilde[1:]} here; write the whole path, or ./{text}"
+            )
+        return home + slash + _VARIABLE.sub(value_of, rest)
+    return _VARIABLE.sub(value_of, text)
 
 
 @contextlib.contextmanager

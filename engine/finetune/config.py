@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ssast.engine.config import DataSection, Paths, RunConfig, Section, TrainSection
+from ssast.engine.config import DataSection, Paths, PathText, RunConfig, Section, TrainSection
 from ssast.engine.errors import UserError
 from ssast.engine.model.config import HEAD_DIM, WIDTHS, ModelConfig
 
@@ -15,8 +16,11 @@ SCRATCH = "none"
 MAIN = {False: "accuracy", True: "mAP"}  # the metric of a task, by whether a clip may have several labels
 
 
+Weights = Annotated[PathText | None, BeforeValidator(lambda value: None if value in ("", SCRATCH) else value)]
+
+
 class FinetuneModelSection(Section):
-    init_from: Annotated[str | None, BeforeValidator(lambda value: None if value in ("", SCRATCH) else value)] = None
+    init_from: Weights = None
     """Weights to start from: a run folder, a `.safetensors` or an official `.pth`. null or none: from scratch."""
     size: Literal["tiny", "small", "base"] = "base"
     depth: int = Field(12, ge=1)
@@ -38,9 +42,34 @@ class FinetuneModelSection(Section):
     layer_weights: bool = False
     """Classify a learned weighted sum of all layers, as SUPERB does with train: head."""
 
+    @property
+    def architecture(self) -> ModelConfig:
+        """Without weights to start from; classes are not known yet.
+
+        Raises:
+            ValueError: shapes that do not fit each other.
+        """
+        return _architecture(self)
+
+
+@functools.cache
+def _architecture(section: FinetuneModelSection) -> ModelConfig:
+    width = WIDTHS[section.size]
+    patch_shape = section.patch_shape or (16, 16)
+    return ModelConfig(
+        width=width,
+        depth=section.depth,
+        heads=width // HEAD_DIM,
+        num_mel_bins=section.num_mel_bins,
+        input_frames=section.input_frames,
+        patch_shape=patch_shape,
+        stride=section.stride or patch_shape,
+        pretraining_heads=False,
+    )
+
 
 class TaskSection(Section):
-    labels: str | list[str] | None = None
+    labels: PathText | list[str] | None = None
     """The classes in order: a list, a text file, or AudioSet's class_labels_indices.csv. null: those that the clips
     have."""
     multi_label: bool = False
@@ -54,7 +83,7 @@ class TaskSection(Section):
     folds: int | None = Field(None, ge=2)
     """Cross-validation with so many folds: those the data have, or made, grouped by `group` and alike in their
     classes."""
-    fold: Annotated[str | None, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)] = None
+    fold: Annotated[str | None, BeforeValidator(lambda value: str(value) if type(value) is int else value)] = None
     """Only this fold is tested on; null: each in turn."""
     valid_fold: bool = False
     """Validate on the fold after the tested one; otherwise on nothing, or on the held-out share
@@ -145,19 +174,7 @@ class FinetuneConfig(RunConfig):
     @property
     def architecture(self) -> ModelConfig:
         """Without weights to start from; classes are not known yet."""
-        model = self.model
-        width = WIDTHS[model.size]
-        patch_shape = model.patch_shape or (16, 16)
-        return ModelConfig(
-            width=width,
-            depth=model.depth,
-            heads=width // HEAD_DIM,
-            num_mel_bins=model.num_mel_bins,
-            input_frames=model.input_frames,
-            patch_shape=patch_shape,
-            stride=model.stride or patch_shape,
-            pretraining_heads=False,
-        )
+        return self.model.architecture
 
     def timed(self, clips: int, world_size: int) -> Self:
         """With epochs turned into steps for so many training clips, and a warm-up that leaves steps at the full rate.

@@ -3,6 +3,7 @@ import yaml
 
 from ssast.engine.config import VALID_MASKED_SHARE, differences, dump_config, list_presets, load_config
 from ssast.engine.errors import UserError
+from ssast.engine.finetune.config import FinetuneConfig
 from ssast.engine.model.adapt import build_model
 from ssast.engine.model.cost import count_parameters, flops_per_clip
 from ssast.engine.pretrain import describe_run
@@ -77,6 +78,20 @@ def test_validation_masks_the_papers_share():
         ("data=3", "data"),
         ("noequals", "an override is written key.sub=value"),
         ("run.name.x=1", "run.name is a value, not a section"),
+        ("run={name: a, name: b}", "the key name comes twice"),
+        ("data.std=.nan", "data.std: Input should be a finite number or 'auto', not nan"),
+        ("data.mean=1e999", "data.mean: Input should be a finite number or 'auto', not inf"),
+        ("objective.recon_weight=inf", "objective.recon_weight: Input should be a finite number"),
+        ("data.weights=[.nan]", "data.weights.0: Input should be a finite number"),
+        ("train.steps=true", "train.steps: must be a number, not true"),
+        ("deepspeed.optimizer.params.lr=.nan", "deepspeed.optimizer.params.lr: must be a finite number"),
+        ("deepspeed.optimizer.params.lr=true", "params.lr: must be a number of at least 0, not True"),
+        ("deepspeed.gradient_clipping=.inf", "deepspeed.gradient_clipping: must be a finite number"),
+        ("deepspeed.zero_optimization.stage=true", "must be 0, 1, 2 or 3, not True"),
+        ("deepspeed.bf16.enabled='false'", "deepspeed.bf16.enabled: must be true or false without quotes"),
+        ("deepspeed.bf16.enabled=auto", "deepspeed.bf16.enabled: 'auto' is Hugging Face's word"),
+        ("deepspeed.zero_optimization={overlap_comm: 'No'}", "overlap_comm: 'No' is text"),
+        ("deepspeed.prescale_gradients=maybe", "prescale_gradients: must be true or false"),
     ],
 )
 def test_mistakes_are_one_clear_line(override, message):
@@ -101,6 +116,69 @@ def test_files_that_are_no_config(tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"no such config file, and no preset.*demo"):
         load_config("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "train: {steps: 40}\ndata: {valid_fraction: 0.3}\ntrain: {valid_every: 7}",
+            "train comes twice, lines 2 and 4",
+        ),
+        ("train:\n  steps: 40\n  warmup_steps: 3\n  steps: 4", "the key train.steps comes twice, lines 3 and 5"),
+        ("deepspeed:\n  bf16: {enabled: true, enabled: false}", "deepspeed.bf16.enabled comes twice, line 3"),
+        ("step: &s {compile: off}\n'step': *s", "the key step comes twice, lines 2 and 3"),
+        ("data: {std: .inf}", "data.std: Input should be a finite number"),
+    ],
+)
+def test_what_a_file_says_twice_or_beyond_measure(tmp_path, content, message):
+    (tmp_path / "mine.yaml").write_text(f"extends: demo\n{content}\n")
+    with pytest.raises(UserError) as error:
+        load_config(tmp_path / "mine.yaml")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_yaml_shares_comes_once(tmp_path):
+    """Aliases repeat values, and a merge key is overridden by what stands beside it."""
+    (tmp_path / "mine.yaml").write_text(
+        "extends: demo\nobjective: {recon_weight: 2.0}\nstep: {<<: {compile: off}, compile: auto}"
+    )
+    config = load_config(tmp_path / "mine.yaml")
+    assert config.objective.recon_weight == 2 and config.step.compile == "auto"
+
+
+def test_an_override_of_a_section_drops_none_before_it():
+    assert load_config("demo", ["train.steps=5000", "train.steps=4000"]).train.steps == 4000
+    with pytest.raises(UserError, match=r"replaces the whole section, and with it objective.name=generative"):
+        load_config("demo", ["objective.name=generative", "objective={recon_weight: 1}"])
+
+
+def test_words_that_yaml_reads_as_true_and_false_must_be_quoted(tmp_path):
+    (tmp_path / "words.yaml").write_text("extends: custom\nrun: {name: y}\ntask: {labels: [yes, no, on, off]}\n")
+    with pytest.raises(UserError) as error:
+        load_config(tmp_path / "words.yaml", (), FinetuneConfig)
+    assert str(error.value).count("quote yes, no, on, off") == 1
+    (tmp_path / "words.yaml").write_text("extends: custom\nrun: {name: y}\ntask: {labels: ['yes', 'no']}\n")
+    assert load_config(tmp_path / "words.yaml", (), FinetuneConfig).task.labels == ["yes", "no"]
+
+
+def test_home_and_variables_in_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("AUDIO", "/audio")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    (tmp_path / "mine.yaml").write_text(
+        "extends: demo\nrun: {folder: $HOME/runs}\ndata: {train: [~/a, '${AUDIO}/b', c]}"
+    )
+    settings = ["data.valid=~/v", "data.cache_dir=$AUDIO/c", "model.init_from=~/x.pth"]
+    config = load_config(tmp_path / "mine.yaml", settings)
+    assert config.run.folder == "/home/me/runs" and config.data.train == ["/home/me/a", "/audio/b", "c"]
+    assert (*config.data.valid, config.data.cache_dir) == ("/home/me/v", "/audio/c")
+    assert config.model.init_from == "/home/me/x.pth"
+    with pytest.raises(UserError, match=r"run.folder: \$NOWHERE/x: the environment variable NOWHERE is not set"):
+        load_config("demo", ["run.folder=$NOWHERE/x"])
+    (tmp_path / "$NOWHERE").mkdir()
+    assert load_config("demo", ["data.train=$NOWHERE"]).data.train == ["$NOWHERE"]
 
 
 def test_numbers_may_be_written_without_a_dot(tmp_path):
