@@ -17,7 +17,15 @@ from typing import Any
 
 import torch
 
-from ssast.kernels import attention, embed_patches, fbank, mspm_loss, sample_patch_mask
+from ssast.kernels import (
+    attention,
+    embed_patches,
+    embed_visible_patches,
+    fbank,
+    insert_mask_tokens,
+    mspm_loss,
+    sample_patch_mask,
+)
 from ssast.kernels.law import error_and_allowance, largest_error
 
 from . import formulas, operator_baselines
@@ -249,6 +257,67 @@ def embed_cases(setting: Setting) -> Iterator[Case]:
         )
 
 
+def visible_embed_cases(setting: Setting) -> Iterator[Case]:
+    B = setting.batch or (256 if setting.production else 4)
+    for D in (768, 192) if setting.production else (192,):
+
+        def make_inputs(seed: int, D: int = D) -> dict[str, torch.Tensor]:
+            draw = functools.partial(setting.draw, setting.generator(seed))
+            return {
+                "patches": draw(B, P, K, scale=0.5),
+                "weight": draw(D, K, scale=K**-0.5),
+                "bias": draw(D, scale=0.1),
+                "position": draw(PREFIX + P, D, scale=0.1),
+                "prefix": draw(PREFIX, D, scale=0.1),
+                "mask": setting.draw_mask(B, seed),
+            }
+
+        yield Case(
+            operator="embed_visible",
+            shape=f"B={B} P={P} M={MASKED} K={K} D={D}",
+            dtype=_name(setting.dtype),
+            make_inputs=make_inputs,
+            exact=functools.partial(embed_visible_patches, backend="torch"),
+            needs=formulas.embed_visible(B, P, MASKED, K, D, setting.dtype.itemsize),
+            providers=setting.providers(
+                torch=functools.partial(embed_visible_patches, backend="torch"),
+                triton=functools.partial(embed_visible_patches, backend="triton"),
+            ),
+            outputs=("tokens", "slot"),
+            learned=("weight", "bias", "position", "prefix"),
+        )
+
+
+def mask_token_cases(setting: Setting) -> Iterator[Case]:
+    B = setting.batch or (256 if setting.production else 4)
+    for D in (768, 384) if setting.production else (192,):
+
+        def make_inputs(seed: int, D: int = D) -> dict[str, torch.Tensor]:
+            draw = functools.partial(setting.draw, setting.generator(seed))
+            mask = setting.draw_mask(B, seed)
+            is_masked = torch.zeros(B, P, dtype=torch.bool, device=setting.device).scatter_(1, mask, True)
+            return {
+                "encoded": draw(B, PREFIX + P - MASKED, D),
+                "mask_token": draw(D, scale=0.1),
+                "position": draw(PREFIX + P, D, scale=0.1),
+                "slot": ((~is_masked).cumsum(dim=1) - 1).masked_fill(is_masked, -1).to(torch.int32),
+            }
+
+        yield Case(
+            operator="mask_tokens",
+            shape=f"B={B} P={P} M={MASKED} D={D}",
+            dtype=_name(setting.dtype),
+            make_inputs=make_inputs,
+            exact=functools.partial(insert_mask_tokens, backend="torch"),
+            needs=formulas.mask_tokens(B, P, MASKED, D, setting.dtype.itemsize),
+            providers=setting.providers(
+                torch=functools.partial(insert_mask_tokens, backend="torch"),
+                triton=functools.partial(insert_mask_tokens, backend="triton"),
+            ),
+            learned=("encoded", "mask_token", "position"),
+        )
+
+
 def loss_cases(setting: Setting) -> Iterator[Case]:
     shapes = [(256, False), (24, False), (256, True)] if setting.production else [(4, False)]
     for B, gathered in shapes if not setting.batch else [(setting.batch, False), (setting.batch, True)]:
@@ -392,6 +461,8 @@ OPERATORS: dict[str, Operator] = {
     "fbank": Operator(fbank, fbank_cases),
     "mask": Operator(sample_patch_mask, mask_cases),
     "embed": Operator(embed_patches, embed_cases),
+    "embed_visible": Operator(embed_visible_patches, visible_embed_cases),
+    "mask_tokens": Operator(insert_mask_tokens, mask_token_cases),
     "loss": Operator(mspm_loss, loss_cases),
     "attention": Operator(attention, attention_cases),
 }

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 WINDOW, SHIFT, FFT = 400, 160, 512  # of 16 kHz audio
 INDEX = 8  # bytes of an int64
+SLOT = 4  # bytes of an int32
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,34 @@ def embed(B: int, P: int, M: int, K: int, D: int, size: int) -> dict[str, Need]:
         "forward": Need(patches + parameters + tokens, product),
         "backward": Need(patches + parameters + tokens, product),
         "both": Need(patches + 2 * parameters + 2 * tokens, 2 * product),
+    }
+
+
+def embed_visible(B: int, P: int, M: int, K: int, D: int, size: int) -> dict[str, Need]:
+    """As `embed`, without the masked patches' tokens; the slots, 4 bytes a patch, are written forward and read
+    backward.
+    """
+    patches = B * (P - M) * K * size + B * M * INDEX + B * P * SLOT
+    parameters = (D * K + D + (2 + P) * D + 2 * D) * size  # weight, bias, position, prefix
+    tokens = B * (2 + P - M) * D * size
+    product = 2 * B * (P - M) * K * D
+    return {
+        "forward": Need(patches + parameters + tokens, product),
+        "backward": Need(patches + parameters + tokens, product),
+        "both": Need(patches + 2 * parameters + 2 * tokens, 2 * product),
+    }
+
+
+def mask_tokens(B: int, P: int, M: int, D: int, size: int) -> dict[str, Need]:
+    """Encoder output, mask token, positions and slots in, whole clips out; backward the other way round."""
+    encoded = B * (2 + P - M) * D * size
+    parameters = (1 + 2 + P) * D * size
+    tokens = B * (2 + P) * D * size
+    slots = B * P * SLOT
+    return {
+        "forward": Need(encoded + parameters + tokens + slots, 0),
+        "backward": Need(encoded + parameters + tokens + slots, 0),
+        "both": Need(2 * (encoded + parameters + tokens) + slots, 0),
     }
 
 

@@ -6,15 +6,16 @@ docs/kernels.md explains each.
 
 Legend of the shapes in all files:
     B clips   S samples   T frames   F mel bins   f, t  patch rows (frequency) and columns (time) of the grid
-    P = f * t patches   K values of a patch (256)   M masked patches   D model width
+    P = f * t patches   K values of a patch (256)   M masked patches   V = P - M visible ones   D model width
     H heads   N = 2 + P tokens   d = D / H
 """
 
 from .attention import attention, available_attention, use_attention
 from .choose_attention import AttentionChoice, choose_attention
-from .embed import NUM_PREFIX, embed_patches, patchify
+from .embed import NUM_PREFIX, embed_patches, embed_visible_patches, patchify
 from .fbank import fbank
 from .fp8 import fp8_linear, fp8_obstacle
+from .mask_tokens import insert_mask_tokens
 from .mspm_loss import MSPMLoss, found_patches, mspm_loss
 from .patch_mask import sample_patch_mask
 
@@ -26,10 +27,12 @@ __all__ = [
     "available_attention",
     "choose_attention",
     "embed_patches",
+    "embed_visible_patches",
     "fbank",
     "found_patches",
     "fp8_linear",
     "fp8_obstacle",
+    "insert_mask_tokens",
     "mspm_loss",
     "patchify",
     "sample_patch_mask",

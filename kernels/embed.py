@@ -1,4 +1,6 @@
-"""Patches to tokens: projection, mask token, position and prefix tokens, written once."""
+"""Patches to tokens: projection, mask token, position and prefix tokens, written once; of all patches, or of the
+visible ones only.
+"""
 
 import torch
 import triton
@@ -26,17 +28,47 @@ def _reference(
 ) -> torch.Tensor:
     tokens = torch.nn.functional.linear(patches.to(weight.dtype), weight, bias)  # [B, P, D]
     if mask is not None and mask_token is not None:
-        is_masked = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device).scatter_(1, mask, True)
-        tokens = torch.where(is_masked[..., None], mask_token.to(tokens.dtype), tokens)
+        tokens = torch.where(_is_masked(mask, patches.shape[1])[..., None], mask_token.to(tokens.dtype), tokens)
     prefix = prefix.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
     return torch.cat((prefix, tokens), dim=1) + position
+
+
+def _is_masked(mask: torch.Tensor, num_patches: int) -> torch.Tensor:
+    """[B, M] patch numbers -> [B, P] bool."""
+    flags = torch.zeros(mask.shape[0], num_patches, dtype=torch.bool, device=mask.device)
+    return flags.scatter_(1, mask, True)
+
+
+def visible_rows(slot: torch.Tensor, num_visible: int) -> torch.Tensor:
+    """[B, P] slots, as `embed_visible_patches` gives them -> [B, V] int64, the visible patches' numbers, ascending."""
+    return (slot < 0).to(torch.int8).sort(dim=1, stable=True).indices[:, :num_visible]
+
+
+def _visible_reference(
+    patches: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    position: torch.Tensor,
+    prefix: torch.Tensor,
+    mask: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    is_masked = _is_masked(mask, patches.shape[1])
+    slot = ((~is_masked).cumsum(dim=1) - 1).masked_fill(is_masked, -1).to(torch.int32)
+    number = visible_rows(slot, patches.shape[1] - mask.shape[1])  # [B, V]
+    patches = patches.gather(1, number[..., None].expand(-1, -1, patches.shape[2]))
+    # by embedding(), whose gradient is summed in a fixed order where that of indexing is not
+    position_rows = torch.nn.functional.embedding(NUM_PREFIX + number, position)
+    tokens = torch.nn.functional.linear(patches.to(weight.dtype), weight, bias) + position_rows
+    prefix = (prefix + position[:NUM_PREFIX]).expand(tokens.shape[0], -1, -1).to(tokens.dtype)
+    return torch.cat((prefix, tokens), dim=1), slot
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
 #
 # Masked patches, 400 of 512, need no projection: forward and backward multiply the rows of visible patches only,
 # gathered by their numbers. Every token is written once, with everything added to it; gradients are sums over clips of
-# what is read once.
+# what is read once. Where only visible tokens are wanted, the same kernels run with VISIBLE_ONLY: token 2 + i of a clip
+# is then its i-th visible patch, and the programs for masked ones are not launched.
 
 # tokens a program: a tile of visible patches is the left factor of a product, of which Hopper takes no fewer rows
 _ROWS = 64
@@ -58,12 +90,14 @@ def _tiles(compute: torch.dtype) -> dict[str, dict[str, int]]:
 def _partition_kernel(
     mask_ptr,  # [B, M] int64
     visible_ptr,  # [B, P - M] int32
-    is_masked_ptr,  # [B, P] int8
+    slot_ptr,  # [B, P] int32
     P: tl.constexpr,
     M: tl.constexpr,
     P_2: tl.constexpr,
 ):
-    """One program a clip: the numbers of its visible patches, ascending, and a flag for each patch."""
+    """One program a clip: the numbers of its visible patches, ascending, and each patch's place among them (-1: it is
+    masked).
+    """
     clip = tl.program_id(0).to(tl.int64)
     number = tl.arange(0, P_2)
     hits = tl.zeros((P_2,), tl.int32)
@@ -72,9 +106,10 @@ def _partition_kernel(
         masked = tl.load(mask_ptr + clip * M + m, mask=m < M, other=-1).to(tl.int32)
         hits += tl.sum((number[:, None] == masked[None, :]).to(tl.int32), axis=1)
     is_visible = (hits == 0) & (number < P)
-    tl.store(is_masked_ptr + clip * P + number, (hits != 0).to(tl.int8), mask=number < P)
     slot = tl.cumsum(is_visible.to(tl.int32)) - 1
-    tl.store(visible_ptr + clip * (P - M) + slot, number, mask=is_visible & (slot < P - M))
+    is_visible &= slot < P - M  # a mask that repeats itself leaves more than there is room for
+    tl.store(slot_ptr + clip * P + number, tl.where(is_visible, slot, -1), mask=number < P)
+    tl.store(visible_ptr + clip * (P - M) + slot, number, mask=is_visible)
 
 
 @triton.jit
@@ -87,9 +122,10 @@ def _embed_kernel(
     mask_token_ptr,  # [D]
     mask_ptr,  # [B, M] int64, or None
     visible_ptr,  # [B, P - M] int32, or None: all are visible
-    out_ptr,  # [B, 2 + P, D]
+    out_ptr,  # [B, 2 + P, D]; VISIBLE_ONLY: [B, 2 + P - M, D]
     clip_stride,  # of patches
     patch_stride,
+    VISIBLE_ONLY: tl.constexpr,
     P: tl.constexpr,
     M: tl.constexpr,
     K: tl.constexpr,
@@ -107,7 +143,7 @@ def _embed_kernel(
     tile = tl.program_id(0)
     VISIBLE: tl.constexpr = P - M
     VISIBLE_TILES: tl.constexpr = (VISIBLE + BR - 1) // BR
-    out_ptr += clip * (2 + P) * D
+    out_ptr += clip * (2 + (VISIBLE if VISIBLE_ONLY else P)) * D
     if tile < VISIBLE_TILES:
         row = tile * BR + tl.arange(0, BR)
         is_row = row < VISIBLE
@@ -130,8 +166,10 @@ def _embed_kernel(
             place = (2 + number)[:, None] * D + d[None, :]
             keep = is_row[:, None] & (d < D)[None, :]
             tokens += tl.load(position_ptr + place, mask=keep, other=0.0).to(tl.float32)
+            if VISIBLE_ONLY:
+                place = (2 + row)[:, None] * D + d[None, :]
             tl.store(out_ptr + place, tokens.to(out_ptr.dtype.element_ty), mask=keep)
-    elif M > 0:
+    elif M > 0 and not VISIBLE_ONLY:
         row = (tile - VISIBLE_TILES) * BR + tl.arange(0, BR)
         number = tl.load(mask_ptr + clip * M + row, mask=row < M, other=-1).to(tl.int32)
         is_row = (number >= 0) & (number < P)  # nothing is written beyond the clip, whatever the mask says
@@ -154,13 +192,15 @@ def _embed_kernel(
 
 @triton.jit
 def _token_sums_kernel(
-    grad_ptr,  # [B, 2 + P, D]
-    is_masked_ptr,  # [B, P] int8, or None: none is
+    grad_ptr,  # [B, 2 + P, D]; VISIBLE_ONLY: [B, 2 + V, D]
+    slot_ptr,  # [B, P] int32, or None: all are visible
     position_ptr,  # [SPLITS, 2 + P, D] float32: sums over a split's clips
     visible_ptr,  # [SPLITS * token tiles, D] float32: sums over visible patches
     masked_ptr,  # likewise over masked ones
     batch,
+    VISIBLE_ONLY: tl.constexpr,
     P: tl.constexpr,
+    V: tl.constexpr,  # visible patches of a clip
     D: tl.constexpr,
     SPLITS: tl.constexpr,
     BR: tl.constexpr,
@@ -175,11 +215,18 @@ def _token_sums_kernel(
     every = tl.zeros((BR, BD), tl.float32)
     masked = tl.zeros((BR, BD), tl.float32)
     for clip in range(split, batch, SPLITS):
-        grad = tl.load(grad_ptr + tl.cast(clip, tl.int64) * (2 + P) * D + place, mask=keep, other=0.0).to(tl.float32)
-        every += grad
-        if is_masked_ptr is not None:
-            flag = tl.load(is_masked_ptr + tl.cast(clip, tl.int64) * P + token - 2, mask=is_patch, other=0)
-            masked += tl.where((flag != 0)[:, None], grad, 0.0)
+        clip_grad_ptr = grad_ptr + tl.cast(clip, tl.int64) * (2 + (V if VISIBLE_ONLY else P)) * D
+        if VISIBLE_ONLY:  # a masked patch has no token
+            slot = tl.load(slot_ptr + tl.cast(clip, tl.int64) * P + token - 2, mask=is_patch, other=-1)
+            row = tl.where(is_patch, 2 + slot, token)
+            has_token = keep & (~is_patch | (slot >= 0))[:, None]
+            every += tl.load(clip_grad_ptr + row[:, None] * D + d[None, :], mask=has_token, other=0.0).to(tl.float32)
+        else:
+            grad = tl.load(clip_grad_ptr + place, mask=keep, other=0.0).to(tl.float32)
+            every += grad
+            if slot_ptr is not None:
+                slot = tl.load(slot_ptr + tl.cast(clip, tl.int64) * P + token - 2, mask=is_patch, other=0)
+                masked += tl.where((slot < 0)[:, None], grad, 0.0)
     tl.store(position_ptr + tl.cast(split, tl.int64) * (2 + P) * D + place, every, mask=keep)
     part = (tl.cast(split, tl.int64) * tl.num_programs(0) + tile) * D + d
     visible = tl.where(is_patch[:, None], every - masked, 0.0)
@@ -189,13 +236,14 @@ def _token_sums_kernel(
 
 @triton.jit
 def _weight_sums_kernel(
-    grad_ptr,  # [B, 2 + P, D]
+    grad_ptr,  # [B, 2 + P, D]; VISIBLE_ONLY: [B, 2 + VISIBLE, D]
     patches_ptr,  # [B, P, K]
     visible_ptr,  # [B, P - M] int32, or None
     out_ptr,  # [SPLITS, D, K] float32: sums over a split's clips
     batch,
     clip_stride,  # of patches
     patch_stride,
+    VISIBLE_ONLY: tl.constexpr,
     P: tl.constexpr,
     VISIBLE: tl.constexpr,
     K: tl.constexpr,
@@ -212,14 +260,14 @@ def _weight_sums_kernel(
     k = tl.program_id(1) * BK + tl.arange(0, BK)
     total = tl.zeros((BD, BK), tl.float32)
     for clip in range(split, batch, SPLITS):
-        clip_grad_ptr = grad_ptr + tl.cast(clip, tl.int64) * (2 + P) * D
+        clip_grad_ptr = grad_ptr + tl.cast(clip, tl.int64) * (2 + (VISIBLE if VISIBLE_ONLY else P)) * D
         clip_patches_ptr = patches_ptr + tl.cast(clip, tl.int64) * clip_stride
         for r0 in range(0, VISIBLE, BR):
             row = r0 + tl.arange(0, BR)
             number = row
             if visible_ptr is not None:
                 number = tl.load(visible_ptr + tl.cast(clip, tl.int64) * VISIBLE + row, mask=row < VISIBLE, other=0)
-            grad_ptrs = clip_grad_ptr + (2 + number)[:, None] * D + d[None, :]
+            grad_ptrs = clip_grad_ptr + (2 + (row if VISIBLE_ONLY else number))[:, None] * D + d[None, :]
             # [BR, BD]
             grad = tl.load(grad_ptrs, mask=(row < VISIBLE)[:, None] & (d < D)[None, :], other=0.0).to(COMPUTE)
             patch_ptrs = clip_patches_ptr + number.to(tl.int64)[:, None] * patch_stride + k[None, :]
@@ -242,7 +290,7 @@ def _sum_parts_kernel(parts_ptr, out_ptr, num_parts, size, BN: tl.constexpr, BLO
     tl.store(out_ptr + place, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=place < size)
 
 
-def _sum_parts(parts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def sum_parts(parts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """[N, ...] -> [...] with the shape and dtype of `like`."""
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
     block = 128
@@ -268,17 +316,16 @@ def _embed_op(
     prefix: torch.Tensor,
     mask_token: torch.Tensor | None,
     mask: torch.Tensor | None,
+    visible_only: bool,
     compute: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, and for the backward pass: numbers of the visible patches, and which are masked (both empty without a
-    mask).
-    """
-    tokens, visible, is_masked = _new_outputs(patches, weight, position, mask, compute)
+    """Tokens, the visible patches' numbers, and each patch's place among them (both empty without a mask)."""
+    tokens, visible, slot = _new_outputs(patches, weight, position, mask, visible_only, compute)
     batch, num_patches, values = patches.shape
     num_masked = 0 if mask is None else mask.shape[1]
     patches = patches if patches.stride(2) == 1 else patches.contiguous()
     if batch == 0:
-        return tokens, visible, is_masked
+        return tokens, visible, slot
     with torch.cuda.device_of(patches):
         if mask is not None:
             mask = mask.contiguous()
@@ -286,14 +333,16 @@ def _embed_op(
             _partition_kernel[(batch,)](
                 mask,
                 visible,
-                is_masked,
+                slot,
                 P=num_patches,
                 M=num_masked,
                 P_2=num_patches_2,
                 num_warps=max(4, num_patches_2 // 256),
             )
         blocks = _tiles(compute)["tokens"]
-        tiles = triton.cdiv(num_patches - num_masked, blocks["BR"]) + triton.cdiv(num_masked, blocks["BR"])
+        tiles = triton.cdiv(num_patches - num_masked, blocks["BR"])
+        if not visible_only:
+            tiles += triton.cdiv(num_masked, blocks["BR"])
         _embed_kernel[(tiles, batch)](
             patches,
             weight.contiguous(),
@@ -306,6 +355,7 @@ def _embed_op(
             tokens,
             patches.stride(0),
             patches.stride(1),
+            VISIBLE_ONLY=visible_only,
             P=num_patches,
             M=num_masked,
             K=values,
@@ -316,22 +366,29 @@ def _embed_op(
             num_warps=8,
             num_stages=3,
         )
-    return tokens, visible, is_masked
+    return tokens, visible, slot
 
 
 @_embed_op.register_fake
-def _(patches, weight, bias, position, prefix, mask_token, mask, compute):
-    return _new_outputs(patches, weight, position, mask, compute)
+def _(patches, weight, bias, position, prefix, mask_token, mask, visible_only, compute):
+    return _new_outputs(patches, weight, position, mask, visible_only, compute)
 
 
 def _new_outputs(
-    patches: torch.Tensor, weight: torch.Tensor, position: torch.Tensor, mask: torch.Tensor | None, compute: torch.dtype
+    patches: torch.Tensor,
+    weight: torch.Tensor,
+    position: torch.Tensor,
+    mask: torch.Tensor | None,
+    visible_only: bool,
+    compute: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, num_patches = patches.shape[:2]
+    num_visible = 0 if mask is None else num_patches - mask.shape[1]
+    num_tokens = NUM_PREFIX + (num_visible if visible_only else num_patches)
     dtype = torch.promote_types(compute, position.dtype)
-    tokens = patches.new_empty(batch, position.shape[0], weight.shape[0], dtype=dtype)
-    visible = patches.new_empty(batch, 0 if mask is None else num_patches - mask.shape[1], dtype=torch.int32)
-    return tokens, visible, patches.new_empty(batch, 0 if mask is None else num_patches, dtype=torch.int8)
+    tokens = patches.new_empty(batch, num_tokens, weight.shape[0], dtype=dtype)
+    visible = patches.new_empty(batch, num_visible, dtype=torch.int32)
+    return tokens, visible, patches.new_empty(batch, 0 if mask is None else num_patches, dtype=torch.int32)
 
 
 @torch.library.custom_op("ssast::embed_patches_backward", mutates_args=())
@@ -344,15 +401,16 @@ def _embed_backward_op(
     prefix: torch.Tensor,
     mask_token: torch.Tensor | None,
     visible: torch.Tensor,
-    is_masked: torch.Tensor,
+    slot: torch.Tensor,
+    visible_only: bool,
     compute: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of weight, bias, position, prefix and mask token (empty without a mask)."""
-    has_mask = is_masked.shape[1] > 0
+    """Gradients of weight, bias, position, prefix and mask token (empty where there is none)."""
+    has_mask = slot.shape[1] > 0
     batch, num_patches, values = patches.shape
     width, tokens = weight.shape[0], position.shape[0]
     if batch == 0:
-        like = (weight, bias, position, prefix, mask_token if has_mask else bias.new_empty(0))
+        like = (weight, bias, position, prefix, bias.new_empty(0) if mask_token is None else mask_token)
         return tuple(torch.zeros_like(each, memory_format=torch.contiguous_format) for each in like)
     grad = grad.contiguous()
     patches = patches if patches.stride(2) == 1 else patches.contiguous()
@@ -365,12 +423,14 @@ def _embed_backward_op(
         masked_parts = torch.empty_like(visible_parts)
         _token_sums_kernel[(row_tiles, column_tiles, splits)](
             grad,
-            is_masked if has_mask else None,
+            slot if has_mask else None,
             position_parts,
             visible_parts,
             masked_parts,
             batch,
+            VISIBLE_ONLY=visible_only,
             P=num_patches,
+            V=visible.shape[1] if has_mask else num_patches,
             D=width,
             SPLITS=splits,
             BR=_SUM_ROWS,
@@ -390,6 +450,7 @@ def _embed_backward_op(
             batch,
             patches.stride(0),
             patches.stride(1),
+            VISIBLE_ONLY=visible_only,
             P=num_patches,
             VISIBLE=visible.shape[1] if has_mask else num_patches,
             K=values,
@@ -402,50 +463,41 @@ def _embed_backward_op(
             num_stages=2,
         )
         return (
-            _sum_parts(weight_parts, weight),
-            _sum_parts(visible_parts, bias),
-            _sum_parts(position_parts, position),
-            _sum_parts(position_parts[:, :NUM_PREFIX].contiguous(), prefix),
-            _sum_parts(masked_parts, mask_token) if has_mask else bias.new_empty(0),
+            sum_parts(weight_parts, weight),
+            sum_parts(visible_parts, bias),
+            sum_parts(position_parts, position),
+            sum_parts(position_parts[:, :NUM_PREFIX].contiguous(), prefix),
+            bias.new_empty(0) if mask_token is None else sum_parts(masked_parts, mask_token),
         )
 
 
 @_embed_backward_op.register_fake
-def _(grad, patches, weight, bias, position, prefix, mask_token, visible, is_masked, compute):
-    like = (weight, bias, position, prefix, mask_token if is_masked.shape[1] > 0 else bias.new_empty(0))
+def _(grad, patches, weight, bias, position, prefix, mask_token, visible, slot, visible_only, compute):
+    like = (weight, bias, position, prefix, bias.new_empty(0) if mask_token is None else mask_token)
     return tuple(torch.empty_like(each, memory_format=torch.contiguous_format) for each in like)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    patches, weight, bias, position, prefix, mask_token, _, ctx.compute = inputs
-    _, visible, is_masked = output
-    ctx.save_for_backward(patches, weight, bias, position, prefix, mask_token, visible, is_masked)
-    ctx.mark_non_differentiable(visible, is_masked)
+    patches, weight, bias, position, prefix, mask_token, _, ctx.visible_only, ctx.compute = inputs
+    _, visible, slot = output
+    ctx.save_for_backward(patches, weight, bias, position, prefix, mask_token, visible, slot)
+    ctx.mark_non_differentiable(visible, slot)
 
 
-def _backward(ctx, grad, _grad_visible, _grad_is_masked):
-    patches, weight, bias, position, prefix, mask_token, visible, is_masked = ctx.saved_tensors
-    grads = _embed_backward_op(
-        grad, patches, weight, bias, position, prefix, mask_token, visible, is_masked, ctx.compute
+def _backward(ctx, grad, _grad_visible, _grad_slot):
+    patches, weight, bias, position, prefix, mask_token, visible, slot = ctx.saved_tensors
+    *grads, grad_mask_token = _embed_backward_op(
+        grad, patches, weight, bias, position, prefix, mask_token, visible, slot, ctx.visible_only, ctx.compute
     )
-    grad_weight, grad_bias, grad_position, grad_prefix, grad_mask_token = grads
     grad_patches = None
     if ctx.needs_input_grad[0]:  # never in training: patches are data
         grad_patches = torch.nn.functional.linear(grad[:, NUM_PREFIX:].to(weight.dtype), weight.T)
-        if is_masked.shape[1] > 0:
-            grad_patches = grad_patches.masked_fill(is_masked[..., None] != 0, 0.0)
+        if ctx.visible_only:
+            grad_patches = grad_patches.gather(1, slot.clamp(min=0).long()[..., None].expand(patches.shape))
+        if slot.shape[1] > 0:
+            grad_patches = grad_patches.masked_fill(slot[..., None] < 0, 0.0)
         grad_patches = grad_patches.to(patches.dtype)
-    has_mask = is_masked.shape[1] > 0
-    return (
-        grad_patches,
-        grad_weight,
-        grad_bias,
-        grad_position,
-        grad_prefix,
-        grad_mask_token if has_mask else None,
-        None,
-        None,
-    )
+    return grad_patches, *grads, None if mask_token is None else grad_mask_token, None, None, None
 
 
 _embed_op.register_autograd(_backward, setup_context=_setup_context)
@@ -483,6 +535,56 @@ def embed_patches(
     """
     if mask is not None and mask_token is None:
         raise ValueError("mask was given without mask_token")
+    _check_shapes(patches, weight, bias, position, prefix, mask_token, mask)
+    if resolve_backend(backend, patches, weight, position) == "torch":
+        return _reference(patches, weight, bias, position, prefix, mask_token, mask)
+    mask_token = None if mask is None else mask_token
+    return _embed_op(patches, weight, bias, position, prefix, mask_token, mask, False, _compute_dtype(weight))[0]
+
+
+def embed_visible_patches(
+    patches: torch.Tensor,  # [B, P, K]
+    weight: torch.Tensor,  # [D, K]
+    bias: torch.Tensor,  # [D]
+    position: torch.Tensor,  # [2 + P, D]
+    prefix: torch.Tensor,  # [2, D]
+    mask: torch.Tensor,  # [B, M]
+    *,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`embed_patches` without the tokens of masked patches: what an encoder of visible patches alone reads (MAE-AST,
+    Baade, Peng and Harwath 2022).
+
+    Arguments, dtypes and errors are those of `embed_patches`.
+
+    Returns:
+        Tokens [cls, dist, first visible patch, second ...] [B, 2 + V, D], V = P - M, in the order of patch numbers
+        whatever the order of `mask`; and slot [B, P] int32, each patch's place among its clip's visible ones, -1 where
+        it is masked, by which `ssast.kernels.insert_mask_tokens` puts them back.
+    """
+    _check_shapes(patches, weight, bias, position, prefix, None, mask)
+    if resolve_backend(backend, patches, weight, position) == "torch":
+        return _visible_reference(patches, weight, bias, position, prefix, mask)
+    tokens, _, slot = _embed_op(patches, weight, bias, position, prefix, None, mask, True, _compute_dtype(weight))
+    return tokens, slot
+
+
+def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
+    """Of the projection's factors."""
+    device_type = weight.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+
+
+def _check_shapes(
+    patches: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    position: torch.Tensor,
+    prefix: torch.Tensor,
+    mask_token: torch.Tensor | None,
+    mask: torch.Tensor | None,
+) -> None:
+    """Raises: ValueError: shapes that do not belong together."""
     width, num_tokens = weight.shape[0], NUM_PREFIX + patches.shape[1]
     wanted = {
         "weight": (width, patches.shape[2]),
@@ -502,12 +604,3 @@ def embed_patches(
             )
     if mask is not None and (mask.shape[0] != patches.shape[0] or not 0 < mask.shape[1] < patches.shape[1]):
         raise ValueError(f"mask is {tuple(mask.shape)} for {patches.shape[0]} clips of {patches.shape[1]} patches")
-    if resolve_backend(backend, patches, weight, position) == "torch":
-        return _reference(patches, weight, bias, position, prefix, mask_token, mask)
-
-    device_type = patches.device.type
-    compute = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
-    tokens, _, _ = _embed_op(
-        patches, weight, bias, position, prefix, mask_token if mask is not None else None, mask, compute
-    )
-    return tokens

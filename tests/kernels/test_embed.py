@@ -2,7 +2,8 @@ import pytest
 import torch
 from law import assert_lawful, embed_order_errors
 
-from ssast.kernels import embed_patches
+from ssast.kernels import embed_patches, embed_visible_patches
+from ssast.kernels.embed import _embed_backward_op, _embed_op
 
 
 def inputs(clips: int = 2, patches: int = 6, values: int = 8, width: int = 4) -> dict[str, torch.Tensor]:
@@ -175,3 +176,105 @@ def test_an_empty_batch(device):
     assert tokens.shape == (0, 11, 16)
     tokens.sum().backward()
     assert (given["weight"].grad == 0).all() and (given["mask_token"].grad == 0).all()
+
+
+# --- visible patches only ---------------------------------------------------------------------------------------------
+
+
+def visible_inputs(clips: int = 2, patches: int = 6, values: int = 8, width: int = 4) -> dict[str, torch.Tensor]:
+    given = inputs(clips, patches, values, width)
+    del given["mask_token"]
+    return given
+
+
+def run_visible(
+    given: dict[str, torch.Tensor], mask: torch.Tensor, backend: str | None, upstream: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Tokens and the gradient of everything, by name."""
+    leaves = {name: value.detach().requires_grad_() for name, value in given.items()}
+    tokens, _ = embed_visible_patches(**leaves, mask=mask, backend=backend)
+    grads = torch.autograd.grad(tokens, list(leaves.values()), upstream.to(tokens.dtype))
+    return {"tokens": tokens.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_visible_tokens_are_those_of_all_in_order(backend, device):
+    given = {name: value.float().to(device) for name, value in visible_inputs(2, 7).items()}
+    mask = torch.tensor([[5, 0, 3], [1, 6, 2]], device=device)
+    tokens, slot = embed_visible_patches(**given, mask=mask, backend=backend)
+    assert slot.tolist() == [[-1, 0, 1, -1, 2, -1, 3], [0, -1, -1, 1, 2, 3, -1]] and slot.dtype == torch.int32
+    every = embed_patches(**given, backend=backend)
+    for clip, visible in enumerate(([1, 2, 4, 6], [0, 3, 4, 5])):
+        torch.testing.assert_close(tokens[clip], every[clip, [0, 1, *(2 + number for number in visible)]])
+
+
+def test_gradients_of_visible_patches():
+    given = {name: value.requires_grad_() for name, value in visible_inputs().items()}
+    mask = torch.tensor([[3, 0], [4, 5]])
+    assert torch.autograd.gradcheck(lambda *values: embed_visible_patches(*values, mask=mask)[0], tuple(given.values()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("clips", "patches", "values", "width", "masked"), SHAPES)
+@pytest.mark.parametrize("backend", ["triton"])
+def test_law_of_visible_patches(backend, clips, patches, values, width, masked, dtype, device):
+    given = {name: value.to(device, dtype) for name, value in visible_inputs(clips, patches, values, width).items()}
+    mask = draw_mask(clips, patches, masked).to(device)
+    generator = torch.Generator().manual_seed(2)
+    upstream = torch.randn(clips, 2 + patches - masked, width, generator=generator, dtype=torch.float64)
+    upstream = upstream.to(device, dtype)
+    ours = run_visible(given, mask, backend, upstream)
+    same = run_visible(given, mask, "torch", upstream)
+    exact = run_visible({name: value.double() for name, value in given.items()}, mask, "torch", upstream.double())
+    for name in exact:
+        assert_lawful(name, ours[name], same[name], exact[name])
+    if dtype == torch.float32:
+        again = run_visible(given, mask, backend, upstream)
+        assert all(torch.equal(ours[name], again[name]) for name in ours)
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_visible_patches_under_autocast_and_compiled(backend, device):
+    given = {name: value.float().to(device) for name, value in visible_inputs(2, 9, 16, 16).items()}
+    mask, upstream = draw_mask(2, 9, 4).to(device), torch.randn(2, 7, 16).to(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        ours, same = (run_visible(given, mask, each, upstream) for each in (backend, "torch"))
+        compiled = torch.compile(embed_visible_patches, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(**given, mask=mask, backend=backend)[0], ours["tokens"])
+    exact = run_visible({name: value.double() for name, value in given.items()}, mask, "torch", upstream.double())
+    for name in exact:
+        assert ours[name].dtype == torch.float32
+        assert_lawful(name, ours[name], same[name], exact[name])
+
+
+@pytest.mark.parametrize("visible_only", [True, False])
+def test_operators_keep_the_rules_of_torch_library(visible_only, device):
+    given = {name: value.float().to(device).requires_grad_(name != "patches") for name, value in inputs(2, 7).items()}
+    if visible_only:
+        given["mask_token"] = None
+    mask = draw_mask(2, 7, 3).to(device)
+    arguments = (*given.values(), mask, visible_only, torch.float32)
+    torch.library.opcheck(_embed_op, arguments)
+    tokens, visible, slot = _embed_op(*arguments)
+    learned = [None if value is None else value.detach() for value in given.values()]
+    torch.library.opcheck(
+        _embed_backward_op, (torch.randn_like(tokens), *learned, visible, slot, visible_only, torch.float32)
+    )
+
+
+def test_bad_arguments_of_visible_patches():
+    given = visible_inputs()
+    with pytest.raises(ValueError, match=r"position is .* and must be"):
+        embed_visible_patches(**{**given, "position": given["position"][1:]}, mask=torch.zeros(2, 1, dtype=torch.int64))
+    for masked in (0, 6):
+        with pytest.raises(ValueError, match=rf"mask is \(2, {masked}\) for 2 clips of 6 patches"):
+            embed_visible_patches(**given, mask=torch.zeros(2, masked, dtype=torch.int64))
+
+
+def test_visible_patches_of_an_empty_batch(device):
+    given = {name: value.float().to(device).requires_grad_() for name, value in visible_inputs(0, 9, 16, 16).items()}
+    mask = torch.zeros(0, 4, dtype=torch.int64, device=device)
+    tokens, slot = embed_visible_patches(**given, mask=mask, backend="triton")
+    assert tokens.shape == (0, 7, 16) and slot.shape == (0, 9)
+    tokens.sum().backward()
+    assert (given["weight"].grad == 0).all()
