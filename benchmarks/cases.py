@@ -283,7 +283,6 @@ def visible_embed_cases(setting: Setting) -> Iterator[Case]:
                 torch=functools.partial(embed_visible_patches, backend="torch"),
                 triton=functools.partial(embed_visible_patches, backend="triton"),
             ),
-            outputs=("tokens", "slot"),
             learned=("weight", "bias", "position", "prefix"),
         )
 
