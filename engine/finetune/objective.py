@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,10 @@ from torch.nn import functional
 
 from ssast.engine.data.loader import Batch
 from ssast.engine.distributed.ranks import Ranks
+from ssast.engine.model.front_end import FrontEnd
 from ssast.engine.model.ssast import SSAST
 from ssast.engine.spans import span
-from ssast.kernels import fbank
+from ssast.engine.training.objective import ModelEngine
 
 from .augment import mixup, noise_and_roll, spec_augment
 from .config import FinetuneConfig
@@ -33,9 +34,11 @@ class FineTuning:
     def __init__(self, config: FinetuneConfig, data: TaskData, ranks: Ranks) -> None:
         self.config, self.data, self.device, self.ranks = config, data, ranks.device, ranks
         self.all_used = not config.model.layer_weights  # which pass by the final norm
+        frames, bins = config.model.input_frames, config.model.num_mel_bins
+        self.front_end = FrontEnd(config.data.sample_rate, bins, frames, data.mean, data.std)
         self._targets = torch.from_numpy(data.train_targets).to(ranks.device)  # bool [N, C]
 
-    def losses(self, engine: Callable[..., Any], batch: Batch) -> Sequence[torch.Tensor]:
+    def losses(self, engine: ModelEngine, batch: Batch) -> Sequence[torch.Tensor]:
         augment, seed, offset = self.config.augment, self.config.run.seed, batch.position
         with span("copy"):
             tensors = (batch.waveform, batch.lengths, batch.clips)
@@ -60,25 +63,16 @@ class FineTuning:
 
     def features(self, waveform: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """[B, S] -> [B, T, F], normalised."""
-        config = self.config
-        return fbank(
-            waveform,
-            sample_rate=config.data.sample_rate,
-            num_mel_bins=config.model.num_mel_bins,
-            lengths=lengths,
-            num_frames=config.model.input_frames,
-            mean=self.data.mean,
-            std=self.data.std,
-            dtype=torch.bfloat16 if config.bf16 and not config.uses_autocast else torch.float32,
-        )
+        in_bf16 = self.config.bf16 and not self.config.uses_autocast
+        return self.front_end.features(waveform, lengths, dtype=torch.bfloat16 if in_bf16 else torch.float32)
 
-    def logits(self, engine: Callable[..., Any], features: torch.Tensor) -> torch.Tensor:
+    def logits(self, engine: ModelEngine, features: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.uses_autocast):
-            return engine(features, method="classify").float()
+            return engine(lambda model: model.classify(features)).float()
 
     @torch.no_grad()
     def scores(
-        self, model: Callable[..., Any], batches: Iterable[tuple[Batch, int]], count: int
+        self, model: ModelEngine, batches: Iterable[tuple[Batch, int]], count: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Probabilities float32 [N, C] of clips 0 ... count - 1, put together from all ranks, and [N] the clip that
         each row is of: another one, if a clip could not be read.
@@ -95,7 +89,7 @@ class FineTuning:
         dist.all_reduce(read, op=dist.ReduceOp.MAX)
         return scores.cpu().numpy(), read.cpu().numpy()
 
-    def validate(self, engine: Callable[..., Any], batches: Iterable[tuple[Batch, int]]) -> dict[str, float]:
+    def validate(self, engine: ModelEngine, batches: Iterable[tuple[Batch, int]]) -> dict[str, float]:
         scores, read = self.scores(engine, batches, len(self.data.valid))
         return class_metrics(scores, self.data.valid_targets[read], self.data.labels, self.config.task.multi_label)
 

@@ -24,7 +24,7 @@ from ssast.engine.data.resample import QUALITY
 from ssast.engine.data.sound import read_recordings
 from ssast.engine.errors import UserError
 from ssast.engine.model.ssast import SSAST
-from ssast.kernels import NUM_PREFIX, fbank, patchify
+from ssast.kernels import NUM_PREFIX, patchify
 from ssast.kernels.fbank import LOWEST_RATE, count_frames, frame_geometry, samples_of
 
 MAX_PEAK = 1000.0  # where full scale is 1: beyond it samples are integers that were never divided
@@ -220,21 +220,12 @@ def features_of(model: SSAST, clips: Sequence[np.ndarray]) -> torch.Tensor:
     """[B, T, F] features as in training, padded, of clips [S] at the model's sample rate, int16 or float32 of full
     scale 1.
     """
-    card, config = model.card, model.config
     waveform = np.zeros((len(clips), max(map(len, clips))), dtype=np.float32)
     for row, clip in zip(waveform, clips, strict=True):
         row[: len(clip)] = clip / np.float32(32768) if clip.dtype == np.int16 else clip
     weight = model.embedding.weight
-    return fbank(
-        torch.from_numpy(waveform).to(weight.device),
-        sample_rate=card.sample_rate,
-        num_mel_bins=config.num_mel_bins,
-        lengths=torch.tensor([len(clip) for clip in clips], device=weight.device),
-        num_frames=config.input_frames,
-        mean=card.mean,
-        std=card.std,
-        dtype=weight.dtype,
-    )
+    lengths = torch.tensor([len(clip) for clip in clips], device=weight.device)
+    return model.front_end.features(torch.from_numpy(waveform).to(weight.device), lengths, dtype=weight.dtype)
 
 
 def hidden_states(model: SSAST, features: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -13,6 +13,7 @@ and `python run_downstream.py -u ssast_engine -k CHECKPOINT ...`. Nothing of s3p
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import nn
 
 from ssast.engine.errors import UserError
 from ssast.engine.model.weights import load_model
-from ssast.kernels import NUM_PREFIX, fbank
+from ssast.kernels import NUM_PREFIX
 from ssast.kernels.fbank import SHIFT_SECONDS, frame_geometry
 
 from .inference import hidden_states
@@ -106,18 +107,12 @@ class UpstreamExpert(nn.Module):
         """[B, W, T, F] normalised features. Each window starts where the patches of the one before it would go on, so
         that all patches lie on one line of time, a stride apart.
         """
-        config, card = self.model.config, self.model.card
+        config = self.model.config
         step = config.grid[1] * config.stride[1]  # frames
         count = -(-times // config.grid[1])
-        features = fbank(
-            nn.utils.rnn.pad_sequence([wav.float() for wav in wavs], batch_first=True),
-            sample_rate=SAMPLE_RATE,
-            num_mel_bins=config.num_mel_bins,
-            lengths=torch.tensor(lengths, device=wavs[0].device),
-            num_frames=(count - 1) * step + config.input_frames,
-            mean=card.mean,
-            std=card.std,
-        )
+        front_end = replace(self.model.front_end, num_frames=(count - 1) * step + config.input_frames)
+        waveform = nn.utils.rnn.pad_sequence([wav.float() for wav in wavs], batch_first=True)
+        features = front_end.features(waveform, torch.tensor(lengths, device=waveform.device))
         return features.unfold(1, config.input_frames, step).transpose(2, 3)
 
     def _encode(self, features: torch.Tensor) -> torch.Tensor:

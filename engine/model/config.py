@@ -76,3 +76,26 @@ class ModelCard:
     """A clip may have several labels: probabilities are sigmoids, otherwise a softmax."""
     pool: str = "mean"
     """What the classifier was trained on, as in `SSAST.classify`."""
+
+
+OBJECTIVES = ("joint", "discriminative", "generative")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Which pretraining loss is computed of masked patches, as one value for all that hand it on.
+
+    Raises:
+        ValueError: an unknown objective.
+    """
+
+    objective: str = "joint"
+    """joint: InfoNCE + recon_weight x MSE; discriminative: InfoNCE alone; generative: MSE alone."""
+    softmax_over: str = "predictions"
+    """As in `ssast.kernels.mspm_loss`."""
+    recon_weight: float = 10.0
+    """Lambda of the joint loss."""
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")

@@ -9,7 +9,9 @@ patches...].
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,7 +20,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from ssast.engine.spans import span
 from ssast.kernels import NUM_PREFIX, MSPMLoss, attention, embed_patches, found_patches, fp8_linear, mspm_loss, patchify
 
-from .config import PATCH_VALUES, ModelCard, ModelConfig
+from .config import PATCH_VALUES, LossConfig, ModelCard, ModelConfig
+from .front_end import FrontEnd
+
+T = TypeVar("T")
 
 
 def unpatchify(patches: torch.Tensor, grid: tuple[int, int], patch_shape: tuple[int, int]) -> torch.Tensor:
@@ -134,11 +139,18 @@ class SSAST(nn.Module):
         if config.layer_weights:
             self.layer_weights = nn.Parameter(torch.zeros(1 + config.depth))
 
-    def forward(self, *args: Any, method: str = "pretrain_patches", **kwargs: Any) -> Any:
-        """The method of that name. Engines that wrap the model, DeepSpeed's and DistributedDataParallel, have this one
-        way in.
+    def forward(self, compute: Callable[[SSAST], T]) -> T:
+        """What `compute` returns of this model.
+
+        Engines that wrap the model, DeepSpeed's and DistributedDataParallel, have this one way in; hooks of theirs
+        around it find the tensors in what is returned.
         """
-        return getattr(self, method)(*args, **kwargs)
+        return compute(self)
+
+    @property
+    def front_end(self) -> FrontEnd:
+        """Waveforms to the features that this model takes."""
+        return FrontEnd.of(self.config, self.card)
 
     def encode(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """[B, T, F] normalised log-mel -> [B, 2 + P, D] tokens after the final norm; `mask` [B, M] patch numbers to
@@ -173,35 +185,35 @@ class SSAST(nn.Module):
         Raises:
             ValueError: a model without pretraining heads, an unknown objective, or overlapping patches.
         """
-        patches = self._patchify(features)
-        return self.pretrain_patches(
-            patches, mask, recon_mask, softmax_over=softmax_over, objective=objective, recon_weight=recon_weight
-        )
+        loss = LossConfig(objective, softmax_over, recon_weight)
+        return self.pretrain_patches(self._patchify(features), mask, recon_mask, loss)
 
     def pretrain_patches(
         self,
         patches: torch.Tensor,  # [B, P, K]
         mask: torch.Tensor,
         recon_mask: torch.Tensor | None = None,
-        *,
-        softmax_over: str = "predictions",
-        objective: str = "joint",
-        recon_weight: float = 10.0,
+        loss: LossConfig = LossConfig(),  # noqa: B008 - frozen
     ) -> MSPMLoss:
-        """`pretrain` of features that are in patch order already, as `ssast.kernels.fbank(patch=...)` writes them."""
-        self._check_pretraining(objective)
+        """`pretrain` of features that are in patch order already, as `FrontEnd.features(patch=...)` writes them.
+
+        Raises:
+            ValueError: as `pretrain`, or patches of another number or size than the model's.
+        """
+        self._check_pretraining()
         if patches.ndim != 3 or patches.shape[1:] != (self.config.num_patches, self.config.patch_values):
             raise ValueError(
                 f"patches must be [B, {self.config.num_patches}, {self.config.patch_values}] for this model, not "
                 f"{tuple(patches.shape)}"
             )
         if recon_mask is None:
-            return self._masked_loss(patches, mask, softmax_over, objective, recon_weight)
-        if objective != "joint":
-            raise ValueError(f"recon_mask belongs to the joint objective, not to the {objective} one")
-        nce_half = self._masked_loss(patches, mask, softmax_over, "discriminative", recon_weight)
-        mse_half = self._masked_loss(patches, recon_mask, softmax_over, "generative", recon_weight)
-        return MSPMLoss(nce_half.nce + recon_weight * mse_half.mse, nce_half.nce, mse_half.mse, nce_half.accuracy)
+            return self._masked_loss(patches, mask, loss)
+        if loss.objective != "joint":
+            raise ValueError(f"recon_mask belongs to the joint objective, not to the {loss.objective} one")
+        nce_half = self._masked_loss(patches, mask, replace(loss, objective="discriminative"))
+        mse_half = self._masked_loss(patches, recon_mask, replace(loss, objective="generative"))
+        total = nce_half.nce + loss.recon_weight * mse_half.mse
+        return MSPMLoss(total, nce_half.nce, mse_half.mse, nce_half.accuracy)
 
     @torch.no_grad()
     def reconstruct(
@@ -213,7 +225,7 @@ class SSAST(nn.Module):
             [B, T', F'] the reconstruction in the masked patches and NaN elsewhere (T', F': what whole patches cover),
             and [B, M] bool: which masked patches were found, by the rule of the pretext accuracy.
         """
-        self._check_pretraining("joint")
+        self._check_pretraining()
         patches = self._patchify(features)
         tokens = self._masked_tokens(patches, mask)
         canvas = torch.full_like(patches, float("nan"))
@@ -247,12 +259,10 @@ class SSAST(nn.Module):
             )
         return patchify(features, self.config.patch_shape, self.config.stride)
 
-    def _masked_loss(
-        self, patches: torch.Tensor, mask: torch.Tensor, softmax_over: str, objective: str, recon_weight: float
-    ) -> MSPMLoss:
+    def _masked_loss(self, patches: torch.Tensor, mask: torch.Tensor, loss: LossConfig) -> MSPMLoss:
         tokens = self._encode_patches(patches, mask)
         with span("heads + loss"):
-            return self._heads_and_loss(tokens, patches, mask, softmax_over, objective, recon_weight)
+            return self._heads_and_loss(tokens, patches, mask, loss)
 
     def _encode_patches(self, patches: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         with span("mask + embed"):
@@ -296,15 +306,18 @@ class SSAST(nn.Module):
         tokens: torch.Tensor,  # [B, N, D]
         patches: torch.Tensor,
         mask: torch.Tensor,
-        softmax_over: str,
-        objective: str,
-        recon_weight: float,
+        loss: LossConfig,
     ) -> MSPMLoss:
         masked = gather_rows(tokens, mask + NUM_PREFIX)  # [B, M, D]
-        class_pred = self.class_head(masked) if objective != "generative" else None
-        recon_pred = self.recon_head(masked) if objective != "discriminative" else None
+        class_pred = self.class_head(masked) if loss.objective != "generative" else None
+        recon_pred = self.recon_head(masked) if loss.objective != "discriminative" else None
         return mspm_loss(
-            class_pred, recon_pred, patches, mask=mask, softmax_over=softmax_over, recon_weight=recon_weight
+            class_pred,
+            recon_pred,
+            patches,
+            mask=mask,
+            softmax_over=loss.softmax_over,
+            recon_weight=loss.recon_weight,
         )
 
     def checkpoint_activations(self, kind: str) -> None:
@@ -331,9 +344,7 @@ class SSAST(nn.Module):
                 block.compile(**options)
         self._heads_and_loss = torch.compile(self._heads_and_loss, **options)
 
-    def _check_pretraining(self, objective: str) -> None:
-        if objective not in ("joint", "discriminative", "generative"):
-            raise ValueError(f"objective must be 'joint', 'discriminative' or 'generative', not {objective!r}")
+    def _check_pretraining(self) -> None:
         if not self.config.pretraining_heads:
             raise ValueError("this model has no pretraining heads: it was built or saved for fine-tuning")
         if self.config.stride != self.config.patch_shape:

@@ -11,6 +11,7 @@ from ssast.engine.config import Config
 from ssast.engine.distributed.ranks import Ranks
 from ssast.engine.errors import UserError
 from ssast.engine.model.adapt import build_model
+from ssast.engine.model.config import LossConfig
 from ssast.engine.model.cost import memory_estimate
 from ssast.engine.model.ssast import SSAST
 
@@ -150,4 +151,4 @@ def _forward(model: SSAST, config: Config, device: torch.device, clips: int) -> 
     with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
         if config.bf16:
             patches = patches.bfloat16()
-        return model(patches, mask, recon_mask, objective=config.objective.name).loss
+        return model.pretrain_patches(patches, mask, recon_mask, LossConfig(config.objective.name)).loss

@@ -5,7 +5,7 @@ fine-tuning another.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
@@ -13,6 +13,19 @@ from ssast.engine.data.loader import Batch
 
 if TYPE_CHECKING:
     from ssast.engine.model.ssast import SSAST
+
+
+T = TypeVar("T")
+
+
+class ModelEngine(Protocol):
+    """What wraps the model for training, DeepSpeed's engine or DistributedDataParallel, and is called in its place: the
+    computation is handed in, so that gradients are exchanged and weights gathered around it.
+    """
+
+    def __call__(self, compute: Callable[[SSAST], T], /) -> T:
+        """What `compute` returns of the model."""
+        ...
 
 
 class Objective(Protocol):
@@ -23,12 +36,12 @@ class Objective(Protocol):
     all_used: bool
     """Every trained parameter takes part in every loss."""
 
-    def losses(self, engine: Callable[..., Any], batch: Batch) -> Sequence[torch.Tensor]:
+    def losses(self, engine: ModelEngine, batch: Batch) -> Sequence[torch.Tensor]:
         """Scalars of one micro-batch, the loss to be minimised first. `engine` wraps the model and is called in its
         place.
         """
 
-    def validate(self, engine: Callable[..., Any], batches: Iterable[tuple[Batch, int]]) -> dict[str, float]:
+    def validate(self, engine: ModelEngine, batches: Iterable[tuple[Batch, int]]) -> dict[str, float]:
         """Metrics over all ranks. `batches` are this rank's, each with the number of its clips that count; every rank
         has as many.
         """

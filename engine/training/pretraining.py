@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +12,12 @@ from ssast.engine.config import Config
 from ssast.engine.data.dataset import Dataset
 from ssast.engine.data.loader import Batch
 from ssast.engine.distributed.ranks import Ranks
+from ssast.engine.model.config import LossConfig, ModelCard
+from ssast.engine.model.front_end import FrontEnd
 from ssast.engine.spans import span
-from ssast.kernels import fbank, sample_patch_mask
+from ssast.kernels import sample_patch_mask
+
+from .objective import ModelEngine
 
 if TYPE_CHECKING:
     from ssast.engine.model.ssast import SSAST
@@ -28,44 +32,30 @@ class Pretraining:
     metrics = ("loss", "nce", "mse", "accuracy")
 
     def __init__(self, config: Config, data: Dataset, ranks: Ranks) -> None:
-        self.config, self.mean, self.std, self.device = config, data.mean, data.std, ranks.device
+        self.config, self.device, self.patch_shape = config, ranks.device, config.architecture.patch_shape
+        card = ModelCard(config.data.sample_rate, data.mean, data.std)
+        self.front_end = FrontEnd.of(config.architecture, card)
+        section = config.objective
+        self.loss = LossConfig(section.name, section.softmax_over, section.recon_weight)
         self.all_used = config.objective.name == "joint" and config.objective.masks == "shared"
 
-    def losses(self, engine: Callable[..., Any], batch: Batch, *, validation: bool = False) -> Sequence[torch.Tensor]:
-        config, objective = self.config, self.config.objective
+    def losses(self, engine: ModelEngine, batch: Batch, *, validation: bool = False) -> Sequence[torch.Tensor]:
+        config = self.config
         with span("copy"):  # on a GPU the loader has sent them ahead
             waveform, lengths = (each.to(self.device, non_blocking=True) for each in (batch.waveform, batch.lengths))
         with span("fbank"):
-            # [B, P, K]
-            patches = fbank(
-                waveform,
-                sample_rate=config.data.sample_rate,
-                num_mel_bins=config.model.num_mel_bins,
-                lengths=lengths,
-                num_frames=config.model.input_frames,
-                mean=self.mean,
-                std=self.std,
-                dtype=torch.bfloat16
-                if config.bf16
-                else torch.float32,  # of what is predicted, too: factors of the loss's products
-                patch=config.architecture.patch_shape,
-            )
+            # also what is predicted, so in bf16 runs a bf16 factor of the loss's products
+            dtype = torch.bfloat16 if config.bf16 else torch.float32
+            patches = self.front_end.features(waveform, lengths, dtype=dtype, patch=self.patch_shape)  # [B, P, K]
         with span("mask + embed"):
             mask = self._mask(batch, _VALID_SEED if validation else _MASK_SEED, validation)
             recon_mask = None
-            if objective.masks == "separate" and not validation:
+            if config.objective.masks == "separate" and not validation:
                 recon_mask = self._mask(batch, _RECON_MASK_SEED, validation)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.uses_autocast):
-            return engine(
-                patches,
-                mask,
-                recon_mask,
-                softmax_over=objective.softmax_over,
-                objective=objective.name,
-                recon_weight=objective.recon_weight,
-            )
+            return engine(lambda model: model.pretrain_patches(patches, mask, recon_mask, self.loss))
 
-    def validate(self, engine: Callable[..., Any], batches: Iterable[tuple[Batch, int]]) -> dict[str, float]:
+    def validate(self, engine: ModelEngine, batches: Iterable[tuple[Batch, int]]) -> dict[str, float]:
         """Means over all validation clips. The masks are the same every time, and 400 of 512 patches whatever training
         masks.
         """

@@ -13,7 +13,7 @@ from ssast.engine.data.dataset import Dataset
 from ssast.engine.data.decode import AudioDecoder
 from ssast.engine.files import write_whole
 from ssast.engine.model.weights import load_model
-from ssast.kernels import fbank, sample_patch_mask
+from ssast.kernels import sample_patch_mask
 
 PREVIEW_CLIPS = 3
 
@@ -33,15 +33,7 @@ def write_preview(config: Config, data: Dataset, run_dir: Path, step: int) -> No
     )
     decoded = decoder.decode(index, np.zeros(len(index), dtype=np.int64))
     decoder.close()
-    features = fbank(
-        torch.from_numpy(decoded.waveform),
-        sample_rate=config.data.sample_rate,
-        num_mel_bins=config.model.num_mel_bins,
-        lengths=torch.from_numpy(decoded.lengths),
-        num_frames=config.model.input_frames,
-        mean=data.mean,
-        std=data.std,
-    )
+    features = model.front_end.features(torch.from_numpy(decoded.waveform), torch.from_numpy(decoded.lengths))
     mask = sample_patch_mask(
         len(index),
         grid=model.config.grid,

@@ -51,7 +51,7 @@ def waveform(device) -> torch.Tensor:
 
 def test_a_step_launches_every_kernel_and_equals_the_references(device, waveform, launches, monkeypatch):
     model = build_model(CONFIG).to(device)
-    ours, by_kernels = step(model, waveform, model), gradients(model)
+    ours, by_kernels = step(model, waveform, model.pretrain_patches), gradients(model)
     for operator, names in KERNELS.items():
         assert names <= set(launches), f"{operator}: {names - set(launches)} not launched"
 
@@ -64,7 +64,7 @@ def test_a_step_launches_every_kernel_and_equals_the_references(device, waveform
         "mspm_loss",
     ):  # their names in ssast.kernels are those of the functions
         monkeypatch.setattr(sys.modules[f"ssast.kernels.{module}"], "resolve_backend", lambda *_: "torch")
-    reference = step(model, waveform, model)
+    reference = step(model, waveform, model.pretrain_patches)
     assert not launches
     for name, one, other in zip(("loss", "nce", "mse", "accuracy"), ours, reference, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, msg=name)
@@ -77,7 +77,7 @@ def test_a_step_launches_every_kernel_and_equals_the_references(device, waveform
 def test_the_compiled_step_is_one_graph(device, waveform, launches):
     """No graph break in forward or backward, and the kernels are still what runs."""
     model = build_model(CONFIG).to(device)
-    eager, expected = step(model, waveform, model), gradients(model)
+    eager, expected = step(model, waveform, model.pretrain_patches), gradients(model)
     launches.clear()
     model.zero_grad()
     compiled = step(model, waveform, torch.compile(model, fullgraph=True, backend="aot_eager"))
@@ -93,7 +93,7 @@ def test_trace_of_a_step_on_a_gpu(device, waveform):
     model = build_model(CONFIG).to(device, torch.bfloat16)
 
     def forward(patches: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return model(patches.to(torch.bfloat16), mask)
+        return model.pretrain_patches(patches.to(torch.bfloat16), mask)
 
     step(model, waveform, forward)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

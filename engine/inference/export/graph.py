@@ -21,7 +21,7 @@ from torch import nn
 from ssast.engine.errors import UserError
 from ssast.engine.files import atomic_write
 from ssast.engine.model.ssast import SSAST
-from ssast.kernels import NUM_PREFIX, fbank
+from ssast.kernels import NUM_PREFIX
 from ssast.kernels.fbank import count_frames, samples_of
 
 TOLERANCE = 1e-3
@@ -56,16 +56,7 @@ class FromWaveform(nn.Module):
         self, waveform: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         config, card = self.model.config, self.model.card
-        features = fbank(
-            waveform,
-            sample_rate=card.sample_rate,
-            num_mel_bins=config.num_mel_bins,
-            lengths=lengths,
-            num_frames=config.input_frames,
-            mean=card.mean,
-            std=card.std,
-            backend="torch",
-        )
+        features = self.model.front_end.features(waveform, lengths, backend="torch")
         if config.num_classes is not None:
             return self.model.classify(features)
         tokens = self.model.encode(features)

@@ -44,7 +44,7 @@ def alone():
 
 def gradients(model: SSAST, batch: tuple, **options) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    model(*batch, **options).loss.backward()
+    model.pretrain_patches(*batch, **options).loss.backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
@@ -93,7 +93,7 @@ def test_blocks_are_compiled_once_for_all(batch):
 
     model = build_model(ModelConfig(depth=5, input_frames=64))
     Compilation(model, "blocks", "default", backend=count)
-    model(*batch)
+    model.pretrain_patches(*batch)
     assert len(graphs) == 2, "one for all blocks, one for heads and loss"
 
 
@@ -103,14 +103,14 @@ def test_having_to_compile_again_ends_the_run_with_a_line(batch):
     compilation = Compilation(model, "encoder", "default", backend="aot_eager")
     for _ in range(3):
         with compilation.micro_batch():
-            model(*batch)
+            model.pretrain_patches(*batch)
         compilation.step_done()
     with compilation.left_out(), torch.no_grad():  # validation: other shapes are welcome
-        model(*(tensor[:3] for tensor in batch))
+        model.pretrain_patches(*(tensor[:3] for tensor in batch))
     with compilation.micro_batch():
-        model(*batch)
+        model.pretrain_patches(*batch)
     with pytest.raises(UserError, match=r"step\.compile: .* after 3 steps"), compilation.micro_batch():
-        model(*(tensor[:3] for tensor in batch))
+        model.pretrain_patches(*(tensor[:3] for tensor in batch))
 
 
 def test_what_is_compiled_when_nothing_is_said():
@@ -130,7 +130,7 @@ def test_fp8_mlps_learn_much_the_same(batch):
     """
     plain, coarse = build_model(SHAPE), build_model(SHAPE)
     coarse.use_fp8()
-    exact, rough = plain(*batch).loss, coarse(*batch).loss
+    exact, rough = plain.pretrain_patches(*batch).loss, coarse.pretrain_patches(*batch).loss
     assert exact != rough and rough.item() == pytest.approx(exact.item(), rel=1e-2)
     ours, theirs = (
         torch.cat([value.flatten() for value in gradients(model, batch).values()]) for model in (coarse, plain)
@@ -248,7 +248,7 @@ def test_optimizers_take_the_same_steps(batch, apex, kind, backend):
         losses[name] = []
         for _ in range(6):
             optimizer.zero_grad()
-            loss = model(*batch).loss
+            loss = model.pretrain_patches(*batch).loss
             loss.backward()
             optimizer.step()
             losses[name].append(loss.item())
@@ -274,7 +274,7 @@ def test_apex_is_taken_where_it_is_there_and_asked_for_by_name_where_it_is_not(m
 def test_norm_backends_give_the_same_loss(batch, apex):
     plain, fused = build_model(SHAPE), build_model(SHAPE)
     use_norms(fused, "apex", device=CPU, compiled=False)
-    assert plain(*batch).loss == fused(*batch).loss
+    assert plain.pretrain_patches(*batch).loss == fused.pretrain_patches(*batch).loss
     assert gradients(fused, batch).keys() == gradients(plain, batch).keys()
 
 
@@ -287,7 +287,8 @@ def test_plain_engine_accumulates_to_the_whole_batch(alone, batch, clipping):
         engine = PlainEngine(model, optimizer, accumulation=accumulation, clipping=clipping, all_used=True)
         for part in range(accumulation):
             rows = slice(part * 4 // accumulation, (part + 1) * 4 // accumulation)
-            engine.backward(engine(*(tensor[rows] for tensor in batch)).loss)
+            part = [tensor[rows] for tensor in batch]
+            engine.backward(engine(lambda model, part=part: model.pretrain_patches(*part)).loss)
             engine.step()
         assert engine.get_global_grad_norm() > clipping
         weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
