@@ -1,7 +1,7 @@
 """The one kind of error that a user is meant to read."""
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """Something that the user can put right: one line saying what is wrong, where, and what to do.
 
     Command-line entry points print it without a traceback and exit with `exit_code`. Under a launcher only rank 0

@@ -13,6 +13,15 @@ PROFILE_FOLDER = "profile"
 """In a run folder: what `ssast profile` wrote, which may come before the run."""
 
 
+def path_argument(text: str) -> Path:
+    """The type of an argument of a command line that names a file or a folder.
+
+    Raises:
+        UserError: as `expand_path`.
+    """
+    return Path(expand_path(text))
+
+
 _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
 
 

@@ -32,7 +32,7 @@ import soundfile
 from tqdm import tqdm
 
 from ssast.engine.errors import UserError
-from ssast.engine.files import encode_text, write_whole
+from ssast.engine.files import encode_text, expand_path, path_argument, write_whole
 
 from . import extract
 from .extract import Extraction, Job
@@ -531,11 +531,17 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "sources",
         nargs="*",
+        type=expand_path,
         metavar="SRC",
         help="an audio or video file, a folder, a tar, or a manifest (.json, .csv, .tsv, .txt, .lst)",
     )
-    add("--out", type=Path, metavar="DIR", help="a new or empty folder, or one that an earlier run left unfinished")
-    add("--verify", type=Path, metavar="DIR", help="check every byte of a prepared folder instead")
+    add(
+        "--out",
+        type=path_argument,
+        metavar="DIR",
+        help="a new or empty folder, or one that an earlier run left unfinished",
+    )
+    add("--verify", type=path_argument, metavar="DIR", help="check every byte of a prepared folder instead")
     layouts = ("auto", "plain", *LAYOUTS)
     add(
         "--layout",

@@ -17,7 +17,7 @@ import soundfile
 from tqdm import tqdm
 
 from ssast.engine.errors import UserError
-from ssast.engine.files import atomic_write
+from ssast.engine.files import atomic_write, path_argument
 
 GENERATOR = "ssast.engine.data.synth"
 VERSION = 1  # to be raised with every change that alters what any clip sounds like
@@ -414,7 +414,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=f"python -m {GENERATOR}", description="Write a corpus of synthetic sound events."
     )
-    parser.add_argument("folder", type=Path, help="an empty or new folder, or one that an earlier run left unfinished")
+    parser.add_argument(
+        "folder", type=path_argument, help="an empty or new folder, or one that an earlier run left unfinished"
+    )
     parser.add_argument("--clips", type=int, default=300, help="number of clips (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random streams (default: %(default)s)")
     try:

@@ -34,7 +34,7 @@ from ssast.engine.distributed.interrupt import StopRequest
 from ssast.engine.distributed.launch import count_ranks, launch, one_line_errors, supervised
 from ssast.engine.distributed.ranks import Ranks, be_deterministic, join_ranks, leave
 from ssast.engine.errors import UserError
-from ssast.engine.files import write_whole
+from ssast.engine.files import expand_path, write_whole
 from ssast.engine.model.adapt import build_model, init_classifier, resize
 from ssast.engine.model.config import WIDTHS, ModelCard, ModelConfig
 from ssast.engine.model.ssast import SSAST
@@ -402,7 +402,7 @@ def _arms(compared: list[str]) -> list[Arm]:
             raise UserError(f"--compare {text}: an arm is written NAME=PATH, or NAME=none for one from scratch")
         if name in dict(arms):
             raise UserError(f"--compare {text}: there is another arm called {name}")
-        arms.append((name, None if path == SCRATCH else path))
+        arms.append((name, None if path == SCRATCH else expand_path(path)))
     return arms
 
 

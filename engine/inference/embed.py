@@ -25,7 +25,7 @@ import torch
 from ssast.engine.data.layouts import Recording
 from ssast.engine.data.sound import default_workers, find_recordings
 from ssast.engine.errors import UserError
-from ssast.engine.files import atomic_write, encode_text, write_whole
+from ssast.engine.files import atomic_write, encode_text, expand_path, path_argument, write_whole
 from ssast.engine.model.ssast import SSAST
 from ssast.engine.model.weights import load_model
 
@@ -44,9 +44,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_audio(parser)
     parser.add_argument(
-        "--model", required=True, metavar="PATH", help="a checkpoint, ours or official, or a run folder"
+        "--model",
+        required=True,
+        type=expand_path,
+        metavar="PATH",
+        help="a checkpoint, ours or official, or a run folder",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="NAME.npz or NAME.parquet")
+    parser.add_argument("--out", required=True, type=path_argument, metavar="FILE", help="NAME.npz or NAME.parquet")
     parser.add_argument("--frames", action="store_true", help="embeddings of each time step, too")
     parser.add_argument("--tokens", action="store_true", help="embeddings of each patch, too")
     add_embedding_options(parser)
@@ -80,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
             require_some(len(recordings), rejected, listed)
             writer.write()
     except ValueError as error:
-        raise error if isinstance(error, UserError) else UserError(str(error)) from None
+        raise UserError(str(error)) from None
     print(
         f"{options.out}: {len(recordings) - len(rejected)} recordings, {seconds / 60:.1f} minutes, "
         f"{model.config.width} values each"
@@ -97,6 +101,7 @@ def add_audio(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "audio",
         nargs="+",
+        type=expand_path,
         metavar="AUDIO",
         help="an audio or video file, a folder, prepared or not, a tar, or a manifest",
     )

@@ -24,7 +24,7 @@ from ssast.engine.data.layouts import Recording
 from ssast.engine.data.shards import is_prepared, open_shards
 from ssast.engine.data.sound import shard_recordings
 from ssast.engine.errors import UserError
-from ssast.engine.files import write_whole
+from ssast.engine.files import expand_path, path_argument, write_whole
 from ssast.engine.finetune.config import MAIN
 from ssast.engine.model.ssast import SSAST
 
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             rejected = _evaluate_classifier(model, data, options)
     except ValueError as error:
-        raise error if isinstance(error, UserError) else UserError(str(error)) from None
+        raise UserError(str(error)) from None
     return 1 if rejected and options.strict else 0
 
 
@@ -488,8 +488,8 @@ def _parser() -> argparse.ArgumentParser:
         "a folder of a known layout or with a sub-folder for each class, or what ssast prepare wrote.",
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a checkpoint, ours or official, or a run folder")
-    add("--data", required=True, nargs="+", metavar="DATA")
+    add("model", type=expand_path, metavar="MODEL", help="a checkpoint, ours or official, or a run folder")
+    add("--data", required=True, nargs="+", type=expand_path, metavar="DATA")
     add(
         "--probe",
         nargs="+",
@@ -521,11 +521,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--labels",
-        type=Path,
+        type=path_argument,
         metavar="FILE",
         help="names of the classes: a list, or AudioSet's class_labels_indices.csv",
     )
-    add("--out", type=Path, metavar="FOLDER", help="write metrics.json, predictions.csv and pictures")
+    add("--out", type=path_argument, metavar="FOLDER", help="write metrics.json, predictions.csv and pictures")
     add_embedding_options(parser)
     add_run_options(parser)
     return parser

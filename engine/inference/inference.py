@@ -22,7 +22,6 @@ from tqdm import tqdm
 from ssast.engine.data.layouts import Recording
 from ssast.engine.data.resample import QUALITY
 from ssast.engine.data.sound import read_recordings
-from ssast.engine.errors import UserError
 from ssast.engine.model.ssast import SSAST
 from ssast.kernels import NUM_PREFIX, patchify
 from ssast.kernels.fbank import LOWEST_RATE, count_frames, frame_geometry, samples_of
@@ -178,8 +177,6 @@ def read_windows(clip: int, blocks: Iterable[np.ndarray], windows: Windows) -> I
     try:
         for start, part in windows.cut(counted()):
             yield Window(clip, start, count_frames(len(part), windows.sample_rate), part)
-    except UserError:
-        raise
     except ValueError as error:
         yield End(clip, samples, str(error))
     else:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ssast.engine.data.sound import find_recordings
 from ssast.engine.errors import UserError
-from ssast.engine.files import encode_text, write_whole
+from ssast.engine.files import encode_text, expand_path, path_argument, write_whole
 
 from .embed import add_audio, add_run_options, open_model, require_new, require_some, to_stderr, write_rejected, writing
 from .inference import Window, class_encoder, class_names, encode_recordings, prediction_windows
@@ -41,13 +41,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ssast predict", description="The most probable classes of recordings.")
     add_audio(parser)
     add = parser.add_argument
-    add("--model", required=True, metavar="PATH", help="a fine-tuned checkpoint, ours or official, or a run folder")
+    add(
+        "--model",
+        required=True,
+        type=expand_path,
+        metavar="PATH",
+        help="a fine-tuned checkpoint, ours or official, or a run folder",
+    )
     add("--top", type=int, metavar="K", help="classes to show (default: 5; with --timeline 1)")
     add("--timeline", type=float, metavar="HOP", help="show each window, one every HOP seconds, instead of their mean")
-    add("--out", type=Path, metavar="FILE", help="NAME.csv or NAME.json, of the same rows")
+    add("--out", type=path_argument, metavar="FILE", help="NAME.csv or NAME.json, of the same rows")
     add(
         "--labels",
-        type=Path,
+        type=path_argument,
         metavar="FILE",
         help="names of the classes, where the model has none: a list, or AudioSet's CSV",
     )
@@ -97,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
                 rows += found if options.out is not None else []
             probabilities, times = [], []
     except ValueError as error:
-        raise error if isinstance(error, UserError) else UserError(f"{options.model}: {error}") from None
+        raise UserError(f"{options.model}: {error}") from None
     if options.out is None:
         require_some(len(recordings), rejected)
     else:

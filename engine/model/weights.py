@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ssast.engine.errors import UserError
-from ssast.engine.files import atomic_write, permit_as_usual
+from ssast.engine.files import atomic_write, expand_path, permit_as_usual
 
 from .adapt import init_classifier, resize
 from .config import ModelCard, ModelConfig
@@ -63,7 +63,7 @@ def load_model(
         UserError: no such file, not a checkpoint, tensors missing, left over or of another shape (each is named), or
             settings that contradict the file.
     """
-    file = find_weights(Path(path))
+    file = find_weights(Path(expand_path(os.fspath(path))))
     if is_safetensors(file):
         model = _load_safetensors(file)
         if heads is not None and heads != model.config.heads:
@@ -96,7 +96,7 @@ def save_model(model: SSAST, path: str | os.PathLike[str], format: str = "safete
     """
     if format not in ("safetensors", "official"):
         raise UserError(f"format must be 'safetensors' or 'official', not {format!r}")
-    path = Path(path)
+    path = Path(expand_path(os.fspath(path)))
     try:
         with atomic_write(path) as aside:
             if format == "official":

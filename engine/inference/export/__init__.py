@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ssast.engine.errors import UserError
+from ssast.engine.files import expand_path, path_argument
 from ssast.engine.model.config import ModelCard
 from ssast.engine.model.ssast import SSAST
 from ssast.engine.model.weights import is_write_error, load_model, save_model
@@ -119,8 +120,10 @@ WRITERS: dict[str, Callable[[SSAST, Path], str]] = {
 def main(argv: list[str]) -> int:
     """`ssast export`; returns the exit status."""
     parser = argparse.ArgumentParser(prog="ssast export", description="Write a model in another format.")
-    parser.add_argument("model", help="checkpoint or run folder, an official .pth, or a Hugging Face AST folder")
-    parser.add_argument("--out", required=True, type=Path, help="file to write, or for hf a folder")
+    parser.add_argument(
+        "model", type=expand_path, help="checkpoint or run folder, an official .pth, or a Hugging Face AST folder"
+    )
+    parser.add_argument("--out", required=True, type=path_argument, help="file to write, or for hf a folder")
     parser.add_argument("--to", choices=WRITERS, help="default: by the suffix of --out; a folder without suffix is hf")
     parser.add_argument("--force", action="store_true", help="replace what is there")
     parser.add_argument(

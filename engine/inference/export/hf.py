@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from ssast.engine.errors import UserError, first_line
-from ssast.engine.files import atomic_write, permit_as_usual
+from ssast.engine.files import atomic_write, expand_path, permit_as_usual
 from ssast.engine.model.config import ModelCard, ModelConfig
 from ssast.engine.model.ssast import SSAST
 from ssast.engine.model.tensors import check_weights
@@ -86,7 +86,7 @@ def from_hf(folder: str | os.PathLike[str]) -> SSAST:
             no equal here.
     """
     _require_transformers()
-    folder = Path(folder)
+    folder = Path(expand_path(os.fspath(folder)))
     if not is_hf_folder(folder):
         raise UserError(
             f"{folder}: not a Hugging Face AST folder (no config.json with model_type {MODEL_TYPE!r} in it)"
@@ -95,8 +95,6 @@ def from_hf(folder: str | os.PathLike[str]) -> SSAST:
         with _quiet():
             theirs, extractor = _load(folder)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{folder}: transformers cannot load it: {first_line(error)}") from None
     config, is_classifier = theirs.config, hasattr(theirs, "classifier")
     if (
