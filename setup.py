@@ -31,6 +31,7 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
         "deepspeed>=0.19.8",
         "nvidia-dali-cuda130>=2.4.0; platform_system == 'Linux'",
+        "nvidia-ml-py>=12.535",
         "numpy<2.5",
         "psutil>=5.9",
         "pydantic>=2.7",
@@ -45,6 +46,7 @@ setup(
         "Pillow>=11",
         "Jinja2>=3.1",
         "scikit-learn>=1.5",
+        "scipy>=1.11",
     ],
     extras_require={
         # flash-attn and NVIDIA apex are found at run time by the features they have. apex is on no package index (the

@@ -16,7 +16,8 @@ from typing import Any
 from ssast.engine.config import load_config
 from ssast.engine.training.runlog import read_rows as read_metrics
 
-from .rows import RESULTS, append_row, environment_columns
+from .machine import environment_columns
+from .rows import RESULTS, append_row
 
 FILE = RESULTS / "demo.csv"
 

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import functools
 import gc
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,14 +29,14 @@ from ssast.engine.errors import UserError, first_line
 from .cases import CEILING, COPY, MATMUL, OPERATORS, Case, Provider, Setting, ceiling_cases
 from .deadline import Deadline, DeadlinePassed
 from .gate import Gate, Verdict, as_tuple
-from .rows import RESULTS, append_row, environment_columns
+from .machine import device_columns
+from .rows import RESULTS, Row, Sink
 from .timing import Job, Timing, measure
 
 FILE = RESULTS / "kernels.csv"
 MODES = ("forward", "backward", "both")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RED, INCOMPLETE = 1, 3
-Row = dict[str, Any]
 
 
 def say(text: str) -> None:
@@ -166,52 +164,6 @@ def _figures(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def environment(device: torch.device) -> Row:
-    """`kind` is cuda or cpu; `device` the name of the one measured."""
-    columns = {"kind": device.type, "power_limit_w": "", "driver": "", **environment_columns()}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        columns |= {"device": properties.name, **_ask_driver(f"GPU-{properties.uuid}")}
-    return columns
-
-
-def _ask_driver(gpu: str) -> Row:
-    command = ["nvidia-smi", "-i", gpu, "--query-gpu=power.limit,driver_version", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-        power, driver = answer.strip().splitlines()[0].split(", ")
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return {}
-    is_told = power.replace(".", "").isdigit()  # some cards keep it to themselves
-    return {"power_limit_w": power if is_told else "", "driver": driver}
-
-
-class Sink:
-    """Where rows go: to a file as they come, or to stdout at the end."""
-
-    def __init__(self, file: Path | None) -> None:
-        self.file, self.rows = file, []
-
-    def add(self, row: Row) -> None:
-        self.rows.append(row)
-        if self.file is None:
-            return
-        try:
-            append_row(self.file, row)
-        except OSError as error:
-            raise UserError(f"{self.file}: cannot be written: {error.strerror}") from None
-        except (ValueError, StopIteration):
-            raise UserError(f"{self.file}: holds something else than rows of this kind; give another file") from None
-
-    def close(self) -> None:
-        if self.file is not None:
-            say(f"{len(self.rows)} rows added to {self.file}")
-        elif self.rows:
-            writer = csv.DictWriter(sys.stdout, list(self.rows[0]))
-            writer.writeheader()
-            writer.writerows(self.rows)
-
-
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -220,7 +172,7 @@ class Run:
 
     def __init__(self, setting: Setting, sink: Sink, deadline: Deadline, *, seconds: float, seed: int) -> None:
         self.setting, self.sink, self.deadline, self.seconds, self.seed = setting, sink, deadline, seconds, seed
-        self.environment = environment(setting.device)
+        self.environment = device_columns(setting.device)
         self.ceilings: dict[str, float] = {}
         self.red: list[str] = []
         self.done: set[tuple[str, str, str]] = set()  # operator, shape, mode

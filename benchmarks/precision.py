@@ -19,7 +19,8 @@ from ssast.kernels import fbank
 from ssast.kernels.backend import INTERPRETED
 from ssast.kernels.fbank import LOG_FLOOR, PRE_EMPHASIS, frame_geometry, mel_filters
 
-from .rows import RESULTS, append_row, environment_columns
+from .machine import environment_columns
+from .rows import RESULTS, append_row
 
 CLIPS_PER_CLASS = 2
 Parts = Callable[[torch.Tensor], list[torch.Tensor]]

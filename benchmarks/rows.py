@@ -3,58 +3,67 @@
 from __future__ import annotations
 
 import csv
-import datetime
-import os
-import platform
+import sys
 from pathlib import Path
 from typing import Any
 
-from ssast.engine.environment import describe_environment
+from ssast.engine.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
+Row = dict[str, Any]
 
 
-def environment_columns() -> dict[str, Any]:
-    described = describe_environment()
-    commit = described["git_commit"] or ""
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "commit": commit[:12] + ("+" if described["git_dirty"] else ""),
-        "device": ", ".join(described["devices"]) if described["devices"] != ["cpu"] else _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        **{package: described.get(package, "") for package in ("torch", "triton", "deepspeed")},
-    }
+def append_row(file: Path, row: Row) -> None:
+    """Add a row; the columns are those of the first one.
 
-
-def append_row(file: Path, row: dict[str, Any]) -> None:
-    """Add a row; the columns are those of the first one."""
-    is_new = not file.exists()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    columns = list(row) if is_new else read_columns(file)
-    if set(columns) != set(row):
-        raise ValueError(f"{file}: has columns {columns}, the row has {list(row)}")
-    with open(file, "a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, columns)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    Raises:
+        UserError: the file cannot be written, or has other columns than the row.
+    """
+    try:
+        is_new = not file.exists()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        columns = list(row) if is_new else read_columns(file)
+        if set(columns) != set(row):
+            raise UserError(f"{file}: holds something else than rows of this kind; give another file")
+        with open(file, "a", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, columns)
+            if is_new:
+                writer.writeheader()
+            writer.writerow(row)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {error.strerror}") from None
 
 
 def read_columns(file: Path) -> list[str]:
+    """The names in the file's first line; none of an empty file."""
     with open(file, newline="", encoding="utf-8") as stream:
-        return next(csv.reader(stream))
+        return next(csv.reader(stream), [])
 
 
 def read_rows(file: Path) -> list[dict[str, str]]:
+    """All rows, by column."""
     with open(file, newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
 
 
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or "cpu"
+class Sink:
+    """Where a command's rows go: to a file as they come, or to stdout at the end."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        self.rows: list[Row] = []
+
+    def add(self, row: Row) -> None:
+        """Raises `UserError` as `append_row` does."""
+        self.rows.append(row)
+        if self.file is not None:
+            append_row(self.file, row)
+
+    def close(self) -> None:
+        """Say where the rows are, or print them."""
+        if self.file is not None:
+            print(f"{len(self.rows)} rows added to {self.file}", file=sys.stderr, flush=True)
+        elif self.rows:
+            writer = csv.DictWriter(sys.stdout, list(self.rows[0]))
+            writer.writeheader()
+            writer.writerows(self.rows)

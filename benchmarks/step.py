@@ -12,7 +12,6 @@ Exit status: 0; 2 for a mistake on the command line; 3 if the deadline came befo
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import sys
 import tempfile
@@ -20,7 +19,6 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +31,9 @@ from ssast.engine.model.cost import flops_per_clip
 from ssast.engine.training.trainer import Trainer
 
 from .deadline import Deadline, DeadlinePassed
-from .rows import RESULTS, append_row, environment_columns, read_rows
+from .machine import device_columns, environment_columns, peak_tflops
+from .rows import RESULTS, Row, Sink, read_rows
 from .throughput.baseline_race import baseline_runner
-from .throughput.device import device_name, gpu_facts, peak_tflops
 from .throughput.measure import LOUDNESS, in_memory, nothing_to_read, run_steps, time_steps, undisturbed
 from .throughput.step_baselines import step_baselines
 
@@ -43,7 +41,6 @@ FILE = RESULTS / "step.csv"
 INCOMPLETE = 3
 WARM_UP = 4
 BASELINE_SECONDS = 8.0  # for one that is slow
-Row = dict[str, Any]
 Measured = tuple[list[float], dict[str, str], int]
 """Seconds of each step, how it was computed, and the clips of one."""
 
@@ -97,7 +94,7 @@ class StepBench:
 
     def __init__(self, config: str, overrides: list[str], ranks: Ranks, steps: int, folder: Path) -> None:
         self.config, self.overrides, self.ranks, self.steps, self.folder = config, overrides, ranks, steps, folder
-        self.peak, self.gpu = peak_tflops(ranks.device), gpu_facts(ranks.device) or {}
+        self.peak, self.environment = peak_tflops(ranks.device), device_columns(ranks.device)
         self._attention: str | None = None
         """What the first case found fastest: measured again, another might come out ahead, and graphs would be compiled
         anew."""
@@ -189,18 +186,14 @@ class StepBench:
             "peak_tflops": self.peak["tflops"] if self.peak else "",
             "peak_gib": _rounded(peak_gib),
             "note": note,
-            "kind": self.ranks.device.type,
-            "power_limit_w": self.gpu.get("power_limit_w", ""),
-            "driver": self.gpu.get("driver", ""),
-            **environment_columns(),
-            "device": device_name(self.ranks.device),
+            **self.environment,
         }
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    deadline, rows = Deadline(arguments.deadline), []
+    deadline, sink = Deadline(arguments.deadline), Sink(arguments.out)
     try:
         with deadline.running(), tempfile.TemporaryDirectory() as folder:
             ranks = join_ranks(arguments.engine)
@@ -215,20 +208,15 @@ def main(argv: list[str] | None = None) -> int:
                     row = bench.row(case)
                     with deadline.held_off():
                         _show(row)
-                        rows.append(row)
-                        if arguments.out:
-                            append_row(arguments.out, row)
+                        sink.add(row)
     except DeadlinePassed:
         pass
     except UserError as error:
         print(f"ssast: {error}", file=sys.stderr)
         return error.exit_code
-    if not arguments.out and rows:
-        writer = csv.DictWriter(sys.stdout, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    sink.close()
     if deadline.passed:
-        print(f"the deadline of {arguments.deadline:g} s came first, after {len(rows)} cases", file=sys.stderr)
+        print(f"the deadline of {arguments.deadline:g} s came first, after {len(sink.rows)} cases", file=sys.stderr)
     return INCOMPLETE if deadline.passed else 0
 
 

@@ -28,7 +28,8 @@ from ssast.engine.finetune.results import RESULTS_FILE, read_results, scratch_of
 from ssast.engine.finetune.splits import read_split
 from ssast.engine.training.runlog import read_rows as read_metrics
 
-from .rows import RESULTS, append_row, environment_columns
+from .machine import environment_columns
+from .rows import RESULTS, append_row
 
 FILE = RESULTS / "study.csv"
 CONFIGS = Path(configs.__path__[0]) / "study"

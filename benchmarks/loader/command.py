@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import os
 import sys
@@ -14,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ssast.benchmarks.rows import RESULTS, append_row, environment_columns
+from ssast.benchmarks.machine import environment_columns
+from ssast.benchmarks.rows import RESULTS, Row, Sink
 from ssast.engine.errors import UserError
 
 from .aims import FIRST, MEMORY, OPEN, OURS, PEAK, RATE, table, verdicts
@@ -33,7 +33,6 @@ soundfile, webdataset and torchcodec in torch's DataLoader, the official way (fi
 of DataLoader), and libsndfile alone. All of one codec and number of cores run in turn, in short rounds, each in a
 process of its own that is stopped while others are measured. Files are in the page cache. Wall time and CPU time (of
 all its processes) are taken; what cannot run here is named."""
-Row = dict[str, Any]
 
 
 def say(text: str) -> None:
@@ -41,12 +40,12 @@ def say(text: str) -> None:
 
 
 class Bench:
-    """All that one call measures; rows go to `out` as they come."""
+    """All that one call measures."""
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self.arguments, self.folder = arguments, folder
         self.cores = sorted(os.sched_getaffinity(0))
-        self.rows: list[Row] = []
+        self.sink = Sink(arguments.out)
         started = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S")
         self.environment = {"run": started, **environment_columns()}
         self.corpus: Corpus
@@ -99,7 +98,7 @@ class Bench:
             cpu = [each["clips"] / max(each["cpu_s"], 1e-9) for each in rounds]
             rows.append(self._row(RATE, wall, cpu=cpu, note=note, cores=cores, **case))
         self._add(rows)
-        for line in table(rows)[0 if len(self.rows) == len(rows) else 1 :]:
+        for line in table(rows)[0 if len(self.sink.rows) == len(rows) else 1 :]:
             say(line)
 
     def _first_batch(self, codec: str, folder: Path) -> None:
@@ -133,7 +132,7 @@ class Bench:
         )
         say(
             f"{codec}, {case['entries']:,} entries: "
-            + ", ".join(f"{row['metric']} {row['p50']}" for row in self.rows[-4:])
+            + ", ".join(f"{row['metric']} {row['p50']}" for row in self.sink.rows[-4:])
         )
 
     def _memory(self, codec: str) -> None:
@@ -187,24 +186,13 @@ class Bench:
 
     def _add(self, rows: Sequence[Row]) -> None:
         for row in rows:
-            self.rows.append(row)
-            if self.arguments.out is not None:
-                _append(self.arguments.out, row)
+            self.sink.add(row)
 
 
 def _quartiles(values: Sequence[float]) -> Iterator[float | str]:
     if not len(values):
         return iter(("", "", ""))
     return (float(f"{value:.4g}") for value in np.quantile(values, (0.25, 0.5, 0.75)))
-
-
-def _append(file: Path, row: Row) -> None:
-    try:
-        append_row(file, row)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written: {error.strerror}") from None
-    except (ValueError, StopIteration):
-        raise UserError(f"{file}: holds something else than rows of this kind; give another file") from None
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -265,19 +253,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(", ".join(f"{name} {value}" for name, value in bench.environment.items() if value != ""))
             bench.run()
         say("")
-        for verdict in verdicts(bench.rows):
+        for verdict in verdicts(bench.sink.rows):
             say(str(verdict))
         if arguments.plot:
             from .rates_picture import draw
 
-            say(f"drawn: {draw(bench.rows, arguments.plot)}")
+            say(f"drawn: {draw(bench.sink.rows, arguments.plot)}")
     except UserError as error:
         say(f"ssast: {error}")
         return error.exit_code
-    if arguments.out is None:
-        writer = csv.DictWriter(sys.stdout, list(bench.rows[0]))
-        writer.writeheader()
-        writer.writerows(bench.rows)
-    else:
-        say(f"{len(bench.rows)} rows added to {arguments.out}")
+    bench.sink.close()
     return 0

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ssast.benchmarks.machine import DeviceWatch, device_name, gpu_facts, peak_tflops
 from ssast.engine.config import Config, load_config
 from ssast.engine.data.clips import Clips
 from ssast.engine.data.dataset import Dataset, open_dataset
@@ -36,7 +37,7 @@ from ssast.engine.training.auto_batch import activation_bytes, find_auto_batch, 
 from ssast.engine.training.trainer import Clock, Trainer
 from ssast.kernels import NUM_PREFIX
 
-from .device import DeviceWatch, ceiling_rates, device_name, gpu_facts, peak_tflops
+from .ceilings import ceiling_rates
 from .timeline import floor_seconds, read_trace, step_parts, top_kernels
 
 TRACED_STEPS = 4  # on a GPU the last only marks the end of the one before

@@ -18,7 +18,6 @@ from ssast.benchmarks.rows import append_row, read_rows
 from ssast.benchmarks.tables import headline_table, step_table
 from ssast.benchmarks.throughput import profile
 from ssast.benchmarks.throughput.baseline_race import Runner, race
-from ssast.benchmarks.throughput.device import find_peak
 from ssast.engine.config import Config
 from ssast.engine.distributed.ranks import Ranks
 from ssast.engine.errors import UserError
@@ -145,25 +144,6 @@ def test_a_race_compares_within_turns():
     ours, theirs = Paced("ours", "", 30, lambda: None, cpu), Paced("theirs", "what", 10, lambda: None, cpu)
     (row,) = race([ours, theirs], turns=3)
     assert row["ratio"] == 3.0 and row["clips_per_s"] == 5.0 and row["what"] == "what"
-
-
-@pytest.mark.parametrize(
-    ("name", "tflops"),
-    [
-        ("NVIDIA H200", 989.4),
-        ("NVIDIA H200 NVL", 835.5),
-        ("NVIDIA H100 80GB HBM3", 989.4),
-        ("NVIDIA H100 PCIe", 756.0),
-        ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("NVIDIA L40S", 362.05),
-        ("NVIDIA L4", 121.0),
-        ("NVIDIA RTX A1000", None),
-        ("NVIDIA L40", None),
-        ("NVIDIA GB200", None),
-    ],
-)
-def test_peaks_are_those_of_the_device_and_no_other(name, tflops):
-    assert (find_peak(name) or {"tflops": None})["tflops"] == tflops
 
 
 @pytest.fixture
