@@ -1,56 +1,109 @@
-"""Each formula at one small shape, counted by hand."""
+"""What the formulas count is what the benchmark's own cases hand over and multiply: bytes are measured on tensors,
+floating-point operations by PyTorch's counter, which knows matrix products.
+"""
 
-from ssast.benchmarks import formulas
-from ssast.benchmarks.formulas import Need
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
+from ssast.benchmarks import cases, formulas
+from ssast.benchmarks.cases import OPERATORS
+from ssast.benchmarks.gate import as_tuple
 
-def test_fbank():
-    # 2 clips of 720 int16 samples: 3 whole frames each (400, 560, 720); 8 rows of 128 float32
-    need = formulas.fbank(B=2, S=720, T=8, F=128, in_size=2, out_size=4)["forward"]
-    assert need.bytes == 2 * 720 * 2 + 2 * 8 * 128 * 4
-    mean, subtract, emphasis, window = 400, 400, 800, 400
-    fft = 2.5 * 512 * 9
-    power, mel, logarithm_and_scaling = 3 * 256, 4 * 256, 3 * 128
-    assert need.flop == 2 * 3 * (mean + subtract + emphasis + window + fft + power + mel + logarithm_and_scaling)
-    # frames that the output has no room for are not needed
-    assert formulas.fbank(B=2, S=720, T=1, F=128, in_size=2, out_size=4)["forward"].flop * 3 == need.flop
+CPU = torch.device("cpu")
 
 
-def test_mask():
-    assert formulas.mask(B=512, M=400) == {"forward": Need(512 * 400 * 8, 0)}
+def all_cases(operator):
+    return list(OPERATORS[operator].cases(cases.Setting(CPU, torch.float32, False, False, False)))
 
 
-def test_embed():
-    # 2 clips of 5 patches of 3 values, 4 of them masked, to width 7, in bytes of 2
-    needs = formulas.embed(B=2, P=5, M=4, K=3, D=7, size=2)
-    visible, numbers = 2 * 1 * 3 * 2, 2 * 4 * 8
-    parameters = (21 + 7 + 7 * 7 + 2 * 7 + 7) * 2
-    tokens = 2 * 7 * 7 * 2
-    product = 2 * (2 * 1) * 3 * 7
-    assert needs["forward"] == needs["backward"] == Need(visible + numbers + parameters + tokens, product)
-    assert needs["both"] == Need(visible + numbers + 2 * parameters + 2 * tokens, 2 * product)
+def nbytes(tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def test_loss():
-    needs = formulas.loss(B=2, M=3, K=5, size=4, gathered=True)
-    tensor, numbers = 2 * 3 * 5 * 4, 2 * 3 * 8
-    product = 2 * 2 * 3 * 3 * 5
-    assert needs["forward"] == Need(3 * tensor + numbers, product)
-    assert needs["backward"] == Need(5 * tensor + numbers, product)
-    assert needs["both"] == Need(5 * tensor + numbers, 2 * product)
-    assert formulas.loss(B=2, M=3, K=5, size=4, gathered=False)["forward"].bytes == 3 * tensor
+def flop_of(compute):
+    with FlopCounterMode(display=False) as counter:
+        compute()
+    return counter.get_total_flops()
 
 
-def test_attention():
-    needs = formulas.attention(B=2, H=3, N=4, d=5, size=2)
-    tensor, product = 2 * 3 * 4 * 5 * 2, 2 * (2 * 3) * 4 * 4 * 5
-    assert needs == {
-        "forward": Need(4 * tensor, 2 * product),
-        "backward": Need(7 * tensor, 4 * product),
-        "both": Need(8 * tensor, 6 * product),
-    }
+@pytest.mark.parametrize("operator", ["fbank", "mask", "attention"])
+def test_bytes_are_those_of_the_tensors(operator):
+    for case in all_cases(operator):
+        inputs = case.make_inputs(0)
+        output = as_tuple(case.providers[0].run(**inputs))[0]
+        assert case.needs["forward"].bytes == nbytes([*inputs.values(), output])
+        if case.learned:  # inputs and the output's gradient in, a gradient of each input out
+            assert case.needs["backward"].bytes == 2 * nbytes(inputs.values()) + nbytes([output])
+            assert case.needs["both"].bytes == 2 * nbytes(inputs.values()) + 2 * nbytes([output])
+
+
+def test_bytes_of_the_loss():
+    """Three tensors of the masked patches in, two gradients out; where targets are gathered, the mask is read, and of
+    all patches only the masked ones.
+    """
+    for case in all_cases("loss"):
+        inputs = case.make_inputs(0)
+        read = nbytes([inputs["class_pred"], inputs["recon_pred"], inputs["class_pred"]])
+        index = nbytes([inputs["mask"]]) if "mask" in inputs else 0
+        gradients = nbytes([inputs["class_pred"], inputs["recon_pred"]])
+        assert case.needs["forward"].bytes == read + index
+        assert case.needs["both"].bytes == case.needs["backward"].bytes == read + index + gradients
+
+
+def test_bytes_and_flop_of_the_embedding():
+    """Only the visible patches are read and projected, and only parameters are learned."""
+    for case in all_cases("embed"):
+        inputs = case.make_inputs(0)
+        parameters = nbytes(inputs[name] for name in case.learned)
+        tokens = case.providers[0].run(**inputs)
+        visible = torch.ones(inputs["patches"].shape[:2], dtype=torch.bool).scatter(1, inputs["mask"], False)
+        patches, weight = inputs["patches"][visible], inputs["weight"].detach().requires_grad_()
+        needs = case.needs
+        assert needs["forward"].bytes == nbytes([patches, inputs["mask"], tokens]) + parameters
+        assert needs["both"].bytes == needs["forward"].bytes + parameters + nbytes([tokens])
+        assert needs["forward"].flop == flop_of(
+            lambda patches=patches, weight=weight: functional.linear(patches, weight)
+        )
+        assert needs["both"].flop == flop_of(
+            lambda patches=patches, weight=weight: functional.linear(patches, weight).sum().backward()
+        )
+
+
+def test_flop_of_attention_and_loss():
+    batch, heads, tokens, width = 2, 3, 5, 8
+    q, k, v = torch.randn(3, batch, heads, tokens, width, requires_grad=True).unbind()
+
+    def attend():
+        return (q @ k.transpose(2, 3)).softmax(dim=3) @ v
+
+    needs = formulas.attention(batch, heads, tokens, width, 4)
+    assert needs["forward"].flop == flop_of(attend)
+    assert needs["both"].flop == flop_of(lambda: attend().sum().backward())
+    assert needs["backward"].flop == needs["both"].flop - needs["forward"].flop
+
+    prediction, target = torch.randn(2, 7, 5, requires_grad=True), torch.randn(2, 7, 5)
+
+    def nce():
+        return torch.bmm(target, prediction.transpose(1, 2)).log_softmax(dim=2)
+
+    needs = formulas.loss(2, 7, 5, 4, gathered=False)
+    assert needs["forward"].flop == flop_of(nce)
+    assert needs["both"].flop == flop_of(lambda: nce().sum().backward())
+
+
+def test_flop_of_a_frame():
+    """No counter knows an FFT. Of a frame of 400 samples: 2,000 for its mean, pre-emphasis and window, 11,520 = 2.5 x
+    512 x 9 for the FFT, 768 for power, 1,024 for the mel filters and 384 for logarithm and scaling.
+    """
+    six_frames = formulas.fbank(B=2, S=720, T=8, F=128, in_size=2, out_size=4)["forward"]
+    assert six_frames.flop == 6 * 15_696
+    two_frames = formulas.fbank(B=2, S=720, T=1, F=128, in_size=2, out_size=4)["forward"]
+    assert two_frames.flop == 2 * 15_696, "frames that the output has no room for are not needed"
 
 
 def test_ceilings():
-    assert formulas.copy(100)["forward"] == Need(200, 0)
-    assert formulas.matmul(10, 2)["forward"] == Need(600, 2000)
+    assert formulas.copy(100)["forward"].bytes == 200
+    a = torch.randn(10, 10)
+    assert formulas.matmul(10, a.element_size())["forward"] == formulas.Need(3 * nbytes([a]), flop_of(lambda: a @ a))
