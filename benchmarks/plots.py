@@ -15,21 +15,18 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ssast.engine.errors import UserError
+from ssast.engine.report.theme import LIGHT, PALETTE, style_axes
 
 from .cases import CEILING, COPY, MATMUL, OPERATORS
 
 Row = dict[str, Any]
-INK, SOFT, GRID = "#22272e", "#6b7480", "#e3e7ec"
-COLOURS = {"triton": "#c2410c", "torch": "#2563a8", "compiled": "#6aa5de", "official loop": "#a3acb6"}
-# for providers without a colour of their own
-OTHERS = (
-    "#3f7f5f",
-    "#8b5fa8",
-    "#b08d2f",
-    "#4aa3a2",
-    "#7f5539",
-    "#a83254",
-)
+COLOURS = {
+    "triton": PALETTE["red"],
+    "torch": PALETTE["navy"],
+    "compiled": PALETTE["blue"],
+    "official loop": PALETTE["grey"],
+}
+OTHERS = [colour for colour in PALETTE.values() if colour not in COLOURS.values()]  # for other providers
 
 
 def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -68,13 +65,6 @@ def _machine(row: Row) -> str:
     )
 
 
-def _clean(axes: Axes, grid: str) -> None:
-    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
-    axes.tick_params(colors=SOFT, which="both", length=0, labelsize=8)
-    axes.grid(True, axis=grid, color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
 # ---- bars ------------------------------------------------------------------------------------------------------------
 
 ROW_HEIGHT, GAP = 0.23, 0.7  # inches of a bar; bars between two modes
@@ -105,8 +95,8 @@ def _bars(operator: str, rows: Sequence[Row]) -> Figure:
 
 def _captioned(figure: Figure, title: str, row: Row) -> Figure:
     """With a title above and the machine that it was measured on below."""
-    figure.suptitle(title, x=0.01, ha="left", fontsize=9.5, color=INK)
-    figure.supxlabel(_machine(row), x=0.01, ha="left", fontsize=7, color=SOFT)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=9.5, color=LIGHT.ink)
+    figure.supxlabel(_machine(row), x=0.01, ha="left", fontsize=7, color=LIGHT.soft)
     return figure
 
 
@@ -122,8 +112,8 @@ def _panel(axes: Axes, rows: Sequence[Row], colours: dict[str, str]) -> None:
         for row in sorted((row for row in rows if row["mode"] == mode), key=lambda row: float(row["p50_ms"])):
             low, middle, high = (float(row[name]) for name in ("p20_ms", "p50_ms", "p80_ms"))
             axes.barh(position, middle - left, left=left, height=0.8, color=colours[row["provider"]])
-            axes.plot([low, high], [position, position], color=INK, linewidth=1.1, solid_capstyle="butt")
-            place = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": INK}
+            axes.plot([low, high], [position, position], color=LIGHT.ink, linewidth=1.1, solid_capstyle="butt")
+            place = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": LIGHT.ink}
             axes.annotate(_duration(middle), (max(high, middle), position), (5, 0), **place)
             ticks.append((position, f"{row['provider']}  ·  {mode}"))
             position += 1
@@ -136,8 +126,8 @@ def _panel(axes: Axes, rows: Sequence[Row], colours: dict[str, str]) -> None:
     axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if span < 100 else (1,)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _duration(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_title(rows[0]["shape"], loc="left", fontsize=9, fontweight="bold", color=INK, pad=5)
-    _clean(axes, "x")
+    axes.set_title(rows[0]["shape"], loc="left", fontsize=9, fontweight="bold", color=LIGHT.ink, pad=5)
+    style_axes(axes, grid="x")
 
 
 def _duration(milliseconds: float) -> str:
@@ -159,7 +149,7 @@ def _roofline(rows: Sequence[Row], ceilings: dict[str, Row]) -> Figure:
     bottom, top = min(y for _, y, _ in points) / 8, peak * 2.2
     figure = Figure((8.5, 5.6), facecolor="white", layout="constrained")
     axes = figure.subplots()
-    axes.plot([left, ridge, right], [left * bandwidth, peak, peak], color=INK, linewidth=1.6)
+    axes.plot([left, ridge, right], [left * bandwidth, peak, peak], color=LIGHT.ink, linewidth=1.6)
     axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, top))
     axes.annotate(
         f"matrix product {_si(peak, 'TFLOP/s')}",
@@ -196,18 +186,18 @@ def _roofline(rows: Sequence[Row], ceilings: dict[str, Row]) -> Figure:
             "ha": "center",
             "va": "top",
             "fontsize": 7.5,
-            "color": SOFT,
+            "color": LIGHT.soft,
         }
         axes.annotate(label, (x, y), (0, -7), **place)
     handles = [Line2D([], [], marker="o", linestyle="", color=colour, label=name) for name, colour in colours.items()]
-    axes.legend(handles=handles, frameon=False, fontsize=8, labelcolor=INK, loc="lower right", handletextpad=0.2)
+    axes.legend(handles=handles, frameon=False, fontsize=8, labelcolor=LIGHT.ink, loc="lower right", handletextpad=0.2)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if axis is axes.xaxis else (1,)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("needed FLOP a needed byte", fontsize=8.5, color=INK)
-    axes.set_ylabel("needed TFLOP/s", fontsize=8.5, color=INK)
-    _clean(axes, "both")
+    axes.set_xlabel("needed FLOP a needed byte", fontsize=8.5, color=LIGHT.ink)
+    axes.set_ylabel("needed TFLOP/s", fontsize=8.5, color=LIGHT.ink)
+    style_axes(axes, grid="both")
     return _captioned(
         figure, f"Under the measured ceilings, {', '.join(dict.fromkeys(row['dtype'] for row in rows))}", rows[0]
     )

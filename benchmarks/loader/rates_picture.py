@@ -12,18 +12,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from ssast.benchmarks.plots import GRID, INK, OTHERS, SOFT
 from ssast.engine.errors import UserError
+from ssast.engine.report.theme import LIGHT, PALETTE, style_axes
 
 from .aims import ALONE, OURS, RATE
 
 Row = dict[str, Any]
 COLOURS = {
-    OURS: "#c2410c",
-    ALONE: "#22272e",
-    "official way": "#a3acb6",
-    "soundfile, DataLoader": "#2563a8",
-    "webdataset, DataLoader": "#6aa5de",
+    OURS: PALETTE["red"],
+    ALONE: LIGHT.ink,
+    "official way": PALETTE["grey"],
+    "soundfile, DataLoader": PALETTE["navy"],
+    "webdataset, DataLoader": PALETTE["blue"],
 }
 BAR, GAP = 0.21, 0.7  # inches of a bar; bars between two groups
 
@@ -41,9 +41,11 @@ def draw(rows: Sequence[Row], file: Path) -> Path:
     first = rates[0]
     what = f"Clips of {float(first['clip_s']):g} s read a second, batches of {first['batch']}"
     title = f"{what}; thin line: quartiles of {first['rounds']} rounds"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=9.5, color=INK)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=9.5, color=LIGHT.ink)
     machine = f"{first['device']}, {first['cores']} cores, page cache warm; torch {first['torch']}"
-    figure.supxlabel(f"{machine}; commit {first['commit']}, {first['date']}", x=0.01, ha="left", fontsize=7, color=SOFT)
+    figure.supxlabel(
+        f"{machine}; commit {first['commit']}, {first['date']}", x=0.01, ha="left", fontsize=7, color=LIGHT.soft
+    )
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=160)
@@ -60,9 +62,9 @@ def _panel(axes: Axes, rows: Sequence[Row]) -> None:
         group = [row for row in rows if row["workers"] == workers]
         for row in sorted(group, key=lambda row: -float(row["p50"])):
             low, middle, high = (float(row[name]) for name in ("p25", "p50", "p75"))
-            axes.barh(position, middle, height=0.8, color=COLOURS.get(row["contestant"], OTHERS[0]))
-            axes.plot([low, high], [position, position], color=SOFT, linewidth=1.1, solid_capstyle="butt")
-            place = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": INK}
+            axes.barh(position, middle, height=0.8, color=COLOURS.get(row["contestant"], PALETTE["green"]))
+            axes.plot([low, high], [position, position], color=LIGHT.soft, linewidth=1.1, solid_capstyle="butt")
+            place = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": LIGHT.ink}
             axes.annotate(f"{middle:,.0f}", (high, position), (4, 0), **place)
             ticks.append(
                 (position, f"{row['contestant']}, {row['source']}  ·  {workers} core{'s' * (int(workers) > 1)}")
@@ -73,8 +75,5 @@ def _panel(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_ylim(position - GAP - 0.4, -0.6)
     axes.set_yticks(*zip(*ticks, strict=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.set_title(rows[0]["codec"], loc="left", fontsize=9, fontweight="bold", color=INK, pad=5)
-    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
-    axes.tick_params(colors=SOFT, which="both", length=0, labelsize=8)
-    axes.grid(True, axis="x", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
+    axes.set_title(rows[0]["codec"], loc="left", fontsize=9, fontweight="bold", color=LIGHT.ink, pad=5)
+    style_axes(axes, grid="x")

@@ -13,30 +13,30 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ssast.engine.report.run import DENSITY, WIDTH, Theme
+from ssast.engine.report.theme import DENSITY, PALETTE, WIDTH, Theme, style_axes
 
 from .summary import significant
 
 LEFT, RIGHT = 0.14, WIDTH - 0.14  # inches of what needs no axis
 CUT = 2.5  # a bar longer than so many times the first one is cut short
 COLOURS = {
-    "data wait": "#d1495b",
-    "copy": "#e58a5a",
-    "fbank": "#e0b13c",
-    "mask + embed": "#a3b944",
-    "encoder forward": "#4a90d9",
-    "heads + loss": "#62bccb",
-    "backward": "#3a6cb5",
-    "communication": "#9168ba",
-    "optimizer": "#3f9e72",
-    "host gaps": "#9a9aa1",
-    "parameters": "#4a90d9",
-    "gradients": "#9168ba",
-    "optimizer state": "#3f9e72",
-    "activations": "#e0b13c",
-    "other": "#9a9aa1",
+    "data wait": PALETTE["red"],
+    "copy": PALETTE["orange"],
+    "fbank": PALETTE["yellow"],
+    "mask + embed": PALETTE["olive"],
+    "encoder forward": PALETTE["blue"],
+    "heads + loss": PALETTE["cyan"],
+    "backward": PALETTE["navy"],
+    "communication": PALETTE["violet"],
+    "optimizer": PALETTE["green"],
+    "host gaps": PALETTE["grey"],
+    "parameters": PALETTE["blue"],
+    "gradients": PALETTE["violet"],
+    "optimizer state": PALETTE["green"],
+    "activations": PALETTE["yellow"],
+    "other": PALETTE["grey"],
 }
-UNKNOWN = "#9a9aa1"  # a part of another name
+UNKNOWN = PALETTE["grey"]  # a part of another name
 
 
 class Bar(NamedTuple):
@@ -165,9 +165,7 @@ def draw_steps(seconds: Sequence[float], percentiles: Mapping[str, float], theme
         series.axhline(value, color=theme.valid, linewidth=1.1, linestyle=style, label=f"{name} {significant(value)}")
         counts.axhline(value, color=theme.valid, linewidth=1.1, linestyle=style)
     for axes in (series, counts):
-        _style(axes, theme)
-        axes.grid(axis="y", color=theme.grid, linewidth=0.8)
-        axes.set_axisbelow(True)
+        style_axes(axes, theme, grid="y")
         axes.xaxis.set_major_locator(
             MaxNLocator(5 if axes is series else 2, integer=True, prune=None if axes is series else "lower")
         )
@@ -204,8 +202,7 @@ def draw_device(samples: Sequence[Mapping[str, float]], power_limit: float | Non
     for axes, (key, title, colour) in zip(panels, kinds, strict=True):
         values = [sample[key] for sample in samples]
         axes.plot(seconds, values, color=colour, linewidth=1.4, marker="." if len(values) < 3 else None)
-        _style(axes, theme)
-        axes.grid(axis="y", color=theme.grid, linewidth=0.8)
+        style_axes(axes, theme, grid="y")
         axes.set_title(title, loc="left", fontsize=9, color=theme.soft, pad=4)
         if key == "power_w" and power_limit:
             axes.axhline(power_limit, color=theme.soft, linewidth=1, linestyle=(0, (4, 3)))
@@ -230,8 +227,7 @@ def draw_scaling(rows: Sequence[Mapping[str, Any]], theme: Theme) -> Figure:
     for row in rows:
         place = {"textcoords": "offset points", "xytext": (-6, 4), "fontsize": 8.5, "color": theme.ink, "ha": "right"}
         axes.annotate(f"{row['efficiency']:.0%}", (row["ranks"], row["clips_per_s"]), **place)
-    _style(axes, theme)
-    axes.grid(axis="y", color=theme.grid, linewidth=0.8)
+    style_axes(axes, theme, grid="y")
     axes.set_xlim(0, 1.06 * max(ranks))
     axes.set_ylim(0, 1.08 * max(*rates, *ideal))
     axes.set_xticks(ranks)
@@ -257,12 +253,6 @@ def _sheet(height: float, title: str, theme: Theme) -> tuple[Figure, Axes]:
 def _title(figure: Figure, title: str, theme: Theme) -> None:
     place = (LEFT / WIDTH, 1 - 0.2 / figure.get_figheight())
     figure.text(*place, title, fontsize=10.5, fontweight="bold", color=theme.ink, va="center", parse_math=False)
-
-
-def _style(axes: Axes, theme: Theme) -> None:
-    axes.set_facecolor(theme.paper)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(colors=theme.soft, labelsize=8.5, length=0, which="both")
 
 
 def _colour(part: str) -> str:

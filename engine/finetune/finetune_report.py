@@ -5,6 +5,8 @@ phone.
 from __future__ import annotations
 
 import base64
+import csv
+import io
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -12,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ssast.engine.files import write_whole
+from ssast.engine.report.page import render
 
 from .config import FinetuneConfig
-from .results import read_results, scratch_of, summarise
+from .results import RESULTS_FILE, read_results, scratch_of, summarise, table
 
 MOST_RUNS = 60  # rows of the table of runs
 
@@ -25,15 +27,15 @@ MOST_RUNS = 60  # rows of the table of runs
 def write_report(config: FinetuneConfig, folders: Sequence[Path]) -> Path:
     """Write `report.html` into the folder of the command; runs without results are left out."""
     results = read_results(folders)
-    done = [folder for folder in folders if (folder / "results.json").is_file()]
+    done = [folder for folder in folders if (folder / RESULTS_FILE).is_file()]
     arms = summarise(results)
     shown = []
     for arm in arms:
         index = next(number for number, result in enumerate(results) if result["arm"] == arm.arm)
         shown.append({"arm": arm, "result": results[index], "folder": done[index], "pictures": _pictures(done[index])})
     environment = json.loads((done[0] / "environment.json").read_text(encoding="utf-8"))
-    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
-    page = templates.get_template("finetune_report.html.j2").render(
+    page = render(
+        Path(__file__).with_name("finetune_report.html.j2"),
         name=config.run.name,
         metric=config.metric,
         arms=arms,
@@ -60,3 +62,21 @@ def _pictures(folder: Path) -> list[tuple[str, str]]:
 
 def _settings(folder: Path) -> dict[str, Any]:
     return yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+
+
+def write_summary(config: FinetuneConfig, folders: Sequence[Path]) -> Path:
+    """results.csv, results.md and report.html of all runs of a command; the path of the report."""
+    results = read_results(folders)
+    rows = io.StringIO(newline="")
+    columns = ("arm", "seed", "fold", "init_from", "steps", "weights")
+    metrics = list(results[0]["metrics"])
+    writer = csv.writer(rows)
+    writer.writerow([*columns, "train_clips", "valid_clips", "test_clips", *metrics])
+    for result in results:
+        counts = [result["clips"][part] for part in ("train", "valid", "test")]
+        writer.writerow(
+            [*(result[name] for name in columns), *counts, *(result["metrics"].get(name) for name in metrics)]
+        )
+    write_whole(config.run_dir / "results.csv", rows.getvalue())
+    write_whole(config.run_dir / "results.md", table(summarise(results), config.metric, config.paper) + "\n")
+    return write_report(config, folders)

@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ssast.engine.errors import UserError
+from ssast.engine.report.theme import LIGHT, printable, style_axes
 
 from .metrics import class_metrics, per_class
 
-INK, SOFT, GRID, TRAIN, VALID = "#1d1d1f", "#6e6e73", "#e8e8ea", "#2f6db3", "#cf6a1f"  # as in the report
-BLUES = LinearSegmentedColormap.from_list("share", ["#ffffff", "#d5e4f3", "#78aef0", TRAIN, "#153a63"])
+BLUES = LinearSegmentedColormap.from_list("fraction", ["#ffffff", "#d5e4f3", "#78aef0", LIGHT.train, "#153a63"])
 DENSITY = 160  # dots per inch
-NUMBERED_UP_TO = 12  # classes: the share is written into each cell
+NUMBERED_UP_TO = 12  # classes: the fraction is written into each cell
 NAMED_UP_TO = 50  # classes: the rows and columns have names
 ALL_UP_TO, BARS = 50, 30  # classes: beyond so many, the best and the worst half of so many
 MOST_CONFUSED = 10
@@ -86,11 +85,11 @@ def most_confused(
 
 
 def draw_confusion(scores: np.ndarray, targets: np.ndarray, labels: Sequence[str]) -> Figure:
-    """A row for each class: the share of its clips that was taken for each. Beside it the pairs confused most often."""
+    """A row for each class: the fraction of its clips taken for each. Beside it the pairs confused most often."""
     counts = confusion(scores, targets)
     size = len(labels)
     totals = counts.sum(axis=1, keepdims=True)
-    shares = np.where(totals > 0, counts / np.maximum(totals, 1), np.nan)
+    fractions = np.where(totals > 0, counts / np.maximum(totals, 1), np.nan)
     named = size <= NAMED_UP_TO
     side = min(max(0.55 * size, 2.6), 7.0) if size <= NUMBERED_UP_TO else 7.0  # inches of the matrix
     points = 8.5 if size <= 20 else 6.5 if size <= 36 else 5.5  # of the letters of names
@@ -100,21 +99,22 @@ def draw_confusion(scores: np.ndarray, targets: np.ndarray, labels: Sequence[str
     figure = Figure((width, height), facecolor="white")
     axes = figure.add_axes((margin / width, 1 - (above + side) / height, side / width, side / height))
     norm = PowerNorm(0.6, 0, 1)  # so that a few percent are seen
-    axes.imshow(shares, cmap=BLUES.with_extremes(bad=GRID), norm=norm, interpolation="nearest", aspect="auto")
+    axes.imshow(fractions, cmap=BLUES.with_extremes(bad=LIGHT.grid), norm=norm, interpolation="nearest", aspect="auto")
     if size <= NUMBERED_UP_TO:
-        for (row, column), share in np.ndenumerate(shares):
-            if share > 0:
+        for (row, column), fraction in np.ndenumerate(fractions):
+            if fraction > 0:
                 axes.text(
                     column,
                     row,
-                    f"{100 * share:.0f}",
+                    f"{100 * fraction:.0f}",
                     ha="center",
                     va="center",
                     fontsize=8,
-                    color="white" if share > 0.35 else INK,
+                    color="white" if fraction > 0.35 else LIGHT.ink,
                 )
-    _clean(axes)
-    axes.spines[:].set(visible=True, color=GRID)
+    style_axes(axes)
+    axes.tick_params(labelcolor=LIGHT.ink, labelsize=8)
+    axes.spines[:].set(visible=True, color=LIGHT.grid)
     if named:
         names = [_short(label, NAME_LETTERS) for label in labels]
         axes.set_xticks(range(size), names, rotation=90, fontsize=points)
@@ -122,13 +122,13 @@ def draw_confusion(scores: np.ndarray, targets: np.ndarray, labels: Sequence[str
     else:
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axes.set_xlabel("answered" if named else "answered, by number of the class", fontsize=9, color=SOFT)
-    axes.set_ylabel("is" if named else "is, by number of the class", fontsize=9, color=SOFT)
+    axes.set_xlabel("answered" if named else "answered, by number of the class", fontsize=9, color=LIGHT.soft)
+    axes.set_ylabel("is" if named else "is, by number of the class", fontsize=9, color=LIGHT.soft)
     title = (
-        f"Of the clips of each class (row), the share taken for each: {_percent(np.trace(counts) / counts.sum())} "
+        f"Of the clips of each class (row), the fraction taken for each: {_percent(np.trace(counts) / counts.sum())} "
         "are right"
     )
-    figure.text(0.12 / width, 1 - 0.32 / height, title, fontsize=10.5, fontweight="bold", color=INK)
+    figure.text(0.12 / width, 1 - 0.32 / height, title, fontsize=10.5, fontweight="bold", color=LIGHT.ink)
     _list_confused(figure, most_confused(counts, labels), (margin + side + 0.35) / width, 1 - above / height, height)
     return figure
 
@@ -137,16 +137,18 @@ def _list_confused(
     figure: Figure, pairs: list[tuple[str, str, int, int]], left: float, top: float, height: float
 ) -> None:
     """From the place (left, top) of the figure downward."""
-    figure.text(left, top, "Confused most often" if pairs else "Nothing was confused", fontsize=9, color=SOFT, va="top")
+    figure.text(
+        left, top, "Confused most often" if pairs else "Nothing was confused", fontsize=9, color=LIGHT.soft, va="top"
+    )
     line = 0.17 / height
     place = top - 1.6 * line
     for one, other, count, total in pairs:
         text = textwrap.wrap(f"{_short(one, 40)} → {_short(other, 40)}", 44)
         if place - (len(text) + 1) * line < 0:
             return
-        figure.text(left, place, "\n".join(text), fontsize=8, color=INK, va="top", linespacing=1.15)
+        figure.text(left, place, "\n".join(text), fontsize=8, color=LIGHT.ink, va="top", linespacing=1.15)
         place -= len(text) * line
-        figure.text(left, place, f"{count} of {total} clips", fontsize=7.5, color=SOFT, va="top")
+        figure.text(left, place, f"{count} of {total} clips", fontsize=7.5, color=LIGHT.soft, va="top")
         place -= 1.35 * line
 
 
@@ -170,10 +172,16 @@ def draw_classes(rows: Sequence[Mapping[str, Any]], values: Mapping[str, float],
     position, ticks = 0.0, []
     for part in shown:
         for row in part:
-            axes.barh(position, row[column], height=0.78, color=TRAIN)
+            axes.barh(position, row[column], height=0.78, color=LIGHT.train)
             note = f"{row[column]:.3f}" if multi_label else _percent(row[column])
             for x, text in ((44, note), (80, str(row["clips"]))):
-                place = {"textcoords": "offset points", "ha": "right", "va": "center", "fontsize": 7.5, "color": INK}
+                place = {
+                    "textcoords": "offset points",
+                    "ha": "right",
+                    "va": "center",
+                    "fontsize": 7.5,
+                    "color": LIGHT.ink,
+                }
                 axes.annotate(text, (1, position), (x, 0), **place)
             ticks.append((position, _short(row["label"], 40)))
             position += 1
@@ -183,7 +191,7 @@ def draw_classes(rows: Sequence[Mapping[str, Any]], values: Mapping[str, float],
         "ha": "right",
         "va": "center",
         "fontsize": 7.5,
-        "color": SOFT,
+        "color": LIGHT.soft,
         "annotation_clip": False,
     }
     axes.annotate("clips", (1, -1), (80, 0), **head)
@@ -191,26 +199,26 @@ def draw_classes(rows: Sequence[Mapping[str, Any]], values: Mapping[str, float],
     axes.set_yticks(*zip(*ticks, strict=True))
     axes.set_xlim(0, 1)
     mean = values["mAP" if multi_label else "balanced_accuracy"]
-    axes.axvline(mean, color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
+    axes.axvline(mean, color=LIGHT.soft, linewidth=1, linestyle=(0, (4, 3)))
     axes.xaxis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{value:g}" if multi_label else f"{100 * value:.3g}%")
     )
-    _clean(axes)
-    axes.grid(axis="x", color=GRID, linewidth=0.8)
+    style_axes(axes, grid="x")
+    axes.tick_params(labelcolor=LIGHT.ink, labelsize=8)
     what = "Average precision" if multi_label else "Recall"
     which = (
         f"the {BARS // 2} best and the {BARS // 2} worst of {len(known)} classes" if cut else f"{len(known)} classes"
     )
     without = int(values["classes_without_clips"])
     title = f"{what}: {which}, mean {f'{mean:.4f}' if multi_label else _percent(mean)}"
-    figure.text(0.12 / width, 1 - 0.3 / height, title, fontsize=10.5, fontweight="bold", color=INK)
+    figure.text(0.12 / width, 1 - 0.3 / height, title, fontsize=10.5, fontweight="bold", color=LIGHT.ink)
     if without:
         figure.text(
             0.12 / width,
             0.12 / height,
             f"{without} classes have no clips here and are left out",
             fontsize=8,
-            color=SOFT,
+            color=LIGHT.soft,
         )
     return figure
 
@@ -226,7 +234,7 @@ def draw_learning_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[str
     figure = Figure((3.9 * across, 2.6 * down), facecolor="white", layout="constrained")
     grid = figure.subplots(down, across, squeeze=False)
     for axes, column in zip(grid.flat, columns, strict=False):
-        for kind, colour, style in (("train", TRAIN, "-"), ("valid", VALID, "o-")):
+        for kind, colour, style in (("train", LIGHT.train, "-"), ("valid", LIGHT.valid, "o-")):
             points = [
                 (row[x], row[column])
                 for row in rows
@@ -235,12 +243,11 @@ def draw_learning_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[str
             if points:
                 label = f"{kind} {points[-1][1]:.4g}"
                 axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=1.6, markersize=3.5, label=label)
-        _clean(axes)
-        axes.grid(axis="y", color=GRID, linewidth=0.8)
-        axes.set_title(column, loc="left", fontsize=10, fontweight="bold", color=INK)
-        axes.set_xlabel(x, fontsize=8.5, color=SOFT, loc="right")
+        style_axes(axes, grid="y")
+        axes.set_title(column, loc="left", fontsize=10, fontweight="bold", color=LIGHT.ink)
+        axes.set_xlabel(x, fontsize=8.5, color=LIGHT.soft, loc="right")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.legend(frameon=False, fontsize=8, labelcolor=SOFT, loc="best")
+        axes.legend(frameon=False, fontsize=8, labelcolor=LIGHT.soft, loc="best")
     for axes in grid.flat[len(columns) :]:
         axes.set_visible(False)
     return figure
@@ -252,17 +259,10 @@ def _is_number(value: Any) -> bool:
 
 def _short(label: str, most: int) -> str:
     """With a gap near the end where it is too long, since labels often differ there; dollars are no mathematics."""
+    label = printable(label)
     short = label if len(label) <= most else f"{label[: most - 9].rstrip(' ,')}…{label[-8:]}"
     return short.replace("$", r"\$")
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
-
-
-def _clean(axes: Axes) -> None:
-    axes.set_facecolor("white")
-    axes.spines[:].set_visible(False)
-    axes.tick_params(colors=SOFT, labelcolor=INK, length=0, which="both")
-    axes.tick_params(labelsize=8)
-    axes.set_axisbelow(True)
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}%"

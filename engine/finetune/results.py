@@ -4,8 +4,6 @@ figures beside.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -13,10 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
-
-from ssast.engine.files import write_whole
-
-from .config import FinetuneConfig
 
 RESULTS_FILE = "results.json"
 
@@ -108,23 +102,3 @@ def print_summary(folder: Path, folders: Sequence[Path]) -> None:
 
 def _runs(count: int) -> str:
     return f"{count} run{'s' if count != 1 else ''}"
-
-
-def write_summary(config: FinetuneConfig, folders: Sequence[Path]) -> Path:
-    """results.csv, results.md and report.html of all runs of a command; the path of the report."""
-    from .finetune_report import write_report
-
-    results = read_results(folders)
-    rows = io.StringIO(newline="")
-    columns = ("arm", "seed", "fold", "init_from", "steps", "weights")
-    metrics = list(results[0]["metrics"])
-    writer = csv.writer(rows)
-    writer.writerow([*columns, "train_clips", "valid_clips", "test_clips", *metrics])
-    for result in results:
-        counts = [result["clips"][part] for part in ("train", "valid", "test")]
-        writer.writerow(
-            [*(result[name] for name in columns), *counts, *(result["metrics"].get(name) for name in metrics)]
-        )
-    write_whole(config.run_dir / "results.csv", rows.getvalue())
-    write_whole(config.run_dir / "results.md", table(summarise(results), config.metric, config.paper) + "\n")
-    return write_report(config, folders)

@@ -46,10 +46,11 @@ from ssast.engine.training.trainer import Trainer, check_deepspeed_section
 
 from .config import SCRATCH, FinetuneConfig
 from .dataset import LabelledClips, TaskData, open_task, read_task
+from .finetune_report import write_summary
 from .metrics import class_metrics, per_class, write_predictions
 from .objective import FineTuning, freeze_encoder
 from .pictures import CURVES, write_learning_curve, write_pictures
-from .results import RESULTS_FILE, print_summary, write_summary
+from .results import RESULTS_FILE, print_summary
 
 LARGE = 2_000_000  # scores; more are written as .npz
 Arm = tuple[str, str | None]

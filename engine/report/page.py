@@ -1,4 +1,4 @@
-"""A report as a self-contained HTML page and as Markdown, both from one description of what it says."""
+"""Reports as self-contained HTML pages: the frame that all share, and a page of sections with pictures and tables."""
 
 from __future__ import annotations
 
@@ -6,17 +6,41 @@ import base64
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Undefined
 from matplotlib.figure import Figure
 
-import ssast.engine.report.run
 from ssast.engine.files import write_whole
-from ssast.engine.report.run import DARK, LIGHT, Theme, png
+
+from .theme import DARK, LIGHT, Theme, png, printable
+
+
+def render(template: Path, *, undefined: type[Undefined] = StrictUndefined, **values: Any) -> str:
+    """The HTML of a template that extends frame.html.j2. Pages need no other file and no network.
+
+    Raises:
+        jinja2.TemplateError: the template and the values do not fit together.
+    """
+    loader = FileSystemLoader([template.parent, Path(__file__).parent])
+    environment = Environment(loader=loader, autoescape=True, undefined=undefined)
+    return printable(environment.get_template(template.name).render(**values))
+
+
+def save_picture(path: Path, draw: Callable[[Theme], Figure]) -> dict[str, str]:
+    """Write the picture for a light page to a PNG file; "light" and "dark" as base64, to put into a page.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    images = {"light": png(draw(LIGHT)), "dark": png(draw(DARK))}
+    write_whole(path, images["light"])
+    return {name: base64.b64encode(image).decode() for name, image in images.items()}
 
 
 class Tile(NamedTuple):
+    """One figure of the row at the top."""
+
     label: str
     value: str
     note: str = ""
@@ -49,6 +73,8 @@ class Code(NamedTuple):
 
 @dataclass(frozen=True)
 class Section:
+    """A heading, then in this order: `text`, `pictures` beside `tables`, `code`, `after`."""
+
     title: str
     text: list[str] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
@@ -59,6 +85,8 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
+    """What a page says, in plain text; escaping is the template's part."""
+
     title: str
     kind: str
     lead: str
@@ -68,8 +96,7 @@ class Page:
 
 
 def write_page(page: Page, folder: Path, name: str) -> Path:
-    """Write `name`.html, `name`.md and pictures/`name`-*.png into the folder, in place of earlier ones; the path of the
-    HTML.
+    """Write `name`.html and pictures/`name`-*.png into the folder, in place of earlier ones; the path of the HTML.
 
     Raises:
         OSError: the folder cannot be written.
@@ -78,18 +105,11 @@ def write_page(page: Page, folder: Path, name: str) -> Path:
     pictures.mkdir(parents=True, exist_ok=True)
     for earlier in pictures.glob(f"{name}-*.png"):
         earlier.unlink()
-    embedded = {}
-    for picture in (picture for section in page.sections for picture in section.pictures):
-        light, dark = png(picture.draw(LIGHT)), png(picture.draw(DARK))
-        write_whole(pictures / f"{name}-{picture.file}.png", light)
-        embedded[picture.file] = {"light": base64.b64encode(light).decode(), "dark": base64.b64encode(dark).decode()}
-    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
-    html = templates.get_template("page.html.j2").render(page=page, embedded=embedded, style=_style_of_runs())
-    write_whole(folder / f"{name}.html", html)
-    return folder / f"{name}.html"
-
-
-def _style_of_runs() -> str:
-    """The style sheet of a run's report: the two look alike."""
-    template = Path(ssast.engine.report.run.__file__).with_name("run.html.j2").read_text(encoding="utf-8")
-    return template.partition("<style>")[2].partition("</style>")[0]
+    embedded = {
+        picture.file: save_picture(pictures / f"{name}-{picture.file}.png", picture.draw)
+        for section in page.sections
+        for picture in section.pictures
+    }
+    path = folder / f"{name}.html"
+    write_whole(path, render(Path(__file__).with_name("page.html.j2"), page=page, embedded=embedded))
+    return path

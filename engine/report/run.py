@@ -8,7 +8,7 @@ import math
 import re
 import shlex
 import zipfile
-from collections import Counter, namedtuple
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,28 +19,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
-from jinja2 import ChainableUndefined, Environment, FileSystemLoader
-from matplotlib import colormaps
+from jinja2 import ChainableUndefined
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-from PIL import Image
 
 from ssast.engine.errors import UserError
 from ssast.engine.files import PROFILE_FOLDER, write_whole
 
+from .page import render, save_picture
+from .theme import DENSITY, SPECTROGRAM, WIDTH, Theme, style_axes
+
 FRAME_SECONDS = 0.01
 MOST_CLIPS = 3
 SMOOTH_FROM = 60  # points; shorter curves are drawn as they are
-WIDTH, DENSITY = 4.2, 200  # inches, and dots per inch: twice the 100 CSS pixels that a reader sees per inch
-PICTURE_BYTES = 120_000
-SPECTROGRAM = colormaps["magma"]
-
-Theme = namedtuple("Theme", "paper ink soft grid train valid hidden found missed")
-LIGHT = Theme("#ffffff", "#1d1d1f", "#6e6e73", "#e8e8ea", "#2f6db3", "#cf6a1f", "#c9c9ce", "#2f9e68", "#d14b45")
-DARK = Theme("#1c1c1f", "#ececee", "#9b9ba1", "#303035", "#78aef0", "#f2a25c", "#5b5b62", "#4cc38a", "#f0716a")
 
 
 class Curve(NamedTuple):
@@ -249,11 +242,10 @@ def draw_curve(curve: Curve, run: Run, theme: Theme) -> Figure:
     if steps.size:
         style = {"markersize": 4.5, "markeredgecolor": theme.paper, "clip_on": False, "zorder": 4}
         axes.plot(steps, values, "o", color=theme.valid, label=f"valid {show(values[-1])}", **style)
-    _style(axes, theme)
+    style_axes(axes, theme, grid="y")
     axes.set_title(curve.title, loc="left", fontsize=10.5, fontweight="bold", color=theme.ink, pad=9)
     place = {"loc": "lower right", "bbox_to_anchor": (1.02, 1.0), "borderaxespad": 0.3, "frameon": False}
     axes.legend(ncols=2, handlelength=1, columnspacing=1, handletextpad=0.5, fontsize=9, labelcolor=theme.soft, **place)
-    axes.grid(axis="y", color=theme.grid, linewidth=0.8)
     axes.set_xlim(0, max(run.last_step, 1))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
     axes.set_xlabel("step", fontsize=9, color=theme.soft, loc="right", labelpad=1)
@@ -270,12 +262,6 @@ def draw_curve(curve: Curve, run: Run, theme: Theme) -> Figure:
 def _running_mean(values: np.ndarray) -> np.ndarray:
     window = np.ones(values.size // 25)
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
-
-
-def _style(axes: Axes, theme: Theme) -> None:
-    axes.set_facecolor(theme.paper)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(colors=theme.soft, labelsize=8.5, length=0, which="both")
 
 
 def draw_clip(number: int, clip: Clip, theme: Theme) -> Figure:
@@ -304,7 +290,7 @@ def draw_clip(number: int, clip: Clip, theme: Theme) -> Figure:
     if clip.found is not None:
         _draw_found(rows[-1], clip, theme)
     for axes in rows:
-        _style(axes, theme)
+        style_axes(axes, theme)
     rows[0].set_yticks([0, bins // 2, bins])
     rows[0].set_ylabel("mel bin", fontsize=9, color=theme.soft, labelpad=1)
     rows[-1].set_xlabel("seconds", fontsize=9, color=theme.soft, loc="right", labelpad=1)
@@ -326,21 +312,6 @@ def _draw_found(axes: Axes, clip: Clip, theme: Theme) -> None:
     axes.set_title(title, loc="left", fontsize=9, color=theme.soft, pad=4)
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG with a palette, of as many colours as keep the file small."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    for colours in (64, 32, 24, 16, 8):
-        packed = io.BytesIO()
-        # Other methods spend the palette on the most frequent colours, and lose those of thin lines and text.
-        palette = image.quantize(colours, method=Image.Quantize.MAXCOVERAGE, kmeans=2000)
-        palette.save(packed, format="PNG", dpi=(DENSITY, DENSITY))
-        if packed.tell() < PICTURE_BYTES:
-            break
-    return packed.getvalue()
-
-
 # The page
 
 
@@ -351,27 +322,17 @@ def write_report(run_dir: Path) -> Path:
     folder.mkdir(exist_ok=True)
     curves, clips = [], []
     for curve in filter(lambda curve: run.records(curve.column), CURVES):
-        curves.append((curve, _picture(folder / f"{curve.file}.png", partial(draw_curve, curve, run))))
+        curves.append((curve, save_picture(folder / f"{curve.file}.png", partial(draw_curve, curve, run))))
     for number, clip in enumerate(run.clips, 1):
-        clips.append((clip, _picture(folder / f"clip-{number}.png", partial(draw_clip, number, clip))))
+        clips.append((clip, save_picture(folder / f"clip-{number}.png", partial(draw_clip, number, clip))))
     for number in range(len(clips) + 1, MOST_CLIPS + 1):  # of an earlier report
         (folder / f"clip-{number}.png").unlink(missing_ok=True)
     page = run.folder / "report.html"
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=ChainableUndefined
-    )
-    html = templates.get_template("run.html.j2").render(
-        run=run, curves=curves, clips=clips, all_curves=CURVES, **_facts(run)
-    )
+    values = {"run": run, "curves": curves, "clips": clips, "all_curves": CURVES, **_facts(run)}
+    # a young run, or one of an earlier version, lacks some of what the page would tell
+    html = render(Path(__file__).with_name("run.html.j2"), undefined=ChainableUndefined, **values)
     write_whole(page, html)
     return page
-
-
-def _picture(path: Path, draw: Callable[[Theme], Figure]) -> dict[str, str]:
-    """Write a picture, and give it as text to put into the page, in light and in dark."""
-    light, dark = png(draw(LIGHT)), png(draw(DARK))
-    write_whole(path, light)
-    return {"light": base64.b64encode(light).decode(), "dark": base64.b64encode(dark).decode()}
 
 
 def _throughput(folder: Path) -> dict[str, Any]:

@@ -24,11 +24,12 @@ from safetensors.torch import load_file
 from ssast.engine import load_model
 from ssast.engine.config import list_presets, load_config
 from ssast.engine.data.order import WeightedOrder
-from ssast.engine.finetune import pictures, report, run
+from ssast.engine.finetune import finetune_report, pictures, run
 from ssast.engine.finetune.config import FinetuneConfig
 from ssast.engine.finetune.dataset import _balancing, open_task, read_task
+from ssast.engine.finetune.finetune_report import write_summary
 from ssast.engine.finetune.objective import FineTuning, classification_loss
-from ssast.engine.finetune.results import RESULTS_FILE, write_summary
+from ssast.engine.finetune.results import RESULTS_FILE
 from ssast.engine.model.adapt import build_model, resize_position
 from ssast.engine.model.config import ModelConfig
 from ssast.engine.model.weights import save_model
@@ -527,7 +528,7 @@ def test_a_bad_arm_is_found_before_any_is_trained(tmp_path, finetune, capsys):
 
 def test_figures_of_a_comparison(tmp_path, monkeypatch):
     """By hand: scratch 40, 50, 60 -> 50 ± 10; ssast 70, 80 -> 75 ± 7.07, half as much again; other 50 of one run."""
-    monkeypatch.setattr(report, "write_report", lambda config, folders: config.run_dir / "report.html")
+    monkeypatch.setattr(finetune_report, "write_report", lambda config, folders: config.run_dir / "report.html")
     made = [("scratch", 0.4), ("scratch", 0.5), ("scratch", 0.6), ("ssast", 0.7), ("ssast", 0.8), ("other", 0.5)]
     folders = []
     for number, (arm, value) in enumerate(made):

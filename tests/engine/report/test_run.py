@@ -16,8 +16,10 @@ import yaml
 from matplotlib.image import imread
 
 from ssast.engine.errors import UserError
+from ssast.engine.report import page as page_frame
 from ssast.engine.report import run as report
-from ssast.engine.report.run import expand_mask, png, rows_by_kind, wall_seconds, write_report
+from ssast.engine.report.run import expand_mask, rows_by_kind, wall_seconds, write_report
+from ssast.engine.report.theme import DARK, LIGHT, png
 
 CURVE_FILES = ["loss", "infonce", "mse", "accuracy", "learning-rate", "gradient-norm", "throughput", "data-stall"]
 HIDDEN = 40
@@ -122,7 +124,7 @@ def text_of(page):
 @pytest.fixture
 def without_pixels(monkeypatch):
     """Draws the pictures without turning them into pixels, which takes most of the time."""
-    monkeypatch.setattr(report, "png", lambda figure: b"")
+    monkeypatch.setattr(page_frame, "png", lambda figure: b"")
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +193,7 @@ def test_a_clip_of_noise_makes_a_small_file_too():
     noise, patches = rng.normal(size=(1024, 128)), rng.choice(512, 400, replace=False)
     recon = np.where(expand_mask(patches, (16, 16), noise.shape), 0.0, np.nan)
     clip = report.Clip("noise", noise, patches, recon, np.arange(400) % 2 == 0, (16, 16))
-    assert len(png(report.draw_clip(1, clip, report.DARK))) < 120_000
+    assert len(png(report.draw_clip(1, clip, DARK))) < 120_000
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (128, 2)])
@@ -218,11 +220,9 @@ def test_found_and_missed_patches_have_their_colours(shape, second, outline):
     features[::2] = 1
     recon, found = np.full_like(features, np.nan), np.array([True, False])
     clip = report.Clip("a", features, np.array([0, second]), recon, found, shape)
-    figure = report.draw_clip(1, clip, report.LIGHT)
+    figure = report.draw_clip(1, clip, LIGHT)
     pixels = imread(io.BytesIO(png(figure)))[..., :3]
-    found, missed = (
-        np.abs(pixels - matplotlib.colors.to_rgb(c)).max(-1) < 0.05 for c in (report.LIGHT.found, report.LIGHT.missed)
-    )
+    found, missed = (np.abs(pixels - matplotlib.colors.to_rgb(c)).max(-1) < 0.05 for c in (LIGHT.found, LIGHT.missed))
     assert found.any() and missed.any()
     assert np.argwhere(found)[:, 1].mean() < np.argwhere(missed)[:, 1].mean(), "patch 0 comes first"
     assert [axes.get_title("left") for axes in figure.axes][-1] == f"Found 1 (green), missed 1 (red{outline})"
@@ -297,7 +297,7 @@ def test_stopped_run_and_fewer_clips_than_before(tmp_path, without_pixels):
     np.savez(run / "reconstruction.npz", **reconstruction(clips=1))
     text = text_of(write_report(run))
     assert "Stopped" in text and "the run stopped at step 50 of 400." in text
-    assert f"Go on from the last checkpoint ssast pretrain {run / 'config.yaml'}" in text
+    assert f"Resume from the last checkpoint ssast pretrain {run / 'config.yaml'}" in text
     assert [path.name for path in (run / "pictures").glob("clip-*")] == ["clip-1.png"]
     assert not list(run.rglob("*.tmp"))
 
@@ -331,6 +331,17 @@ def test_damaged_file_is_named(tmp_path, name):
     (run / name).write_text("{torn: [")
     with pytest.raises(UserError, match=f"{re.escape(name)} is damaged"):
         write_report(run)
+
+
+def test_names_that_are_not_utf8_are_shown_with_replacements(tmp_path, without_pixels):
+    """As os.fsdecode gives them: bytes of a file's name that are no UTF-8 are lone surrogates."""
+    run = make_complete_run(tmp_path / "run")
+    examples = reconstruction()
+    examples["names"] = np.array([f"caf\udce9-{i}.wav" for i in range(4)])
+    np.savez(run / "reconstruction.npz", **examples)
+    (run / "skipped.csv").write_bytes(b"path,reason\ncaf\xe9.wav,too short\n")
+    page = write_report(run).read_bytes().decode("utf-8")  # strict
+    assert "caf\ufffd-0.wav" in page and "caf\ufffd.wav" in page
 
 
 def test_leaves_the_callers_matplotlib_alone(tmp_path):
