@@ -1,4 +1,4 @@
-"""The system: config, data, model, objectives, trainer, checkpoints, command line.
+"""The system: config, data, model, training, inference, reports, command line.
 
 What it offers is imported when it is first asked for: torch takes seconds, and worker processes that decode audio do
 without.
@@ -10,15 +10,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .inference.embed import embed
+    from .inference.model import AudioModel, load_model
+    from .inference.predict import predict
     from .model.config import ModelConfig
     from .model.ssast import SSAST
-    from .model.weights import load_model, save_model
+    from .model.weights import save_model
 
-__all__ = ["SSAST", "ModelConfig", "load_model", "save_model"]
+__all__ = ["SSAST", "AudioModel", "ModelConfig", "embed", "load_model", "predict", "save_model"]
 _HOMES = {
+    "AudioModel": "inference.model",
     "SSAST": "model.ssast",
+    "embed": "inference.embed",
+    "predict": "inference.predict",
     "ModelConfig": "model.config",
-    "load_model": "model.weights",
+    "load_model": "inference.model",
     "save_model": "model.weights",
 }
 

@@ -1,38 +1,213 @@
-"""`ssast embed AUDIO... --model PATH --out FILE`: embeddings of recordings, as .npz or .parquet.
+"""Embeddings of sound of any length: `embed` of waveforms, and the command `ssast embed`, of recordings.
 
-A recording of any length is read, encoded and written window by window. What cannot be read is listed beside FILE, in
-NAME.rejected.csv. docs/use.md describes the files.
+Windows of a long clip overlap. Where they do, what they say of the same stretch is averaged, so that no sound counts
+more than other sound. The command reads, encodes and writes a recording window by window; what cannot be read is listed
+beside its file, in NAME.rejected.csv. docs/use.md describes the files.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-import dataclasses
-import io
-import shutil
 import sys
-import tempfile
-import zipfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import IO, Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from ssast.engine.data.layouts import Recording
-from ssast.engine.data.sound import default_workers, find_recordings
+from ssast.engine.data.sound import find_recordings
 from ssast.engine.errors import UserError
-from ssast.engine.files import atomic_write, encode_text, expand_path, path_argument, write_whole
+from ssast.engine.files import expand_path, path_argument
 from ssast.engine.model.ssast import SSAST
-from ssast.engine.model.weights import load_model
+from ssast.kernels import NUM_PREFIX
 
-from .inference import BATCH_SIZE, embed_recordings, seconds_per_step
+from .embedding_files import NpzWriter, ParquetWriter
+from .inference import BATCH_SIZE, clip_events, encode_recordings, encode_windows, layer_encoder, require_batch_size
+from .options import (
+    add_audio,
+    add_embedding_options,
+    add_run_options,
+    embedding_options,
+    open_model,
+    require_new,
+    require_some,
+    to_stderr,
+    write_rejected,
+    writing,
+)
+from .waveforms import Waveform, as_clips
+from .windows import End, Window, embedding_windows, seconds_per_step
 
-PARQUET_ROWS = 256  # recordings of a row group
-TEXTS = ("path", "label", "split", "speaker")
+
+@dataclass(frozen=True)
+class Embedding:
+    """Embeddings of B clips of up to G steps: float32, on the model's device.
+
+    `clip` [B, D]; `frames` [B, G, D], the mean over frequency of each step's patches; `tokens` [B, G, f, D] the patches
+    themselves, low frequencies first, if they were asked for. Clip b has `num_frames[b]` steps, rows past them are
+    zero. Step g begins at g * `seconds_per_frame`.
+    """
+
+    clip: torch.Tensor
+    frames: torch.Tensor
+    num_frames: torch.Tensor
+    seconds_per_frame: float
+    tokens: torch.Tensor | None
+
+
+def embed(
+    model: SSAST,
+    waveform: Waveform | Sequence[Waveform],
+    sample_rate: int,
+    *,
+    layer: int | None = None,
+    pool: str | None = None,
+    hop: float | None = None,
+    padding: bool = False,
+    tokens: bool = False,
+    batch_size: int = BATCH_SIZE,
+) -> Embedding:
+    """Embeddings of clips of any length.
+
+    Args:
+        waveform: [S] one clip; [B, S] a batch of mono clips; [B, C, S] a batch of clips of C channels; or a list of
+            clips [S] or [C, S], of any lengths. One stereo clip [2, S] must therefore be given as `[clip]`: by itself
+            it is a batch of two. Integers of their type's full scale, or float of full scale 1.
+        sample_rate: of `waveform`, in Hz; resampled to the model's, channels averaged.
+        layer: None: after the final norm; 0: the embedded patches; 1 to depth: after that block; negative: from the
+            last block back.
+        pool: what the clip's embedding is the mean of: "mean": patches; "cls": the cls and dist tokens, over windows;
+            None: what the model's classifier was trained with, "mean" for pretrained ones.
+        hop: seconds from window to window in a clip longer than the model's input, rounded down to whole steps; None:
+            half a window.
+        padding: count the patches of padding of a clip shorter than the model's input, as the official code does.
+        tokens: return them as well; they take f times the memory of frames.
+        batch_size: windows at a time.
+
+    Raises:
+        ValueError: no clips, a clip shorter than one frame of 25 ms, samples that are not finite or beyond any full
+            scale, a shape or type that is no sound, a sample rate below 1000 Hz, or no such layer, pool or hop.
+    """
+    clips = as_clips(waveform, sample_rate, model.card.sample_rate)
+    pool = known_pool(model, pool)
+    windows, encode = embedding_windows(model, hop), layer_encoder(model, layer)
+    require_batch_size(batch_size)
+    states = [Steps(model, pool, padding) for _ in clips]
+    parts: list[list[torch.Tensor]] = [[] for _ in clips]
+    for event, row in encode_windows(model, clip_events(clips, windows), encode, batch_size):
+        done = states[event.clip].finish() if isinstance(event, End) else states[event.clip].add(event, row)
+        parts[event.clip].append(done if tokens else done.mean(dim=1))
+    found = torch.nn.utils.rnn.pad_sequence([torch.cat(part) for part in parts], batch_first=True)  # [B, G, (f,) D]
+    return Embedding(
+        clip=torch.stack([state.clip() for state in states]),
+        frames=found.mean(dim=2) if tokens else found,
+        num_frames=torch.tensor([state.count for state in states], device=found.device),
+        seconds_per_frame=seconds_per_step(model),
+        tokens=found if tokens else None,
+    )
+
+
+def embed_recordings(
+    model: SSAST,
+    recordings: Sequence[Recording],
+    *,
+    layer: int | None = None,
+    pool: str | None = None,
+    hop: float | None = None,
+    padding: bool = False,
+    batch_size: int = BATCH_SIZE,
+    workers: int = 1,
+    on_steps: Callable[[torch.Tensor], None] = lambda steps: None,
+) -> Iterator[tuple[End, torch.Tensor | None]]:
+    """Each recording's end and embedding [D], in order; None where the end has an error. Of a long one, little is held
+    at a time.
+
+    `on_steps` is given its steps [k, f, D] as they are done, before its end comes; those of one with an error are to be
+    forgotten.
+
+    Raises:
+        ValueError: no such layer, pool or hop.
+        UserError, RuntimeError: as `ssast.engine.data.sound.read_recordings`.
+    """
+    pool, encode, windows = known_pool(model, pool), layer_encoder(model, layer), embedding_windows(model, hop)
+    steps = Steps(model, pool, padding)
+    events = encode_recordings(model, recordings, windows, encode, batch_size=batch_size, workers=workers)
+    for event, row in events:
+        if isinstance(event, Window):
+            on_steps(steps.add(event, row))
+            continue
+        if event.error:
+            yield event, None
+        else:
+            on_steps(steps.finish())
+            yield event, steps.clip()
+        steps = Steps(model, pool, padding)
+
+
+def known_pool(model: SSAST, pool: str | None) -> str:
+    """Raises ValueError for an unknown one."""
+    pool = model.card.pool if pool is None else pool
+    if pool not in ("mean", "cls"):
+        raise ValueError(f"pool must be 'mean' or 'cls', not {pool!r}")
+    return pool
+
+
+@dataclass
+class Steps:
+    """Puts together the tokens of one recording's windows: each step once, as the mean of the windows that hold it.
+
+    `padding` keeps steps that hold nothing but padding, which are left out otherwise.
+    """
+
+    model: SSAST
+    pool: str
+    padding: bool = False
+    count: int = 0  # steps that are done
+    _sum: torch.Tensor | float = 0.0
+    _prefix: torch.Tensor | float = 0.0
+    _prefix_weight: int = 0
+    _held: torch.Tensor | None = None  # [k, f, D] sums of the steps from `count` on, which windows to come may hold too
+    _shares: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # [k] of how many windows
+
+    def add(self, window: Window, tokens: torch.Tensor) -> torch.Tensor:
+        """The next window's tokens [2 + P, D]; the steps [k, f, D] that no later window can hold."""
+        stride, (rows, columns) = self.model.config.stride[1], self.model.config.grid
+        steps = columns if self.padding else min(columns, -(-window.frames // stride))
+        values = tokens[NUM_PREFIX:].unflatten(0, (rows, columns)).transpose(0, 1)[:steps]  # [k, f, D]
+        self._prefix = self._prefix + steps * tokens[:NUM_PREFIX].mean(dim=0)
+        self._prefix_weight += steps
+        done = self._take(window.start // stride - self.count)
+        overlap = 0 if self._held is None else len(self._held)
+        held, shares = values.new_zeros(max(overlap, steps), *values.shape[1:]), values.new_zeros(max(overlap, steps))
+        if self._held is not None:
+            held[:overlap], shares[:overlap] = self._held, self._shares
+        held[:steps] += values
+        shares[:steps] += 1
+        self._held, self._shares = held, shares
+        return values[:0] if done is None else done
+
+    def finish(self) -> torch.Tensor:
+        """The steps [k, f, D] that are left."""
+        return self._take(len(self._held))
+
+    def clip(self) -> torch.Tensor:
+        """[D] of the whole recording, after `finish`: the mean of all patches, or with `pool` "cls" of the cls and dist
+        tokens.
+        """
+        return self._prefix / self._prefix_weight if self.pool == "cls" else self._sum.mean(dim=0) / self.count
+
+    def _take(self, count: int) -> torch.Tensor | None:
+        if self._held is None:
+            return None
+        done = self._held[:count] / self._shares[:count, None, None]
+        self._held, self._shares = self._held[count:], self._shares[count:]
+        self.count += count
+        self._sum = self._sum + done.sum(dim=0)
+        return done
+
+
+# The command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     add_embedding_options(parser)
     add_run_options(parser)
     options = parser.parse_args(argv)
-    writer_type = {".npz": _Npz, ".parquet": _Parquet}.get(options.out.suffix.lower())
+    writer_type = {".npz": NpzWriter, ".parquet": ParquetWriter}.get(options.out.suffix.lower())
     if writer_type is None:
         raise UserError(f"--out {options.out}: expected a name that ends in .npz or .parquet")
     require_new(options.out)
@@ -92,315 +267,6 @@ def main(argv: list[str] | None = None) -> int:
     if rejected:
         print(f"{len(rejected)} recordings rejected: {listed}")
     return 1 if rejected and options.strict else 0
-
-
-# What the commands that use a model on recordings have in common
-
-
-def add_audio(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "audio",
-        nargs="+",
-        type=expand_path,
-        metavar="AUDIO",
-        help="an audio or video file, a folder, prepared or not, a tar, or a manifest",
-    )
-
-
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--batch-size", type=_positive, default=BATCH_SIZE, metavar="N", help="windows at a time (default: %(default)s)"
-    )
-    add("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
-    add(
-        "--workers",
-        type=_positive,
-        default=default_workers(),
-        metavar="N",
-        help="processes that decode (default: %(default)s here)",
-    )
-    add("--strict", action="store_true", help="exit with status 1 if any recording is rejected")
-
-
-def add_embedding_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--layer", type=int, metavar="N", help="after block N; 0: the embedded patches (default: after the final norm)")
-    add(
-        "--pool",
-        choices=("mean", "cls"),
-        help="of patches, or of cls and dist tokens (default: as the model was trained)",
-    )
-    add(
-        "--hop",
-        type=float,
-        metavar="S",
-        help="seconds from window to window of long recordings (default: half a window)",
-    )
-    add(
-        "--window",
-        type=float,
-        metavar="S",
-        help="fit the model to windows of so many seconds (default: what it was trained for)",
-    )
-    add("--padding", action="store_true", help="let the padding of short recordings count, as the official code does")
-
-
-def embedding_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Of `embed_recordings`."""
-    return {name: getattr(options, name) for name in ("layer", "pool", "hop", "padding", "batch_size", "workers")}
-
-
-def open_model(path: str, device: str, window: float | None = None, labels: Path | None = None) -> SSAST:
-    """A model on a device ("auto": a GPU if there is one), fitted to windows of so many seconds, with labels out of a
-    file, if given.
-
-    Raises:
-        UserError: no such model or device, or a list of labels that is not as long as the model has classes.
-    """
-    if window is not None and not 0 < window < 3600:
-        raise UserError(f"--window {window:g}: expected more than 0 and less than 3600 seconds")
-    model = load_model(path, input_frames=None if window is None else round(window * 100))
-    if labels is not None and model.config.num_classes is not None:
-        from ssast.engine.finetune.labels import Vocabulary
-
-        names = Vocabulary.read(labels).labels
-        if len(names) != model.config.num_classes:
-            raise UserError(f"{labels}: names {len(names)} classes, the model has {model.config.num_classes}")
-        model.card = dataclasses.replace(model.card, labels=names)
-    try:
-        return model.to(
-            "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
-        )
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: cannot be used: {str(error).splitlines()[0]}") from None
-
-
-def require_new(path: Path) -> None:
-    """Raises UserError for a file that is there already, or for which there is no folder."""
-    if path.exists():
-        raise UserError(f"{path} is there already: delete it, or choose another name")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.absolute().parent}")
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raises UserError for an OSError, a full disk for one."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: could not be written: {error.strerror or error}") from None
-
-
-def require_some(count: int, rejected: Sequence[tuple[str, str]], listed: Path | None = None) -> None:
-    """Raises UserError if all of `count` recordings were rejected."""
-    if len(rejected) == count:
-        where = f", see {listed}" if listed else ""
-        raise UserError(f"none of {count} recordings can be used{where}; the first: {rejected[0][0]}: {rejected[0][1]}")
-
-
-def write_rejected(out: Path, rejected: Sequence[tuple[str, str]]) -> Path | None:
-    """NAME.rejected.csv beside NAME.npz, of (path, reason); None if there is nothing to list."""
-    if not rejected:
-        return None
-    path = out.with_suffix(".rejected.csv")
-    rows = io.StringIO(newline="")
-    csv.writer(rows).writerows([("path", "reason"), *rejected])
-    write_whole(path, encode_text(rows.getvalue()))
-    return path
-
-
-def to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
-_positive.__name__ = "number of at least 1"  # as argparse calls it
-
-
-# Files of embeddings
-
-
-class _Writer(Protocol):
-    """Steps of the recording in hand are added as they come; then it is finished or forgotten. `write` makes the file
-    appear.
-    """
-
-    def add_steps(self, steps: torch.Tensor) -> None: ...
-    def forget(self) -> None: ...
-    def finish(self, recording: Recording, seconds: float, clip: np.ndarray) -> None: ...
-    def write(self) -> None: ...
-    def close(self) -> None: ...
-
-
-class _Spool:
-    """Rows of float32 on disk, in a nameless file."""
-
-    def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
-        self.shape, self.rows, self.kept = shape, 0, 0
-        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-
-    def add(self, rows: np.ndarray) -> None:
-        self.file.write(np.ascontiguousarray(rows, dtype="<f4"))
-        self.rows += len(rows)
-
-    def keep(self) -> None:
-        self.kept = self.rows
-
-    def forget(self) -> None:
-        """All rows since `keep`."""
-        self.file.seek(self.kept * 4 * int(np.prod(self.shape)))
-        self.file.truncate()
-        self.rows = self.kept
-
-    def write_npy(self, out: IO[bytes]) -> None:
-        header = {"descr": "<f4", "fortran_order": False, "shape": (self.rows, *self.shape)}
-        np.lib.format.write_array_header_2_0(out, header)
-        self.file.seek(0)
-        shutil.copyfileobj(self.file, out, 1 << 20)
-
-
-class _Npz:
-    """Columns; what grows with the length of the recordings is kept on disk until the end."""
-
-    def __init__(self, path: Path, model: SSAST, about: dict[str, str], frames: bool, tokens: bool) -> None:
-        width, rows = model.config.width, model.config.grid[0]
-        self._path, self._about = path, about | {"seconds_per_frame": seconds_per_step(model)}
-        self._columns: dict[str, list[Any]] = {name: [] for name in (*TEXTS, "seconds")}
-        folder = path.absolute().parent
-        self._clip = _Spool(folder, (width,))
-        self._frames = _Spool(folder, (width,)) if frames else None
-        self._tokens = _Spool(folder, (rows, width)) if tokens else None
-        self._offsets, self._count = [0], 0
-
-    @property
-    def _spools(self) -> dict[str, _Spool]:
-        spools = {"clip": self._clip, "frames": self._frames, "tokens": self._tokens}
-        return {name: spool for name, spool in spools.items() if spool is not None}
-
-    def add_steps(self, steps: torch.Tensor) -> None:
-        self._count += len(steps)
-        if self._frames is not None:
-            self._frames.add(steps.mean(dim=1).cpu().numpy())
-        if self._tokens is not None:
-            self._tokens.add(steps.cpu().numpy())
-
-    def forget(self) -> None:
-        self._count = self._offsets[-1]
-        for spool in self._spools.values():
-            spool.forget()
-
-    def finish(self, recording: Recording, seconds: float, clip: np.ndarray) -> None:
-        self._clip.add(clip[None])
-        self._offsets.append(self._count)
-        for name, value in zip(self._columns, (*_texts(recording), seconds), strict=True):
-            self._columns[name].append(value)
-        for spool in self._spools.values():
-            spool.keep()
-
-    def write(self) -> None:
-        arrays = {name: np.array(values) for name, values in (self._columns | self._about).items()}
-        if self._frames is not None or self._tokens is not None:
-            arrays["offsets"] = np.array(self._offsets)
-        with atomic_write(self._path) as aside, zipfile.ZipFile(aside, "w") as file:
-            for name, array in arrays.items():
-                with file.open(f"{name}.npy", "w", force_zip64=True) as out:
-                    np.lib.format.write_array(out, array, allow_pickle=False)
-            for name, spool in self._spools.items():
-                with file.open(f"{name}.npy", "w", force_zip64=True) as out:
-                    spool.write_npy(out)
-
-    def close(self) -> None:
-        for spool in self._spools.values():
-            spool.file.close()
-
-
-class _Parquet:
-    """A row a recording, written in groups; steps of the recording in hand are held in memory."""
-
-    def __init__(self, path: Path, model: SSAST, about: dict[str, str], frames: bool, tokens: bool) -> None:
-        try:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-        except ImportError:
-            raise UserError("writing .parquet needs pyarrow: pip install pyarrow, or write .npz") from None
-        width, rows = model.config.width, model.config.grid[0]
-        fields = [(name, pa.string()) for name in TEXTS] + [
-            ("seconds", pa.float64()),
-            ("clip", pa.list_(pa.float32(), width)),
-        ]
-        fields += [("frames", pa.list_(pa.list_(pa.float32(), width)))] if frames else []
-        fields += [("tokens", pa.list_(pa.list_(pa.float32(), rows * width)))] if tokens else []
-        metadata = about | {"seconds_per_frame": str(seconds_per_step(model)), "frequencies": str(rows)}
-        self._pa, self._schema = pa, pa.schema(fields, metadata=metadata)
-        self._stack = contextlib.ExitStack()
-        aside = self._stack.enter_context(atomic_write(path))
-        self._file = self._stack.enter_context(pq.ParquetWriter(aside, self._schema))
-        self._steps: dict[str, list[np.ndarray]] = {
-            name: [] for name in ("frames", "tokens") if name in self._schema.names
-        }
-        self._rows: list[tuple[Any, ...]] = []
-
-    def add_steps(self, steps: torch.Tensor) -> None:
-        for name, parts in self._steps.items():
-            parts.append((steps.mean(dim=1) if name == "frames" else steps.flatten(1)).cpu().numpy())
-
-    def forget(self) -> None:
-        for parts in self._steps.values():
-            parts.clear()
-
-    def finish(self, recording: Recording, seconds: float, clip: np.ndarray) -> None:
-        texts = [
-            text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for text in _texts(recording)
-        ]
-        self._rows.append((*texts, seconds, clip, *(np.concatenate(parts) for parts in self._steps.values())))
-        self.forget()
-        if len(self._rows) == PARQUET_ROWS or self._steps:
-            self._flush()
-
-    def _flush(self) -> None:
-        columns = [
-            self._array(field.type, values)
-            for field, values in zip(self._schema, zip(*self._rows, strict=True), strict=True)
-        ]
-        self._file.write_table(self._pa.table(columns, schema=self._schema))
-        self._rows = []
-
-    def _array(self, kind: Any, values: Sequence[Any]) -> Any:
-        """An Arrow array; lists are made of whole NumPy arrays, value by value would take hours."""
-        pa = self._pa
-        if pa.types.is_fixed_size_list(kind):
-            return pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(values)), kind.list_size)
-        if pa.types.is_list(kind):
-            offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
-            return pa.ListArray.from_arrays(
-                pa.array(offsets), self._array(kind.value_type, [value.ravel() for value in values])
-            )
-        return pa.array(values, kind)
-
-    def write(self) -> None:
-        if self._rows:
-            self._flush()
-        self._stack.close()
-
-    def close(self) -> None:
-        """Without `write`, nothing is left."""
-        self._stack.__exit__(_Unfinished, _Unfinished(), None)
-
-
-class _Unfinished(Exception):
-    """Thrown into what would put a file in its place."""
-
-
-def _texts(recording: Recording) -> tuple[str, ...]:
-    return recording.source, recording.label, recording.split, recording.speaker
 
 
 if __name__ == "__main__":

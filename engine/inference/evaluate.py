@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import sys
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,9 +25,14 @@ from ssast.engine.data.sound import shard_recordings
 from ssast.engine.errors import UserError
 from ssast.engine.files import expand_path, path_argument, write_whole
 from ssast.engine.finetune.config import MAIN
+from ssast.engine.finetune.labels import Vocabulary, examine, of_clips, read_labelled
+from ssast.engine.finetune.metrics import class_metrics, write_predictions
+from ssast.engine.finetune.splits import Split, check_leaks, fold_names, read_split, split_clips
 from ssast.engine.model.ssast import SSAST
 
-from .embed import (
+from .embed import embed_recordings
+from .inference import encode_recordings
+from .options import (
     add_embedding_options,
     add_run_options,
     embedding_options,
@@ -37,14 +41,14 @@ from .embed import (
     to_stderr,
     writing,
 )
-from .inference import End, class_encoder, embed_recordings, encode_recordings, prediction_windows
+from .predict import class_encoder
+from .probes import choose_strength, knn_scores, linear_scores
+from .windows import End, prediction_windows
 
 PROBES = ("knn", "linear")
 MADE_FOLDS = 5
 UNMEASURED = "classes_without_clips"  # what `class_metrics` counts beside its metrics
-STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)  # inverse, C of scikit-learn's LogisticRegression
-INNER_FOLDS = 3
-MAX_ITERATIONS = 1000
+INNER_FOLDS = 3  # of the training part, to choose a probe's strength
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,6 @@ def read_data(sources: Sequence[str]) -> Data:
     Raises:
         UserError: as `ssast.engine.finetune.labels.read_labelled`.
     """
-    from ssast.engine.finetune.labels import of_clips, read_labelled
-
     plain = [source for source in sources if not is_prepared(Path(source))]
     labelled = read_labelled(plain) if plain else []
     recordings = [
@@ -122,8 +124,6 @@ def read_data(sources: Sequence[str]) -> Data:
 
 
 def _evaluate_classifier(model: SSAST, data: Data, options: argparse.Namespace) -> int:
-    from ssast.engine.finetune.labels import Vocabulary
-
     encode, windows = class_encoder(model), prediction_windows(model, options.hop)
     if model.card.labels is None:
         raise UserError(f"{options.model}: does not say what its classes are called: name a list of them by --labels")
@@ -154,8 +154,6 @@ def _evaluate_classifier(model: SSAST, data: Data, options: argparse.Namespace) 
 
 def _chosen(data: Data, options: argparse.Namespace) -> tuple[Data, str]:
     """The clips to measure on, and what they are."""
-    from ssast.engine.finetune.splits import fold_names, read_split
-
     if options.fold is not None:
         fold = options.fold.lower().removeprefix("fold")
         if fold not in fold_names(data.folds):
@@ -236,9 +234,6 @@ def _evaluate_probes(model: SSAST, data: Data, options: argparse.Namespace) -> i
 
 
 def _planned(data: Data, options: argparse.Namespace) -> _Plan:
-    from ssast.engine.finetune.labels import Vocabulary, examine
-    from ssast.engine.finetune.splits import check_leaks
-
     splits, told, group = _splits(data, options)
     vocabulary = Vocabulary.from_clips(data.labels, options.labels)
     parts, remarks = [], []
@@ -269,8 +264,6 @@ def _embeddings(
 
 def _splits(data: Data, options: argparse.Namespace) -> tuple[list[Any], str, str]:
     """What is trained and tested on, in words, and by what clips are kept together."""
-    from ssast.engine.finetune.splits import Split, fold_names, split_clips
-
     made = options.folds
     if made is None and not any(data.splits) and not any(data.folds):
         made = MADE_FOLDS
@@ -314,10 +307,8 @@ def _probe(probe: str, number: int, values: np.ndarray, data: Data, plan: _Plan,
             f"k={min(options.k, len(train))}",
         )
     else:
-        training = data.subset(train.tolist())
-        strength = _chosen_strength(
-            values[train], targets[train], training, options.multi_label, plan.group, options.seed
-        )
+        inner = _inner_splits(data.subset(train.tolist()), plan.group, options.seed)
+        strength = choose_strength(values[train], targets[train], inner, options.multi_label)
         scores, converged = linear_scores(
             values[train], targets[train], values[test], strength or 1.0, options.multi_label
         )
@@ -330,74 +321,15 @@ def _probe(probe: str, number: int, values: np.ndarray, data: Data, plan: _Plan,
     return Answer(name, test, scores, targets[test], told)
 
 
-def knn_scores(train: np.ndarray, targets: np.ndarray, test: np.ndarray, k: int) -> np.ndarray:
-    """[n, C] shares of the k nearest of train [N, D] by the cosine of standardised values, each weighted by (1 +
-    cosine) / 2.
-    """
-    from sklearn.neighbors import NearestNeighbors
-    from sklearn.preprocessing import StandardScaler
-
-    scaler = StandardScaler().fit(train)
-    neighbours = NearestNeighbors(n_neighbors=min(k, len(train)), metric="cosine").fit(scaler.transform(train))
-    distances, numbers = neighbours.kneighbors(scaler.transform(test))  # [n, k]
-    weights = np.maximum(1 - distances / 2, 1e-9)
-    return (weights[..., None] * targets[numbers]).sum(axis=1) / weights.sum(axis=1, keepdims=True)
-
-
-def linear_scores(
-    train: np.ndarray, targets: np.ndarray, test: np.ndarray, strength: float, multi_label: bool
-) -> tuple[np.ndarray, bool]:
-    """[n, C] probabilities by logistic regression on standardised values, and whether it converged; 0 for classes never
-    seen.
-    """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.multiclass import OneVsRestClassifier
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    seen = np.flatnonzero(targets.any(axis=0))
-    regression: Any = LogisticRegression(C=strength, max_iter=MAX_ITERATIONS)
-    regression = OneVsRestClassifier(regression) if multi_label else regression
-    wanted = targets[:, seen] if multi_label else targets.argmax(axis=1)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        scores = make_pipeline(StandardScaler(), regression).fit(train, wanted).predict_proba(test)
-    found = np.zeros((len(test), targets.shape[1]))
-    found[:, seen] = scores.reshape(len(test), -1)[:, -len(seen) :]
-    return found, not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
-
-
-def _chosen_strength(
-    values: np.ndarray, targets: np.ndarray, data: Data, multi_label: bool, group: str, seed: int
-) -> float | None:
-    """The C that does best on folds of the training part; None if that has too few clips to tell."""
-    from ssast.engine.finetune.metrics import class_metrics
-    from ssast.engine.finetune.splits import split_clips
-
+def _inner_splits(data: Data, group: str, seed: int) -> list[Split]:
+    """Folds of the training part; none if it has fewer groups than folds."""
     nothing = [""] * len(data.sources)
     columns = (nothing, nothing, data.sources, data.speakers, data.labels)
+    options: dict[str, Any] = {"folds": INNER_FOLDS, "valid_fraction": 0.0, "seed": seed, "group": group}
     try:
-        splits = [
-            split_clips(*columns, fold=str(fold + 1), folds=INNER_FOLDS, valid_fraction=0.0, seed=seed, group=group)
-            for fold in range(INNER_FOLDS)
-        ]
-    except UserError:  # fewer groups than folds
-        return None
-    if any(targets[split.train].any(axis=0).sum() < 2 or not len(split.test) for split in splits):
-        return None
-    names = [str(number) for number in range(targets.shape[1])]
-
-    def measure(strength: float) -> float:
-        parts = [
-            linear_scores(values[s.train], targets[s.train], values[s.test], strength, multi_label)[0] for s in splits
-        ]
-        results = [
-            class_metrics(part, targets[s.test], names, multi_label) for part, s in zip(parts, splits, strict=True)
-        ]
-        return mean(result[MAIN[multi_label]] for result in results)
-
-    return max(STRENGTHS, key=measure)  # the strongest regularisation of equal ones
+        return [split_clips(*columns, fold=str(fold + 1), **options) for fold in range(INNER_FOLDS)]
+    except UserError:
+        return []
 
 
 def _chance(targets: np.ndarray, multi_label: bool) -> float:
@@ -414,8 +346,6 @@ def _chance(targets: np.ndarray, multi_label: bool) -> float:
 def _report(
     title: str, answers: list[Answer], data: Data, labels: Sequence[str], multi_label: bool, out: Path | None
 ) -> None:
-    from ssast.engine.finetune.metrics import class_metrics
-
     main_metric = MAIN[multi_label]
     results = [class_metrics(answer.scores, answer.targets, labels, multi_label) for answer in answers]
     clips = sum(len(answer.numbers) for answer in answers)
@@ -456,8 +386,7 @@ def _write(
     labels: Sequence[str],
     multi_label: bool,
 ) -> None:
-    from ssast.engine.finetune.metrics import write_predictions
-    from ssast.engine.finetune.pictures import write_pictures
+    from ssast.engine.finetune.pictures import write_pictures  # brings matplotlib along
 
     out.mkdir(parents=True, exist_ok=True)
     scores, targets = (np.concatenate([getattr(answer, name) for answer in answers]) for name in ("scores", "targets"))

@@ -1,7 +1,7 @@
-"""`ssast predict AUDIO... --model FINE_TUNED`: the most probable classes of recordings, of the whole or window by
-window.
+"""Classes of sound of any length: `predict` of waveforms, and the command `ssast predict`, of recordings.
 
-Probabilities of a recording are the mean over its windows. `--out` writes the rows that are printed as .csv or .json.
+Probabilities of a clip are the mean over its windows; the command shows those, or each window's. Its `--out` writes the
+rows that are printed as .csv or .json.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +22,99 @@ from tqdm import tqdm
 from ssast.engine.data.sound import find_recordings
 from ssast.engine.errors import UserError
 from ssast.engine.files import encode_text, expand_path, path_argument, write_whole
+from ssast.engine.model.ssast import SSAST
 
-from .embed import add_audio, add_run_options, open_model, require_new, require_some, to_stderr, write_rejected, writing
-from .inference import Window, class_encoder, class_names, encode_recordings, prediction_windows
+from .inference import BATCH_SIZE, Encoder, clip_events, encode_recordings, encode_windows, require_batch_size
+from .options import (
+    add_audio,
+    add_run_options,
+    open_model,
+    require_new,
+    require_some,
+    to_stderr,
+    write_rejected,
+    writing,
+)
+from .waveforms import Waveform, as_clips
+from .windows import Window, prediction_windows
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a classifier says of B clips: `probabilities` [B, C], the mean over windows, of the classes `labels` [C].
+
+    `windows[b]` [W, C] are those of each window of clip b, which covers the seconds `times[b]` [W, 2] from and to. All
+    float32.
+    """
+
+    probabilities: torch.Tensor
+    labels: tuple[str, ...]
+    windows: list[torch.Tensor]
+    times: list[torch.Tensor]
+
+    def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
+        """For each clip the k most probable classes, the first one first."""
+        values, classes = self.probabilities.topk(min(k, len(self.labels)))
+        rows = zip(values.tolist(), classes.tolist(), strict=True)
+        return [[(self.labels[c], value) for value, c in zip(*row, strict=True)] for row in rows]
+
+
+def predict(
+    model: SSAST,
+    waveform: Waveform | Sequence[Waveform],
+    sample_rate: int,
+    *,
+    hop: float | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> Prediction:
+    """Probabilities of the classes for clips of any length, pooled as the classifier was trained: over all tokens,
+    padding too.
+
+    Args:
+        waveform, sample_rate: as `embed` takes them.
+        hop: seconds from window to window in a clip longer than the model's input; None: half a window.
+        batch_size: windows at a time.
+
+    Raises:
+        ValueError: a model without classifier, or what `embed` raises it for.
+    """
+    encode = class_encoder(model)
+    clips = as_clips(waveform, sample_rate, model.card.sample_rate)
+    windows = prediction_windows(model, hop)
+    require_batch_size(batch_size)
+    rows: list[list[torch.Tensor]] = [[] for _ in clips]
+    times: list[list[tuple[float, float]]] = [[] for _ in clips]
+    for event, row in encode_windows(model, clip_events(clips, windows), encode, batch_size):
+        if isinstance(event, Window):
+            rows[event.clip].append(row)
+            times[event.clip].append((windows.seconds(event.start), windows.seconds(event.start + event.frames)))
+    stacked = [torch.stack(part) for part in rows]
+    mean = torch.stack([part.mean(dim=0) for part in stacked])
+    return Prediction(mean, class_names(model), stacked, [torch.tensor(part) for part in times])
+
+
+def class_encoder(model: SSAST) -> Encoder:
+    """[B, T, F] -> [B, C] probabilities.
+
+    Raises:
+        ValueError: a model without classifier.
+    """
+    if model.config.num_classes is None:
+        raise ValueError("this model was pretrained, but has no classifier: fine-tune it first (ssast finetune)")
+
+    def encode(features: torch.Tensor) -> torch.Tensor:
+        logits = model.classify(features).float()
+        return logits.sigmoid() if model.card.multi_label else logits.softmax(dim=1)
+
+    return encode
+
+
+def class_names(model: SSAST) -> tuple[str, ...]:
+    """The model's labels; where they are not known, the numbers of its classes."""
+    return model.card.labels or tuple(f"class {number}" for number in range(model.config.num_classes or 0))
+
+
+# The command
 
 
 class Row(NamedTuple):

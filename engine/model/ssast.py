@@ -282,18 +282,6 @@ class SSAST(nn.Module):
             total = total + share * x
         return total
 
-    def embed(self, waveform: Any, sample_rate: int, **options: Any) -> Any:
-        """Embeddings of sound of any length, rate and number of channels: `ssast.engine.inference.embed`."""
-        from ssast.engine.inference.inference import embed
-
-        return embed(self, waveform, sample_rate, **options)
-
-    def predict(self, waveform: Any, sample_rate: int, **options: Any) -> Any:
-        """Probabilities of the classes: `ssast.engine.inference.predict`."""
-        from ssast.engine.inference.inference import predict
-
-        return predict(self, waveform, sample_rate, **options)
-
     # --- the two parts that torch.compile is given --------------------------------------------------------------------
 
     def _encoder(self, x: torch.Tensor) -> torch.Tensor:  # [B, N, D] -> [B, N, D]

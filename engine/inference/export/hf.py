@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from ssast.engine.errors import UserError, first_line
 from ssast.engine.files import atomic_write, expand_path, permit_as_usual
+from ssast.engine.inference.model import AudioModel
 from ssast.engine.model.config import ModelCard, ModelConfig
 from ssast.engine.model.ssast import SSAST
 from ssast.engine.model.tensors import check_weights
@@ -76,7 +77,7 @@ def export_hf(model: SSAST, out: Path) -> float:
     return deviation
 
 
-def from_hf(folder: str | os.PathLike[str]) -> SSAST:
+def from_hf(folder: str | os.PathLike[str]) -> AudioModel:
     """A Hugging Face AST folder as a model of ours, without pretraining heads; runs no code from the folder.
 
     Its layer norms are computed with our epsilons (1e-6, classifier 1e-5) whatever the folder's config says.
@@ -104,7 +105,7 @@ def from_hf(folder: str | os.PathLike[str]) -> SSAST:
     ):
         raise UserError(f"{folder}: has no equal here: activation {config.hidden_act}, patch size {config.patch_size}")
     labels = tuple(config.id2label[number] for number in range(config.num_labels)) if is_classifier else None
-    model = SSAST(
+    model = AudioModel(
         ModelConfig(
             width=config.hidden_size,
             depth=config.num_hidden_layers,

@@ -20,7 +20,7 @@ from ssast.engine.data.prepare import Settings, prepare
 from ssast.engine.data.resample import Span, resampled_length, rounded, to_int16
 from ssast.engine.data.shards import open_shards
 from ssast.engine.data.sound import find_recordings, read_recordings
-from ssast.engine.inference.inference import as_clips
+from ssast.engine.inference.waveforms import as_clips
 
 PEAK = 0.4
 SECONDS = 0.6

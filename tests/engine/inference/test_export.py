@@ -17,9 +17,9 @@ import torch
 
 from ssast.engine import SSAST, ModelConfig, load_model, save_model
 from ssast.engine.errors import UserError
+from ssast.engine.inference.embed import embed
 from ssast.engine.inference.export import export_model, from_hf, input_samples, main
 from ssast.engine.inference.export import hf as hf_export
-from ssast.engine.inference.inference import embed
 from ssast.engine.model.adapt import build_model
 from ssast.engine.model.config import ModelCard
 from ssast.kernels import fbank

@@ -8,17 +8,10 @@ import pytest
 import torch
 
 from ssast.engine import load_model
-from ssast.engine.inference.inference import (
-    Window,
-    class_encoder,
-    embed,
-    embedding_windows,
-    features_of,
-    hidden_states,
-    predict,
-    prediction_windows,
-    read_windows,
-)
+from ssast.engine.inference.embed import embed
+from ssast.engine.inference.inference import features_of, hidden_states
+from ssast.engine.inference.predict import class_encoder, predict
+from ssast.engine.inference.windows import Window, embedding_windows, prediction_windows, read_windows
 from ssast.engine.model.adapt import build_model
 from ssast.engine.model.config import ModelCard, ModelConfig
 from ssast.kernels import fbank

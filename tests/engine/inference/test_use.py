@@ -20,8 +20,8 @@ from ssast.engine.data.prepare import Settings, prepare
 from ssast.engine.errors import UserError
 from ssast.engine.inference import embed as embed_module
 from ssast.engine.inference import evaluate, predict
-from ssast.engine.inference.inference import embed as embed_waves
-from ssast.engine.inference.inference import predict as predict_waves
+from ssast.engine.inference.embed import embed as embed_waves
+from ssast.engine.inference.predict import predict as predict_waves
 from ssast.engine.model.adapt import build_model
 from ssast.engine.model.config import ModelCard, ModelConfig
 
