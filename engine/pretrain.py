@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 import warnings
 from typing import TYPE_CHECKING
 
 from .config import Config, dump_config, list_presets, load_config
 from .distributed.launch import count_ranks, launch, one_line_errors, supervised
-from .distributed.ranks import be_deterministic, join_ranks, leave
+from .distributed.ranks import be_deterministic, join_ranks, leave, place_in_world
 from .errors import UserError
 from .model.adapt import build_model, resize
 from .model.config import ModelCard
@@ -37,11 +36,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def _start(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
-    ranks = count_ranks(arguments.ranks)
+    place = place_in_world()
+    ranks = count_ranks(arguments.ranks) if place is None else place.world_size
+    config.batch_sizes(ranks)
     if arguments.dry_run:
+        from .training.trainer import check_deepspeed_section
+
+        check_deepspeed_section(config)
         print(describe_run(config, ranks))
         return 0
-    if "RANK" not in os.environ:
+    if place is None:
         check_run_dir(config)
         if ranks > 1:
             given = [arguments.config, *arguments.overrides]
@@ -62,7 +66,6 @@ def _train(config: Config, stop_request: StopRequest) -> int:
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     ranks = join_ranks(config.step.engine)
-    config.batch_sizes(ranks.world_size)
     check_deepspeed_section(config)
     if config.run.deterministic:
         be_deterministic()

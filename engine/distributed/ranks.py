@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from types import ModuleType
 from typing import NoReturn, TypeVar
 
 import torch
@@ -50,13 +51,63 @@ class Ranks:
         return outcome[0]  # type: ignore[return-value]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Which process of a run this is, by a launcher's environment."""
+
+    rank: int = 0
+    local_rank: int = 0
+    """Among the processes of this machine."""
+    world_size: int = 1
+
+
+def place_in_world() -> Place | None:
+    """What a launcher (deepspeed, torchrun) has written into the environment; None if there was none.
+
+    Raises:
+        UserError: variables that are missing, no numbers, or contradict each other.
+    """
+    given = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if os.environ.get(name)}
+    if not given or given == {"WORLD_SIZE": "1"}:
+        return None
+    place = Place(**{name.lower(): _number(name) for name in given})
+    wanted = ["RANK", "WORLD_SIZE"]
+    if place.world_size > 1:
+        wanted += ["LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
+    if missing := [name for name in wanted if not os.environ.get(name)]:
+        settings = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise UserError(
+            f"the environment has {settings} but no {', '.join(missing)}: a launcher (deepspeed, torchrun) sets them "
+            "all; unset them to train with one process, or with several by --ranks",
+            every_rank=True,
+        )
+    if place.rank >= place.world_size or place.local_rank >= place.world_size:
+        raise UserError(
+            f"the environment has RANK={place.rank}, LOCAL_RANK={place.local_rank} of WORLD_SIZE={place.world_size}: "
+            "ranks count from 0 to below it",
+            every_rank=True,
+        )
+    if place.world_size > 1 and not 0 < _number("MASTER_PORT") < 1 << 16:
+        raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']}: is no port", every_rank=True)
+    return place
+
+
+def _number(name: str) -> int:
+    text = os.environ[name]
+    if not text.isascii() or not text.isdecimal() or (name == "WORLD_SIZE" and int(text) < 1):
+        raise UserError(f"the environment has {name}={text}, which is no number of a process", every_rank=True)
+    return int(text)
+
+
 def join_ranks(engine: str = "deepspeed") -> Ranks:
     """Join the processes that a launcher (deepspeed, torchrun) has started; without one, a world of this process alone.
 
     Raises:
-        UserError: `engine` is "deepspeed" and DeepSpeed is not installed.
+        UserError: `engine` is "deepspeed" and DeepSpeed is not installed, an environment that `place_in_world` does not
+            take, more processes than GPUs, or a port that another program has.
     """
     on_gpu = settle_accelerator() == "cuda"
+    place = place_in_world() or Place()
     for key, value in {
         "RANK": "0",
         "LOCAL_RANK": "0",
@@ -65,22 +116,40 @@ def join_ranks(engine: str = "deepspeed") -> Ranks:
         "MASTER_PORT": "0",
     }.items():
         os.environ.setdefault(key, value)
-    local_rank = int(os.environ["LOCAL_RANK"])
     if on_gpu:
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
+        if place.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"LOCAL_RANK={place.local_rank}: there are {torch.cuda.device_count()} GPUs here", every_rank=True
+            )
+        torch.cuda.set_device(place.local_rank)
+        device = torch.device("cuda", place.local_rank)
     else:
         device = torch.device("cpu")
     backend = "nccl" if on_gpu else "gloo"
-    if engine == "deepspeed":
-        _init_deepspeed(backend)
-    elif not dist.is_initialized():
-        dist.init_process_group(backend)
+    if not dist.is_initialized() and place.world_size == 1:
+        # one process meets nobody: no port, which another program might have
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        if engine == "deepspeed":
+            _init_deepspeed(backend)
+        elif not dist.is_initialized():
+            dist.init_process_group(backend)
+    except dist.DistNetworkError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"the processes cannot meet at {where} (MASTER_ADDR, MASTER_PORT): {first_line(error)}", every_rank=True
+        ) from None
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     return Ranks(dist.get_rank(), dist.get_world_size(), device, patient)
 
 
-def _init_deepspeed(backend: str) -> None:
+def import_deepspeed() -> ModuleType:
+    """DeepSpeed, with its log kept to errors.
+
+    Raises:
+        UserError: it is not installed, or does not load.
+    """
+    settle_accelerator()
     try:
         import deepspeed
         import deepspeed.ops
@@ -89,6 +158,11 @@ def _init_deepspeed(backend: str) -> None:
             f"DeepSpeed cannot be imported ({first_line(error)}): pip install deepspeed, or set step.engine=ddp"
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
+
+
+def _init_deepspeed(backend: str) -> None:
+    deepspeed = import_deepspeed()
     # DeepSpeed would compile a shared-memory all-reduce with g++ for a minute; gloo gives the same sums at once
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, verbose=False)

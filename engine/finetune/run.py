@@ -14,7 +14,6 @@ import dataclasses
 import gc
 import json
 import math
-import os
 import signal
 import sys
 import warnings
@@ -32,7 +31,7 @@ from ssast.engine.data.decode import AudioDecoder
 from ssast.engine.data.loader import Batch, ClipReader, Shard, batches_of_all
 from ssast.engine.distributed.interrupt import StopRequest
 from ssast.engine.distributed.launch import count_ranks, launch, one_line_errors, supervised
-from ssast.engine.distributed.ranks import Ranks, be_deterministic, join_ranks, leave
+from ssast.engine.distributed.ranks import Ranks, be_deterministic, join_ranks, leave, place_in_world
 from ssast.engine.errors import UserError
 from ssast.engine.files import expand_path, write_whole
 from ssast.engine.model.adapt import build_model, init_classifier, resize
@@ -83,11 +82,14 @@ def _start(arguments: argparse.Namespace) -> int:
     if arguments.init_from is not None:
         overrides.append(f"model.init_from={arguments.init_from}")
     config = load_config(arguments.task, overrides, FinetuneConfig)
+    place = place_in_world()
+    ranks = count_ranks(arguments.ranks) if place is None else place.world_size
+    config.batch_sizes(ranks)
     if arguments.dry_run:
+        check_deepspeed_section(config)
         print(dump_config(config).rstrip())
         return 0
-    ranks = count_ranks(arguments.ranks)
-    if "RANK" not in os.environ and ranks > 1:
+    if place is None and ranks > 1:
         given = [arguments.task, *overrides, "--seeds", str(arguments.seeds)]
         given += ["--compare", *compared] if compared else []
         status = launch(ranks, "ssast.engine.finetune.run", given, engine=config.step.engine)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 
 from ssast.engine.config import RunConfig
 from ssast.engine.data.clips import Clips
@@ -24,8 +25,9 @@ from ssast.engine.data.dataset import Dataset
 from ssast.engine.data.decode import AudioDecoder
 from ssast.engine.data.loader import BadClip, Batch, ClipReader, Prefetcher, Shard, batches_of_all
 from ssast.engine.data.order import MixedOrder, SampleOrder, WeightedOrder
+from ssast.engine.deepspeed_section import BATCH_KEYS
 from ssast.engine.distributed.interrupt import StopRequest
-from ssast.engine.distributed.ranks import Ranks
+from ssast.engine.distributed.ranks import Ranks, import_deepspeed
 from ssast.engine.errors import UserError
 from ssast.engine.model.ssast import SSAST
 from ssast.engine.spans import span
@@ -515,18 +517,26 @@ def deepspeed_config(config: RunConfig, *, universal: bool = False) -> dict[str,
 
 
 def check_deepspeed_section(config: RunConfig) -> None:
-    """Have DeepSpeed read its section before anything is opened; ranks must have joined.
+    """Have DeepSpeed read its section before anything is opened, whether ranks have joined or not.
 
     Raises:
         UserError: what DeepSpeed says is wrong.
     """
     if config.step.engine != "deepspeed":
         return
-    from deepspeed.runtime.config import DeepSpeedConfig
+    deepspeed = import_deepspeed()
 
+    # batch sizes have been checked against the number of ranks, which DeepSpeed knows only once they have joined
+    section = {key: value for key, value in deepspeed_config(config).items() if key not in BATCH_KEYS}
     try:
-        DeepSpeedConfig(deepspeed_config(config))
-    except Exception as error:  # pydantic's, assertions, ValueErrors: one for each way of being wrong
+        deepspeed.DeepSpeedConfig(
+            {**section, "bf16": config.deepspeed.get("bf16", {}), "train_micro_batch_size_per_gpu": 1}
+        )
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise UserError(f"deepspeed: {error.title}: {key}: {problem['msg']}, not {problem['input']!r}") from None
+    except Exception as error:  # assertions, ValueErrors: one for each way of being wrong
         raise UserError(f"deepspeed: {' '.join(str(error).split())[:400]}") from None
 
 
