@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from ssast import configs
+from ssast.engine.data.record import find_split
 from ssast.engine.errors import UserError
 from ssast.engine.finetune.results import RESULTS_FILE, read_results, scratch_of, summarise
-from ssast.engine.finetune.splits import read_split
 from ssast.engine.training.runlog import read_rows as read_metrics
 
 from .machine import environment_columns
@@ -200,14 +200,14 @@ def write_manifests(audio: Path, out: Path) -> int:
                 audio / row["path"],
                 row[task.column],
                 row["speaker"],
-                "test" if read_split(row["split"]) in ("valid", "test") else "train",
+                "test" if find_split(row["split"]) in ("valid", "test") else "train",
             )
             for row in _read_manifest(audio, task.manifest)
         ]
         with open(out / f"{task.name}.csv", "w", newline="", encoding="utf-8") as stream:
             csv.writer(stream).writerows([("path", "label", "speaker", "split"), *rows])
     rows = [row for name in UNLABELED for row in _read_manifest(audio, name)]
-    untested = [str(audio / row["path"]) for row in rows if read_split(row["split"]) not in ("valid", "test")]
+    untested = [str(audio / row["path"]) for row in rows if find_split(row["split"]) not in ("valid", "test")]
     (out / "unlabeled.txt").write_text("\n".join(untested) + "\n", encoding="utf-8")
     return len(untested)
 

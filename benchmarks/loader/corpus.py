@@ -13,8 +13,8 @@ import soundfile
 
 from ssast.engine.data.check import check_clips
 from ssast.engine.data.clips import Clips
-from ssast.engine.data.manifest import Entry
 from ssast.engine.data.prepare import Settings, prepare
+from ssast.engine.data.record import Record
 from ssast.engine.data.shards import NOTED, Index, load_index, open_shards
 from ssast.engine.data.synth import CLASSES, synthesize
 from ssast.engine.data.texts import Texts
@@ -50,7 +50,7 @@ class Corpus:
         """As training opens them. Raises UserError if a file would not be read as it is."""
         if source == "shards":
             return open_shards(self.shards(codec))
-        entries = [Entry(path) for path in self.files(codec)]
+        entries = [Record(path) for path in self.files(codec)]
         clips, skipped = check_clips(entries, cache_dir=self.folder / "cache", progress=False)
         if skipped or clips.converted.any():
             raise UserError(

@@ -29,15 +29,16 @@ from ssast.engine.files import atomic_write
 
 from . import probe
 from .clips import Clips, Skipped
-from .manifest import CACHE_FILE, Entry
+from .folder import CACHE_FILE
 from .probe import file_status
+from .record import Record
 from .workers import Pool
 
 CHECK_VERSION = 2  # raise it when a verdict could differ from before: cached ones are then not used
 
 
 def check_clips(
-    entries: Sequence[Entry],
+    entries: Sequence[Record],
     *,
     cache_dir: Path,
     min_seconds: float = 0.025,
@@ -122,9 +123,10 @@ def check_clips(
     return Clips(
         paths=[copy_path(i) if copied[i] else paths[i] for i in rows.tolist()],
         sources=[entry.path for entry in kept],
-        labels=[entry.label for entry in kept],
+        labels=[entry.label_text for entry in kept],
         splits=[entry.split for entry in kept],
         speakers=[entry.speaker for entry in kept],
+        folds=[entry.fold for entry in kept],
         frames=frames[rows],
         sample_rates=rate[rows].astype(np.int32),
         channels=channels[rows].astype(np.int32),

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from .record import Record, split_labels
 from .texts import Texts
 
 
@@ -22,8 +23,9 @@ class Clips:
     from. From byte `offsets` int64 [N] on (0: the clip is the whole file; nothing in a shard begins there), `sizes`
     int64 [N] bytes are an audio file, of `frames` int64 [N] samples per channel at `sample_rates` int32 [N] Hz and
     `channels` int32 [N]. `mtimes_ns` int64 [N] is the time of a plain file when it was checked, 0 in shards. `datasets`
-    int32 [N] numbers the entries of a list of data sets. Lists are taken for texts; offsets, speakers and data sets may
-    be left out.
+    int32 [N] numbers the entries of a list of data sets. `labels` are texts as `record.split_labels` reads them,
+    `splits` train, valid, test or "". Lists are taken for texts; offsets, speakers, data sets and folds may be left
+    out.
     """
 
     paths: Texts
@@ -38,6 +40,7 @@ class Clips:
     offsets: np.ndarray = field(default=None)  # type: ignore[assignment]
     speakers: Texts = field(default=None)  # type: ignore[assignment]
     datasets: np.ndarray = field(default=None)  # type: ignore[assignment]
+    folds: Texts = field(default=None)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         count = len(self.paths)
@@ -46,10 +49,11 @@ class Clips:
                 object.__setattr__(self, name, Texts.from_list(getattr(self, name)))
         if self.offsets is None:
             object.__setattr__(self, "offsets", np.broadcast_to(np.int64(0), count))
-        if self.speakers is None:
-            object.__setattr__(self, "speakers", Texts.empty(count))
-        elif not isinstance(self.speakers, Texts):
-            object.__setattr__(self, "speakers", Texts.from_list(self.speakers))
+        for name in ("speakers", "folds"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, Texts.empty(count))
+            elif not isinstance(getattr(self, name), Texts):
+                object.__setattr__(self, name, Texts.from_list(getattr(self, name)))
         if self.datasets is None:
             object.__setattr__(self, "datasets", np.broadcast_to(np.int32(0), count))
 
@@ -83,6 +87,16 @@ class Clips:
                 values = [np.broadcast_to(np.int32(number), len(part)) for number, part in enumerate(parts)]
             columns[name] = Texts.joined(values) if isinstance(values[0], Texts) else np.concatenate(values)
         return Clips(**columns)
+
+    def records(self) -> Iterator[Record]:
+        """A row for each clip, whose path is what it was made from, unless it lies in a shard."""
+        in_shards = self.in_shards.tolist()
+        texts = (self.paths, self.sources, self.labels, self.splits, self.speakers, self.folds)
+        places = zip(self.offsets.tolist(), self.sizes.tolist(), in_shards, strict=True)
+        for row, (offset, size, in_shard) in zip(zip(*texts, strict=True), places, strict=True):
+            path, source, labels, split, speaker, fold = row
+            place = (path, offset, size) if in_shard else (source, -1, -1)
+            yield Record(place[0], split_labels(labels), split, speaker, fold, source, *place[1:])
 
     @property
     def hours(self) -> float:

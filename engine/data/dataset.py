@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import platform
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +22,16 @@ from ssast.engine.errors import UserError
 from .check import check_clips
 from .clips import Clips, Skipped
 from .decode import AudioDecoder
-from .manifest import read_manifest
-from .shards import is_prepared, open_shards
+from .manifest import EXTENSIONS
+from .record import Record
+from .shards import is_prepared
+from .sources import Source, read_all
 from .statistics import NUM_MEL_BINS, evenly_picked, feature_statistics
 from .texts import Texts
 
 STATISTICS_CLIPS = 512
 CONVERTED_RATE = 16000  # of the copies that probe.py makes
 MIN_STD = 1e-3
-VALID_SPLITS, TEST_SPLITS = ("valid", "validation", "val", "dev"), ("test", "eval")
 
 
 @dataclass(frozen=True)
@@ -186,8 +189,8 @@ def _prepared_statistics(config: Config) -> tuple[float, float] | None:
 
 def _checked(sources: list[str], data: DataSection) -> tuple[Clips, list[Skipped]]:
     """The clips of all sources, numbered by source, and what cannot be used of them."""
-    prepared = {source: open_shards(Path(source)) for source in dict.fromkeys(sources) if is_prepared(Path(source))}
-    manifests = {source: read_manifest(source) for source in dict.fromkeys(sources) if source not in prepared}
+    read = {source: _read(source) for source in dict.fromkeys(sources)}
+    manifests = {source: found.rows for source, found in read.items() if found.clips is None}
     entries = [entry for manifest in manifests.values() for entry in manifest]
     if entries:
         plain, skipped = check_clips(entries, cache_dir=cache_folder(data), min_seconds=data.min_seconds)
@@ -197,15 +200,47 @@ def _checked(sources: list[str], data: DataSection) -> tuple[Clips, list[Skipped
     of_source = np.repeat(np.arange(len(manifests)), [len(manifest) for manifest in manifests.values()])
     of_source = of_source[[entry.path not in unusable for entry in entries]]
     parts = {source: plain.subset(of_source == number) for number, source in enumerate(manifests)}
-    for source, clips in prepared.items():
-        parts[source], short = _long_enough(clips, data.min_seconds)
-        skipped += short
+    for source, found in read.items():
+        if found.clips is not None:
+            parts[source], short = _long_enough(found.clips, data.min_seconds)
+            skipped += short
     clips = Clips.joined([parts[source] for source in sources])
     if not len(clips):
         example = f"; the first: {skipped[0].path}: {skipped[0].reason}" if skipped else ""
-        count = len(entries) + sum(map(len, prepared.values()))
+        count = len(entries) + sum(len(found.clips) for found in read.values() if found.clips is not None)
         raise UserError(f"{', '.join(sources)}: none of {count} audio files can be used{example}")
     return clips, skipped
+
+
+def _read(source: str) -> Source:
+    """A source to train on without labels.
+
+    Raises:
+        UserError: as `read_all`; or clips that lie in tars, are parts of files, or are of no split that there is.
+    """
+    found = read_all(source)
+    if found.kind in ("tar", "file"):
+        raise UserError(
+            f"{source}: is neither a folder nor a manifest ({', '.join(EXTENSIONS)}); make it a folder to train on by "
+            "ssast prepare"
+        )
+    found.check_splits()
+    require_whole_files(source, found.rows)
+    for note in found.notes:
+        print(f"{source}: {note}", file=sys.stderr)
+    for remark in found.remarks:
+        warnings.warn(f"{source}: {remark}", stacklevel=5)
+    return found
+
+
+def require_whole_files(source: str, records: Sequence[Record]) -> None:
+    """Raises UserError for clips that are parts of files, which training does not cut."""
+    part = next((record for record in records if record.is_segment), None)
+    if part is not None:
+        raise UserError(
+            f"{source}: its columns start and end (or offset and duration) name parts of files, as of {part.path}; "
+            f"training reads whole files: cut them by ssast prepare {source} --out FOLDER, and train on FOLDER"
+        )
 
 
 def _long_enough(clips: Clips, min_seconds: float) -> tuple[Clips, list[Skipped]]:
@@ -236,23 +271,13 @@ def check_reachable(data: Dataset) -> None:
 
 
 def _by_split(clips: Clips) -> tuple[Clips, Clips]:
-    """(for training, marked as validation) by the manifest's split column; what it marks as test is in neither."""
-    texts, which = _distinct(clips.splits)
-    splits = np.array([split.strip().lower() for split in texts])
-    marked, test = np.isin(splits, VALID_SPLITS)[which], np.isin(splits, TEST_SPLITS)[which]
-    if not marked.any() and not test.any():
+    """(for training, marked as validation) by the clips' splits; what is marked for test is in neither."""
+    valid, test = Texts.from_list(["valid", "test"]).hashes()
+    hashes = clips.splits.hashes()
+    marked, tested = hashes == valid, hashes == test
+    if not marked.any() and not tested.any():
         return clips, clips.subset(marked)
-    return clips.subset(~marked & ~test), clips.subset(marked)
-
-
-def _distinct(texts: Texts) -> tuple[Texts, np.ndarray]:
-    """The different texts there are, of which there are few, and which of them each one is [N]."""
-    hashes = texts.hashes()
-    values = np.sort(np.unique(hashes))
-    which = np.searchsorted(values, hashes)
-    example = np.empty(len(values), dtype=np.int64)
-    example[which] = np.arange(len(hashes))
-    return texts.subset(example), which
+    return clips.subset(~marked & ~tested), clips.subset(marked)
 
 
 def _without(clips: Clips, others: Clips) -> Clips:

@@ -10,20 +10,24 @@ it is left out}. {"sha256": of the whole shard} comes last, or {"fatal": what no
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from ssast.engine.data.probe import Reject, describe, ffmpeg_blocks, file_status, native_blocks, open_native, serve
+from ssast.engine.data.record import Record
 from ssast.engine.data.resample import mean_of_channels, to_int16
 from ssast.engine.data.shards import END_OF_TAR, clip_key, encode_audio, tar_members
+
+END_TOLERANCE_S = 0.1  # by which the named end of a clip may lie behind the end of its file
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,13 @@ class Extraction:
 class Job:
     """Recordings, numbered in the data set from `first` on, that go to the file `tar` from the byte `start` on.
 
-    Each is (source, path, offset, size, label, speaker, split): `size` bytes at `offset` in `path`, or all of it where
-    offset is -1.
+    Each is a `Record` as the tuple of its fields; where its offset is -1, its size is that of the file.
     """
 
     tar: str
     start: int
     first: int
-    recordings: list[tuple[str, str, int, int, str, str, str]]
+    recordings: list[tuple[Any, ...]]
 
 
 class _CannotWriteError(Exception):
@@ -64,7 +67,8 @@ def extract(job: Job, settings: Extraction) -> Iterator[dict[str, Any]]:
     try:
         with _writing(job.tar), open(job.tar, "ab", buffering=0) as tar:
             _cut_back(tar, job.start)
-            for number, recording in enumerate(job.recordings, job.first):
+            for number, fields in enumerate(job.recordings, job.first):
+                recording = Record(fields[0], tuple(fields[1]), *fields[2:])
                 start = tar.tell()
                 try:
                     clips = list(_write_clips(tar, number, recording, settings))
@@ -108,14 +112,15 @@ def _cut_back(file: BinaryIO, length: int) -> None:
         file.seek(length)
 
 
-def _write_clips(tar: BinaryIO, number: int, recording: Sequence[Any], settings: Extraction) -> Iterator[list[int]]:
+def _write_clips(tar: BinaryIO, number: int, recording: Record, settings: Extraction) -> Iterator[list[int]]:
     """Writes the clips of a recording; [piece, offset, size, samples, crc32] of each."""
-    source, path, offset, size, label, speaker, split = recording
-    rate = settings.sample_rate
-    with as_file(path, offset, size, folder=os.path.dirname(tar.name)) as file:
-        for piece, start, samples in cut(to_int16(decode(file, size), rate), settings):
-            note = {"label": label, "speaker": speaker, "split": split, "source": source}
-            note |= {"start_s": start / rate, "seconds": len(samples) / rate}
+    rate, size = settings.sample_rate, recording.size
+    described = {"label": recording.label_text, "speaker": recording.speaker, "split": recording.split_text}
+    described["source"] = recording.source
+    with as_file(recording.path, recording.offset, size, folder=os.path.dirname(tar.name)) as file:
+        blocks = segment(to_int16(decode(file, size), rate), rate, recording.start, recording.end)
+        for piece, start, samples in cut(blocks, settings):
+            note = described | {"start_s": recording.start + start / rate, "seconds": len(samples) / rate}
             audio = encode_audio(samples, rate, settings.codec)
             members, audio_at = tar_members(clip_key(number, piece), note, audio, settings.codec)
             audio_at += tar.tell()
@@ -175,6 +180,25 @@ def decode(path: str, size: int) -> Iterator[tuple[int, np.ndarray]]:
                 yield sound.samplerate, mean_of_channels(block)
             return
     yield from ffmpeg_blocks(path, problem)
+
+
+def segment(blocks: Iterable[np.ndarray], sample_rate: int, start: float, end: float) -> Iterator[np.ndarray]:
+    """What lies between `start` and `end` seconds of a recording, which comes in blocks int16 [n]; it is read to its
+    end, so that one that is not whole is noticed. An end up to 0.1 s beyond that of the recording is taken for it.
+
+    Raises `Reject` if the recording is shorter.
+    """
+    first = round(start * sample_rate)
+    last = sys.maxsize if end == math.inf else round(end * sample_rate)
+    total = 0
+    for block in blocks:
+        part = block[max(first - total, 0) : max(last - total, 0)]
+        total += len(block)
+        if len(part):
+            yield part
+    if (end < math.inf and total < last - END_TOLERANCE_S * sample_rate) or (first and first >= total):
+        named = f"from {start:g} s to " + ("its end" if end == math.inf else f"{end:g} s")
+        raise Reject(f"the clip is named as {named}, but the file has {total / sample_rate:g} s")
 
 
 def cut(blocks: Iterable[np.ndarray], settings: Extraction) -> Iterator[tuple[int, int, np.ndarray]]:

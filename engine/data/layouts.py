@@ -1,213 +1,83 @@
-"""What a source of recordings may be: an audio file, a tar, a manifest, or a folder, in one of the layouts of known
-data sets or plain.
+"""The layouts of known data sets: where they keep their labels, speakers and splits.
 
-A layout knows where a data set keeps its labels, speakers and splits. Splits are train, valid and test, or fold1, fold2
-... where a data set is made for cross-validation.
+Splits are train, valid and test; a data set that is made for cross-validation has folds instead. Names in a data set's
+own lists are compared without extension, so that audio which was converted is found.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import os
 import re
-import tarfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import soundfile
 
 from ssast.engine.errors import UserError, first_line
 from ssast.engine.files import write_whole
 
-from .manifest import AUDIO_EXTENSIONS, Entry, read_manifest
+from .folder import list_folder, require_most
+from .names import bare_name, is_hidden
+from .record import Record, split_labels
 from .shards import encode_audio
+from .table import open_text
 
-_MANIFESTS = (".json", ".csv", ".tsv", ".txt", ".lst")
-_PACKED = (
-    ".tar.gz",
-    ".tgz",
-    ".tar.bz2",
-    ".tbz2",
-    ".tar.xz",
-    ".txz",
-    ".tar.zst",
-    ".zip",
-    ".7z",
-    ".rar",
-    ".gz",
-    ".bz2",
-    ".xz",
-    ".zst",
-)
-_NOTE_LIMIT = 1 << 20  # bytes of what stands beside the audio in a tar
-
-
-class Recording(NamedTuple):
-    """`size` bytes at `offset` in the file `path`, or all of that file where offset is -1; `source` is its name for
-    people.
-    """
-
-    source: str
-    path: str
-    offset: int
-    size: int
-    label: str
-    speaker: str
-    split: str
-
-
-@dataclass
-class Source:
-    """What was found: how it was read, its recordings, and what people should know about the reading."""
-
-    kind: str
-    recordings: list[Recording]
-    remarks: list[str] = field(default_factory=list)
-
-
-def read_source(source: str, layout: str = "auto") -> Source:
-    """The recordings of a file, tar, manifest or folder; the layout of a folder is told by the files it has if `layout`
-    is "auto".
-
-    Raises `UserError` if there is nothing of the kind, or no recording in it.
-    """
-    path = os.path.abspath(source)
-    if os.path.isdir(path):
-        return _read_folder(Path(path), layout)
-    if layout not in ("auto", "plain"):
-        raise UserError(f"{source}: --layout {layout} is for folders; this is none")
-    name = path.lower()
-    if name.endswith(_MANIFESTS):
-        return Source("manifest", [_whole(entry) for entry in read_manifest(path)])
-    if not os.path.exists(path):
-        raise UserError(f"no such file or folder: {path}")
-    if name.endswith(".tar"):
-        return _read_tar(path)
-    if name.endswith(_PACKED):
-        raise UserError(f"{path} is compressed, so that nothing can be read from its middle: unpack it first")
-    return Source("file", [_whole(Entry(path))])
-
-
-def _read_folder(root: Path, layout: str) -> Source:
-    if layout == "auto":
-        layout = next((name for name, (is_one, _) in LAYOUTS.items() if is_one(root)), "plain")
-    elif layout != "plain" and not LAYOUTS[layout][0](root):
-        raise UserError(
-            f"{root} does not look like {layout}: see docs/data.md for what is expected, or use --layout plain"
-        )
-    if layout == "plain":
-        return Source("folder", [_whole(entry) for entry in read_manifest(root)])
-    remarks: list[str] = []
-    recordings = [_whole(entry) for entry in LAYOUTS[layout][1](root, remarks)]
-    if not recordings:
-        raise UserError(f"{root}: laid out like {layout}, but there is no recording in it")
-    return Source(layout, recordings, remarks)
-
-
-def _whole(entry: Entry) -> Recording:
-    fold = f"fold{entry.fold.removeprefix('fold')}" if entry.fold else ""
-    return Recording(entry.path, entry.path, -1, -1, entry.label, entry.speaker, entry.split or fold)
-
-
-# Tars
-
-
-def _read_tar(path: str) -> Source:
-    """The audio members of a tar. Files of the same name beside them give labels: .json (label, speaker, split), .cls
-    or .txt.
-    """
-    notes: dict[str, dict[str, str]] = {}
-    found: list[tuple[str, int, int]] = []
-    others = 0
-    try:
-        with tarfile.open(path, "r:", errors="surrogateescape") as tar:
-            for member in tar:
-                tar.members.clear()  # it would keep them all
-                stem, extension = _split_member(member.name)
-                if not member.isreg():
-                    continue
-                if extension in ("json", "cls", "txt") and member.size <= _NOTE_LIMIT:
-                    content = tar.extractfile(member).read()
-                    notes.setdefault(stem, {})[extension] = content.decode("utf-8", "surrogateescape")
-                elif extension in AUDIO_EXTENSIONS and member.issparse():
-                    raise UserError(
-                        f"{path}: {member.name} is a sparse member, which cannot be read in place: unpack the tar first"
-                    )
-                elif extension in AUDIO_EXTENSIONS:
-                    found.append((member.name, member.offset_data, member.size))
-                else:
-                    others += 1
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"{path} cannot be read as an uncompressed tar: {first_line(error)}") from error
-    if not found:
-        raise UserError(f"{path}: no audio files found ({others} other members seen)")
-    recordings = []
-    for name, offset, size in found:
-        label, speaker, split = _noted(notes.get(_split_member(name)[0], {}))
-        recordings.append(Recording(f"{path}/{name}", path, offset, size, label, speaker, split))
-    return Source("tar", recordings)
-
-
-def _split_member(name: str) -> tuple[str, str]:
-    """(what groups members: all up to the first dot of the file's name, extension)."""
-    folder, _, file = name.rpartition("/")
-    stem, _, extensions = file.partition(".")
-    return f"{folder}/{stem}", extensions.rpartition(".")[2].lower()
-
-
-def _noted(notes: dict[str, str]) -> tuple[str, str, str]:
-    """(label, speaker, split) out of what stands beside a member, by extension."""
-    try:
-        content = json.loads(notes.get("json", "{}"))
-    except (ValueError, RecursionError):
-        content = {}
-    content = content if isinstance(content, dict) else {}
-
-    def get(*names: str) -> str:
-        value = next((content[name] for name in names if content.get(name) not in (None, "")), "")
-        return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-    label = get("label", "labels", "category") or notes.get("cls", "").strip() or notes.get("txt", "").strip()
-    return label, get("speaker", "speaker_id"), get("split")
-
-
-# Folders: for each layout whether a folder has it, and its recordings. What is left out is said in `remarks`.
+# For each layout whether a folder has it, and its recordings. What is left out is said in `remarks`.
 
 
 def _audio_files(root: Path) -> list[str]:
     """Paths of audio files below a folder, relative to it."""
-    return [os.path.relpath(entry.path, root) for entry in read_manifest(root)]
+    return [os.path.relpath(path, root) for path in list_folder(str(root)).clips]
 
 
-def _rows(path: Path, **kwargs: str) -> Iterator[dict[str, str]]:
+def _by_bare_name(root: Path, names: Iterable[str]) -> dict[str, str]:
+    """Paths of files below a folder by their names as official lists are compared with."""
+    return {bare_name(name): str(root / name) for name in names}
+
+
+def _rows(path: Path, fieldnames: Sequence[str] | None = None) -> Iterator[dict[str, str]]:
+    """Rows of an official CSV; lines that begin with # are comments where its columns have no header."""
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            yield from csv.DictReader(file, restval="", **kwargs)
+        with open_text(str(path)) as file:
+            lines = (line for line in file if fieldnames is None or not line.startswith("#"))
+            yield from csv.DictReader(lines, fieldnames, restval="", skipinitialspace=True, strict=True)
     except (OSError, csv.Error) as error:
         raise UserError(f"cannot read {path}: {first_line(error)}") from error
 
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        with open_text(str(path)) as file:
+            return file.read().splitlines()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _require_listed(path: Path, names: Iterable[str], there: Collection[str]) -> None:
+    """Raises UserError for a list of whose names most have no audio file; all names are bare ones."""
+    listed = list(names)
+    absent = [name for name in listed if name not in there]
+    require_most(str(path), len(listed) - len(absent), len(listed), absent[0] if absent else "")
 
 
 def _is_esc50(root: Path) -> bool:
     return (root / "meta" / "esc50.csv").is_file()
 
 
-def _esc50(root: Path, remarks: list[str]) -> Iterator[Entry]:
+def _esc50(root: Path, remarks: list[str]) -> Iterator[Record]:
     """audio/*.wav with meta/esc50.csv: filename, fold, category."""
-    for row in _rows(root / "meta" / "esc50.csv"):
-        if not all(row.get(name) for name in ("filename", "fold", "category")):
-            raise UserError(f"{root / 'meta' / 'esc50.csv'}: a row without filename, fold or category")
-        yield Entry(str(root / "audio" / row["filename"]), row["category"], f"fold{row['fold']}")
+    path = root / "meta" / "esc50.csv"
+    rows = list(_rows(path))
+    if not all(row.get(name) for row in rows for name in ("filename", "fold", "category")):
+        raise UserError(f"{path}: a row without filename, fold or category")
+    there = _by_bare_name(root / "audio", _audio_files(root / "audio"))
+    _require_listed(path, (bare_name(row["filename"]) for row in rows), there)
+    for row in rows:
+        clip = there.get(bare_name(row["filename"]), str(root / "audio" / row["filename"]))
+        yield Record(clip, (row["category"],), fold=row["fold"])
 
 
 _LIBRISPEECH_PART = re.compile(r"(train|dev|test)-(clean|other)(-\d+)?")
@@ -232,31 +102,36 @@ def _is_librispeech(root: Path) -> bool:
     return bool(_librispeech_parts(root))
 
 
-def _librispeech(root: Path, remarks: list[str]) -> Iterator[Entry]:
+def _librispeech(root: Path, remarks: list[str]) -> Iterator[Record]:
     """PART/SPEAKER/CHAPTER/*.flac, where PART is train-clean-100, dev-other and the like."""
     for part in _librispeech_parts(root):
         split = {"train": "train", "dev": "valid", "test": "test"}[part.name.partition("-")[0]]
         for name in _audio_files(part):
-            yield Entry(str(part / name), "", split, name.partition("/")[0])
+            yield Record(str(part / name), (), split, name.partition("/")[0])
 
 
 def _is_speech_commands(root: Path) -> bool:
     return (root / "validation_list.txt").is_file() and (root / "testing_list.txt").is_file()
 
 
-def _speech_commands(root: Path, remarks: list[str]) -> Iterator[Entry]:
+def _speech_commands(root: Path, remarks: list[str]) -> Iterator[Record]:
     """LABEL/SPEAKER_nohash_N.wav with validation_list.txt and testing_list.txt; _background_noise_ is left out."""
-    splits = dict.fromkeys(_lines(root / "validation_list.txt"), "valid") | dict.fromkeys(
-        _lines(root / "testing_list.txt"), "test"
-    )
+    names = _audio_files(root)
+    there = {bare_name(name) for name in names}
+    splits: dict[str, str] = {}
+    for split, path in (("valid", root / "validation_list.txt"), ("test", root / "testing_list.txt")):
+        listed = [bare_name(line) for line in _lines(path) if line.strip()]
+        _require_listed(path, listed, there)
+        splits |= dict.fromkeys(listed, split)
     background = 0
-    for name in _audio_files(root):
+    for name in names:
         label, _, file = name.partition("/")
         if label == "_background_noise_" or not file:
             background += 1
             continue
         speaker, is_named, _ = file.partition("_nohash_")
-        yield Entry(str(root / name), label, splits.get(name, "train"), speaker if is_named else "")
+        split = splits.get(bare_name(name), "train")
+        yield Record(str(root / name), (label,), split, speaker if is_named else "")
     if background:
         remarks.append(f"{background} files of background noise left out")
 
@@ -272,7 +147,7 @@ _NOISE_SHARES = {
 _PIECE_SECONDS, _PIECE_HOP = 1.0, 0.5  # of silence that is measured on
 
 
-def speech_commands_12(root: Path, remarks: list[str], cache_dir: Path | None) -> Iterator[Entry]:
+def speech_commands_12(root: Path, remarks: list[str], cache_dir: Path | None) -> Iterator[Record]:
     """Speech Commands as ten words, all others as `_unknown_`, and `_silence_` out of the files of background noise.
 
     As in SUPERB, training has every other word, and the noise in long pieces, from which it cuts at random: it needs
@@ -287,7 +162,7 @@ def speech_commands_12(root: Path, remarks: list[str], cache_dir: Path | None) -
     """
     if (root / SILENCE).is_dir() and (root / UNKNOWN).is_dir():
         yield from (
-            Entry(str(root / name), name.partition("/")[0], "test") for name in _audio_files(root) if "/" in name
+            Record(str(root / name), (name.partition("/")[0],), "test") for name in _audio_files(root) if "/" in name
         )
         return
     if not _is_speech_commands(root):
@@ -295,9 +170,9 @@ def speech_commands_12(root: Path, remarks: list[str], cache_dir: Path | None) -
             f"{root} does not look like speech_commands: it has no validation_list.txt and testing_list.txt"
         )
     entries = list(_speech_commands(root, []))
-    wanted = [entry for entry in entries if entry.label in WANTED_WORDS]
+    wanted = [entry for entry in entries if entry.labels[0] in WANTED_WORDS]
     yield from wanted
-    unknown = [replace(entry, label=UNKNOWN) for entry in entries if entry.label not in WANTED_WORDS]
+    unknown = [replace(entry, labels=(UNKNOWN,)) for entry in entries if entry.labels[0] not in WANTED_WORDS]
     for split in _NOISE_SHARES:
         others = [entry for entry in unknown if entry.split == split]
         if split != "train":
@@ -312,7 +187,7 @@ def _name_hash(path: str, root: Path) -> bytes:
     return hashlib.blake2b(os.fsencode(os.path.relpath(path, root))).digest()
 
 
-def _silence(root: Path, cache_dir: Path | None) -> Iterator[Entry]:
+def _silence(root: Path, cache_dir: Path | None) -> Iterator[Record]:
     """Pieces of the files in `_background_noise_`, kept in `cache_dir` under the names and sizes of what they are cut
     from.
     """
@@ -342,12 +217,13 @@ def _silence(root: Path, cache_dir: Path | None) -> Iterator[Entry]:
                     path = folder / f"{noise.stem}_{split}_{number:03d}.wav"
                     if not path.is_file():
                         write_whole(path, encode_audio(part[start : start + length], rate, "wav"))
-                    yield Entry(str(path), SILENCE, split)
+                    yield Record(str(path), (SILENCE,), split)
         except (OSError, soundfile.LibsndfileError) as error:
             raise UserError(f"{noise}: cannot be cut into pieces in {folder}: {first_line(error)}") from error
 
 
 _VOXCELEB_SPEAKER = re.compile(r"id\d{5}")
+_VOXCELEB_SPLITS = {"1": "train", "2": "valid", "3": "test"}
 
 
 def _is_voxceleb1(root: Path) -> bool:
@@ -357,22 +233,31 @@ def _is_voxceleb1(root: Path) -> bool:
     )
 
 
-def _voxceleb1(root: Path, remarks: list[str]) -> Iterator[Entry]:
+def _voxceleb1(root: Path, remarks: list[str]) -> Iterator[Record]:
     """.../idXXXXX/VIDEO/*.wav, with iden_split.txt: 1, 2 or 3 and a path from idXXXXX on."""
+    names = _audio_files(root)
+    # of each file its name from idXXXXX on
+    parts_of = {name: name.split("/") for name in names}
+    at = {
+        name: next((at for at, part in enumerate(parts) if _VOXCELEB_SPEAKER.fullmatch(part)), None)
+        for name, parts in parts_of.items()
+    }
+    inner = {name: "/".join(parts_of[name][place:]) for name, place in at.items() if place is not None}
+    path = root / "iden_split.txt"
     splits = {}
-    if (root / "iden_split.txt").is_file():
-        rows = (line.split() for line in _lines(root / "iden_split.txt"))
-        splits = {row[1]: {"1": "train", "2": "valid", "3": "test"}.get(row[0], "") for row in rows if len(row) == 2}
+    if path.is_file():
+        rows = [line.split(maxsplit=1) for line in _lines(path) if line.strip()]
+        for number, row in enumerate(rows, 1):
+            if len(row) != 2 or row[0].lstrip("\ufeff") not in _VOXCELEB_SPLITS:
+                raise UserError(f"{path}, line {number}: expected 1, 2 or 3 and a path")
+        splits = {bare_name(row[1]): _VOXCELEB_SPLITS[row[0].lstrip("\ufeff")] for row in rows}
+        _require_listed(path, splits, {bare_name(name) for name in inner.values()})
     else:
         remarks.append("no iden_split.txt: no splits")
-    left_out = 0
-    for name in _audio_files(root):
-        parts = name.split("/")
-        at = next((at for at, part in enumerate(parts) if _VOXCELEB_SPEAKER.fullmatch(part)), None)
-        if at is None:
-            left_out += 1
-        else:
-            yield Entry(str(root / name), parts[at], splits.get("/".join(parts[at:]), ""), parts[at])
+    left_out = len(names) - len(inner)
+    for name, listed in inner.items():
+        speaker = listed.partition("/")[0]
+        yield Record(str(root / name), (speaker,), splits.get(bare_name(listed), ""), speaker)
     if left_out:
         remarks.append(f"{left_out} audio files outside folders of speakers (idXXXXX) left out")
 
@@ -385,20 +270,29 @@ def _is_iemocap(root: Path) -> bool:
     return (root / "Session1" / "dialog" / "EmoEvaluation").is_dir()
 
 
-def _iemocap(root: Path, remarks: list[str]) -> Iterator[Entry]:
+def _iemocap(root: Path, remarks: list[str]) -> Iterator[Record]:
     """SessionN/dialog/EmoEvaluation/*.txt and SessionN/sentences/wav: neutral, happy with excited, sad, angry; fold N
     is session N.
     """
-    others = 0
+    others, listed, missing = 0, 0, 0
+    absent = ""
     for session in _folders(root):
         number = session.name.removeprefix("Session")
         for evaluation in sorted((session / "dialog" / "EmoEvaluation").glob("Ses*.txt")) if number.isdigit() else ():
             for turn, gender, emotion in _IEMOCAP_TURN.findall("\n".join(_lines(evaluation))):
                 if emotion in IEMOCAP_CLASSES:
-                    path = session / "sentences" / "wav" / evaluation.stem / f"{turn}.wav"
-                    yield Entry(str(path), IEMOCAP_CLASSES[emotion], f"fold{number}", f"Ses{int(number):02d}{gender}")
+                    folder = session / "sentences" / "wav" / evaluation.stem
+                    path = folder / f"{turn}.wav"
+                    if not path.exists():  # of another extension
+                        path = next((other for other in folder.glob(f"{turn}.*") if not is_hidden(other.name)), path)
+                    listed += 1
+                    absent = absent or ("" if path.exists() else str(path.relative_to(root)))
+                    missing += not path.exists()
+                    speaker = f"Ses{int(number):02d}{gender}"
+                    yield Record(str(path), (IEMOCAP_CLASSES[emotion],), "", speaker, number)
                 else:
                     others += 1
+    require_most(str(root / "Session*" / "dialog" / "EmoEvaluation"), listed - missing, listed, absent)
     if others:
         remarks.append(
             f"{others} turns of other emotions left out; the classes are "
@@ -418,16 +312,21 @@ def _is_audioset(root: Path) -> bool:
     return bool(_audioset_lists(root))
 
 
-def _audioset(root: Path, remarks: list[str]) -> Iterator[Entry]:
+def _audioset(root: Path, remarks: list[str]) -> Iterator[Record]:
     """*_segments.csv (YTID, start, end, labels), and audio anywhere below, named YTID, with or without a Y before and
     times after it.
     """
-    known: dict[str, tuple[str, str]] = {}
+    lists: dict[Path, list[str]] = {}
+    known: dict[str, tuple[tuple[str, ...], str]] = {}
     for path in _audioset_lists(root):
         split = "test" if path.name.startswith("eval") else "train"
-        rows = _rows(path, fieldnames=("id", "start", "end", "labels"), skipinitialspace=True)
-        known |= {row["id"]: (row["labels"], split) for row in rows if row["id"] and not row["id"].startswith("#")}
-    unknown, found = 0, set()
+        rows = [row for row in _rows(path, ("id", "start", "end", "labels")) if row["id"]]
+        ragged = next((row for row in rows if None in row), None)
+        if ragged is not None:
+            raise UserError(f"{path}: {ragged['id']} has more than four fields; put its labels between double quotes")
+        lists[path] = [row["id"] for row in rows]
+        known |= {row["id"]: (split_labels(row["labels"]), split) for row in rows}
+    unknown, videos = 0, {}
     for name in _audio_files(root):
         stem = os.path.splitext(os.path.basename(name))[0]
         matches = (pattern.fullmatch(stem) for pattern in (_AUDIOSET_PLAIN, _AUDIOSET_NAME))
@@ -435,15 +334,18 @@ def _audioset(root: Path, remarks: list[str]) -> Iterator[Entry]:
         if video is None:
             unknown += 1
         else:
-            found.add(video)
-            yield Entry(str(root / name), *known[video])
+            videos[name] = video
+    found = set(videos.values())
+    for path, ids in lists.items():
+        _require_listed(path, ids, found)
+    yield from (Record(str(root / name), *known[video]) for name, video in videos.items())
     if unknown:
         remarks.append(f"{unknown} audio files left out: not in the lists")
     if len(found) < len(known):
         remarks.append(f"{len(known) - len(found)} of {len(known)} listed segments have no audio file")
 
 
-LAYOUTS: dict[str, tuple[Callable[[Path], bool], Callable[[Path, list[str]], Iterator[Entry]]]] = {
+LAYOUTS: dict[str, tuple[Callable[[Path], bool], Callable[[Path, list[str]], Iterator[Record]]]] = {
     "esc50": (_is_esc50, _esc50),
     "librispeech": (_is_librispeech, _librispeech),
     "speech_commands": (_is_speech_commands, _speech_commands),

@@ -1,145 +1,204 @@
-"""Which clips there are: from a folder, the official SSAST JSON, a CSV/TSV with a header, or a plain list, into `Entry`
-rows.
-"""
+"""Manifests: the official SSAST JSON, JSON lines, CSV and TSV with a header, and plain lists of paths."""
 
 from __future__ import annotations
 
-import csv
 import json
+import math
 import os
-import warnings
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from ssast.engine.errors import UserError
 
-CACHE_FILE = "checked.sqlite"  # beside it, the folder of converted copies is no part of a data set
-CONVERTED = "converted"
+from .names import is_hidden, unicode_twin
+from .record import Record, find_fold, split_and_fold, split_labels
+from .table import open_text, read_table
 
-_KNOWN = """
-3gp aac ac3 aif aifc aiff amr ape asf au avi caf flac flv gsm m4a m4b m4v mka mkv mov mp2 mp3 mp4 mpc mpeg
-mpg nist oga ogg ogv opus ra rf64 rm sph spx tta voc w64 wav wave webm wma wmv wv
-"""
-AUDIO_EXTENSIONS = frozenset(_KNOWN.split())
-PATH_COLUMNS = ("path", "wav", "file", "filename", "audio", "audio_path")
+EXTENSIONS = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".lst")
+PATH_COLUMNS = ("path", "wav", "file", "filename", "audio", "audio_path", "file_name", "filepath", "file_path")
+PATH_COLUMNS += ("audio_filepath",)
 LABEL_COLUMNS = ("label", "labels", "category")
 SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
-NOTED_COLUMNS = (LABEL_COLUMNS, ("split",), SPEAKER_COLUMNS, ("fold",))  # in the order of the fields of `Entry`
-
-# The starts of audio containers; EBML is Matroska and WebM, 30 26 B2 75 is ASF (wma).
-_MAGIC = (b"RIFF", b"RF64", b"RIFX", b"BW64", b"riff", b"fLaC", b"OggS", b"ID3", b"FORM", b".snd", b"caff", b"NIST_1A")
-_MAGIC += (b"\x1aE\xdf\xa3", b"0&\xb2u", b"wvPk", b"MAC ", b"TTA1", b"#!AMR")
-# The second byte after FF: MPEG audio layers III and II, and ADTS. FF FE is left out: it is the byte order mark of
-# UTF-16 text.
-_MPEG_SYNC = frozenset(b"\xfb\xfa\xf3\xf2\xe3\xe2\xfd\xfc\xf5\xf4\xf1\xf9\xf0\xf8")
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One clip of a manifest: its absolute path (symbolic links kept), comma-separated labels, split, speaker and fold,
-    "" for none.
-    """
-
-    path: str
-    label: str = ""
-    split: str = ""
-    speaker: str = ""
-    fold: str = ""
+START_COLUMNS = ("start", "start_s", "start_time", "start_sec", "start_seconds", "begin", "onset")
+END_COLUMNS = ("end", "end_s", "end_time", "end_sec", "end_seconds", "stop")
+DURATION_COLUMNS = ("duration", "duration_s", "duration_sec", "duration_seconds", "dur")
+_IN_OTHER_UNITS = re.compile(
+    r"(start|end|stop|begin|onset|offset|duration)[_ ]?(ms|msec|milliseconds|frames?|samples?|idx|index)"
+    r"|(frame|sample)[_ ]?(offset|start|end)|num[_ ]?(frames|samples)"
+)
 
 
-def read_manifest(source: str | Path) -> list[Entry]:
-    """The clips named by `source`: a folder, or a .json, .csv, .tsv, .txt or .lst file.
+@dataclass
+class Manifest:
+    """What a manifest says: its clips, columns, those of them that are not read, and remarks for people."""
 
-    A folder is searched recursively through symbolic links and sorted by path; its audio files are told by extension,
-    or by their first bytes where the extension says nothing. In a manifest, relative paths start at the manifest's
-    folder; whether the files exist is not looked at. Bytes that are not UTF-8 become surrogate escapes, as in
+    records: list[Record] = field(default_factory=list)
+    columns: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    remarks: list[str] = field(default_factory=list)
+
+
+def read_manifest(path: str) -> Manifest:
+    """The clips named by a .json, .jsonl, .csv, .tsv, .txt or .lst file.
+
+    Relative paths start at the manifest's folder; whether the files exist is not looked at, except that a name which
+    is there in another Unicode form is read in that form. Bytes that are not UTF-8 become surrogate escapes, as in
     `os.fsdecode`.
 
-    Raises `UserError` if there is no such path, no clip in it, or it cannot be understood.
+    Raises:
+        UserError: it cannot be read or understood, or names no clip.
     """
-    path = os.path.abspath(source)
-    if os.path.isdir(path):
-        return [Entry(clip) for clip in _folder_clips(path)]
-    readers = {".json": _read_json, ".csv": _read_table, ".tsv": _read_table, ".txt": _read_list, ".lst": _read_list}
-    reader = readers.get(os.path.splitext(path)[1].lower())
-    if not os.path.exists(path):
-        raise UserError(f"no such file or folder: {path}")
-    if reader is None or not os.path.isfile(path):
-        raise UserError(f"{path} is neither a folder nor a manifest ({', '.join(readers)})")
-    base = os.path.dirname(path)
+    readers: dict[str, Callable[[str, TextIO, Manifest], Iterator[Record]]] = {
+        ".json": _read_json,
+        ".jsonl": _read_json_lines,
+        ".csv": _read_table,
+        ".tsv": _read_table,
+        ".txt": _read_list,
+        ".lst": _read_list,
+    }
+    manifest = Manifest()
+    hidden = 0
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            entries = [Entry(os.path.join(base, clip), *notes) for clip, *notes in reader(path, file)]
+        with open_text(path) as file:
+            for record in readers[os.path.splitext(path)[1].lower()](path, file, manifest):
+                if _is_hidden_entry(record.path, os.path.dirname(path)):
+                    hidden += 1
+                else:
+                    manifest.records.append(record)
     except OSError as error:
         raise UserError(f"cannot read the manifest {path}: {error.strerror}") from error
-    if not entries:
+    except UnicodeError as error:
+        raise UserError(f"cannot read the manifest {path}: {error}") from error
+    if hidden:
+        manifest.remarks.append(f"{hidden} hidden or system files passed over")
+    if not manifest.records:
         raise UserError(f"the manifest {path} is empty: it lists no audio file")
-    return entries
+    return manifest
 
 
-def _folder_clips(root: str) -> list[str]:
-    unreadable: list[str] = []
-    found = list(_walk(root, unreadable))
-    clips = [path for path, may_be_clip in found if may_be_clip]
-    if unreadable:
-        warnings.warn(f"{len(unreadable)} unreadable folders left out, the first is {unreadable[0]}", stacklevel=3)
-    if not clips:
-        raise UserError(f"no audio files found in {root} ({len(found)} other files seen)")
-    return sorted(clips)
+def _is_hidden_entry(path: str, base: str) -> bool:
+    """Whether a clip of a manifest is none: by its own name, or that of a folder between it and the manifest."""
+    inside = path[len(base) + 1 :] if path.startswith(f"{base}/") else os.path.basename(path)
+    return any(map(is_hidden, inside.split("/")))
 
 
-def _walk(root: str, unreadable: list[str]) -> Iterator[tuple[str, bool]]:
-    """Every file below `root` and whether it may be a clip. Each folder is entered once, however many links lead to
-    it.
+class Columns:
+    """Which of the columns of a table, or fields of an object, say what of a clip.
+
+    Raises:
+        UserError: two columns of one name that is read, or a part of a file that is not given in seconds.
     """
-    seen: set[tuple[int, int]] = set()
-    # Real folders are taken before linked ones, each in the order of names: which path a folder is met by is the same
-    # everywhere.
-    real, linked = [root], deque[str]()
-    while real or linked:
-        folder = real.pop() if real else linked.popleft()
-        try:
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            items = sorted(os.scandir(folder), key=lambda item: item.name, reverse=True)
-        except OSError:
-            unreadable.append(folder)
-            continue
-        if any(item.name == CACHE_FILE for item in items):
-            items = [item for item in items if item.name != CONVERTED]
-        below = [item.path for item in items if item.is_dir(follow_symlinks=False)]
-        links = [item.path for item in reversed(items) if item.is_symlink() and os.path.isdir(item.path)]
-        real.extend(below)
-        linked.extend(links)
-        folders = {*below, *links}
-        yield from ((item.path, _may_be_clip(item.path)) for item in items if item.path not in folders)
+
+    def __init__(self, names: Iterable[str], where: str) -> None:
+        given = list(names)
+        lowered = [name.strip().lower() for name in given]
+        first = dict(zip(reversed(lowered), reversed(given), strict=True))
+        has_onset = "onset" in first
+        choices = {
+            "path": PATH_COLUMNS,
+            "label": LABEL_COLUMNS,
+            "split": ("split",),
+            "speaker": SPEAKER_COLUMNS,
+            "fold": ("fold",),
+            # as in lists of sound events; elsewhere an offset is where a part begins
+            "start": START_COLUMNS if has_onset else (*START_COLUMNS, "offset"),
+            "end": (*END_COLUMNS, "offset") if has_onset else END_COLUMNS,
+        }
+        self._of = {}
+        for role, known in choices.items():
+            name = next((name for name in known if name in first), None)
+            if name is not None:
+                self._of[role] = first[name]
+                if lowered.count(name) > 1:
+                    raise UserError(f"{where}: the column {name} is there twice; keep one")
+        if "start" in self._of and "end" not in self._of:
+            name = next((name for name in DURATION_COLUMNS if name in first), None)
+            if name is not None:
+                self._of["duration"] = first[name]
+        for name in lowered:
+            if _IN_OTHER_UNITS.fullmatch(name):
+                raise UserError(
+                    f"{where}: the column {first[name]} is not read: parts of files are named in seconds, by columns "
+                    "start and end, or offset and duration; convert it, or rename it if it says something else"
+                )
+        self.has_path = "path" in self._of
+        self.has_label = "label" in self._of
+        self.unread = [name for name in given if name not in self._of.values()]
+
+    def record(self, row: Mapping[str, Any], base: str, where: str) -> Record:
+        """The clip of a row.
+
+        Raises:
+            UserError: it has no path, or says what means nothing.
+        """
+        values = {role: row.get(name) for role, name in self._of.items()}
+        path = values.get("path")
+        if not isinstance(path, str) or not path:
+            raise UserError(f"{where}: the path is missing")
+        split, fold = split_and_fold(_text(values.get("split")))
+        fold = _text(values.get("fold")) or fold
+        start, end = _segment(values, where)
+        return Record(
+            clip_path(base, path),
+            _labels(values.get("label")),
+            split,
+            _text(values.get("speaker")),
+            find_fold(fold) or fold,
+            start=start,
+            end=end,
+        )
 
 
-def _may_be_clip(path: str) -> bool:
-    # With an audio extension, dangling links and pipes are candidates too: the check names them, here they would vanish
-    # silently.
-    if os.path.splitext(path)[1][1:].lower() in AUDIO_EXTENSIONS:
-        return True
+def clip_path(base: str, name: str) -> str:
+    """The absolute path of a clip that a manifest in the folder `base` names; in the Unicode form that is there."""
+    path = os.path.join(base, name)
+    if "//" in path or "/./" in path:
+        path = re.sub(r"/(\./|/)+", "/", path)
+    if not path.isascii() and not os.path.lexists(path):
+        path = unicode_twin(path) or path
+    return path
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value).strip()
+
+
+def _labels(value: Any) -> tuple[str, ...]:
+    """Of a text by commas; of a list as they are."""
+    if isinstance(value, list):
+        return tuple(label for item in value if (label := _text(item)))
+    return split_labels(_text(value))
+
+
+def _segment(values: Mapping[str, Any], where: str) -> tuple[float, float]:
+    """(start, end) in seconds of the part of a file that a row names."""
+    start = _seconds(values.get("start"), where)
+    end = _seconds(values.get("end"), where)
+    duration = _seconds(values.get("duration"), where)
+    start = start or 0.0
+    if end is None:
+        end = math.inf if duration is None else start + duration
+    if end <= start:
+        raise UserError(f"{where}: the clip ends at {end:g} s, where it begins or before ({start:g} s)")
+    return start, end
+
+
+def _seconds(value: Any, where: str) -> float | None:
+    if value is None or _text(value) == "":
+        return None
+    text = _text(value)
     try:
-        if not os.path.isfile(path):  # opening a pipe would block
-            return False
-        with open(path, "rb") as file:
-            head = file.read(12)
-    except OSError:
-        return False
-    return (
-        head.startswith(_MAGIC)
-        or head[4:8] == b"ftyp"
-        or (head[:1] == b"\xff" and head[1:2] != b"" and head[1] in _MPEG_SYNC)
-    )
+        seconds = float(text.replace(",", ".") if "." not in text else text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise UserError(f"{where}: {text!r} is no number of seconds from 0 on")
+    return seconds
 
 
-def _read_json(path: str, file: TextIO) -> Iterator[tuple[str, ...]]:
+def _read_json(path: str, file: TextIO, manifest: Manifest) -> Iterator[Record]:
     try:
         content = json.load(file)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -148,37 +207,65 @@ def _read_json(path: str, file: TextIO) -> Iterator[tuple[str, ...]]:
     if not isinstance(rows, list):
         raise UserError(f'{path} is not a data set in the SSAST form: {{"data": [{{"wav": path, "labels": "..."}}]}}')
     for number, row in enumerate(rows):
-        if not isinstance(row, dict) or not isinstance(row.get("wav"), str) or not row["wav"]:
+        if not isinstance(row, dict) or not any(isinstance(row.get(name), str) and row[name] for name in PATH_COLUMNS):
             raise UserError(f'{path}: entry {number} of "data" has no "wav"')
-        yield row["wav"], *(_text(row.get(name)) for name in ("labels", "split", "speaker", "fold"))
+    numbered = ((f'{path}: entry {number} of "data"', row) for number, row in enumerate(rows))
+    yield from _objects(path, numbered, manifest)
 
 
-def _text(value: Any) -> str:
-    """Labels as one string; lists are taken too."""
-    return ",".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+def _read_json_lines(path: str, file: TextIO, manifest: Manifest) -> Iterator[Record]:
+    yield from _objects(path, json_lines(path, file), manifest)
 
 
-def _read_table(path: str, file: TextIO) -> Iterator[tuple[str, ...]]:
-    # Strict: a quote that is never closed would otherwise swallow the rest of the file without a word.
-    rows = csv.reader(file, delimiter="\t" if path.lower().endswith(".tsv") else ",", strict=True)
-    try:
-        header = next(rows, None)
-        if header is None:
-            return
-        names = [name.strip().lower() for name in header]
-        where = next((names.index(name) for name in PATH_COLUMNS if name in names), None)
-        if where is None:
-            raise UserError(f"{path} has no column {', '.join(PATH_COLUMNS)}; its columns are {', '.join(header)}")
-        notes = [next((names.index(name) for name in known if name in names), -1) for known in NOTED_COLUMNS]
-        for row in rows:
-            if not any(row):
-                continue
-            if len(row) <= where or not row[where]:
-                raise UserError(f"{path}, line {rows.line_num}: the path is missing")
-            yield row[where], *(row[at] if 0 <= at < len(row) else "" for at in notes)
-    except csv.Error as error:
-        raise UserError(f"malformed table {path}, line {rows.line_num}: {error}") from error
+def json_lines(path: str, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, object) of each line.
+
+    Raises:
+        UserError: a line that is no JSON object.
+    """
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"malformed JSON in {path}, line {number}: {error}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: no JSON object")
+        yield f"{path}, line {number}", row
 
 
-def _read_list(path: str, file: TextIO) -> Iterator[tuple[str, ...]]:
-    yield from ((line.rstrip("\r\n"),) for line in file if line.strip())
+def _objects(path: str, rows: Iterable[tuple[str, dict[str, Any]]], manifest: Manifest) -> Iterator[Record]:
+    """Clips of JSON objects, each of which may have fields of its own."""
+    known: dict[tuple[str, ...], Columns] = {}
+    names: dict[str, None] = {}
+    unread: dict[str, None] = {}
+    base = os.path.dirname(path)
+    for where, row in rows:
+        fields = tuple(row)
+        columns = known.get(fields)
+        if columns is None:
+            columns = known[fields] = Columns(fields, where)
+            names |= dict.fromkeys(fields)
+            unread |= dict.fromkeys(columns.unread)
+        yield columns.record(row, base, where)
+    manifest.columns = tuple(names)
+    manifest.unread = tuple(unread)
+
+
+def _read_table(path: str, file: TextIO, manifest: Manifest) -> Iterator[Record]:
+    header, rows = read_table(path, file)
+    if not header:
+        return
+    columns = Columns(header, path)
+    manifest.columns, manifest.unread = tuple(header), tuple(columns.unread)
+    if not columns.has_path:
+        raise UserError(f"{path} has no column {', '.join(PATH_COLUMNS)}; its columns are {', '.join(header)}")
+    base = os.path.dirname(path)
+    for number, row in rows:
+        yield columns.record(dict(zip(header, row, strict=True)), base, f"{path}, line {number}")
+
+
+def _read_list(path: str, file: TextIO, manifest: Manifest) -> Iterator[Record]:
+    base = os.path.dirname(path)
+    yield from (Record(clip_path(base, line.rstrip("\r\n"))) for line in file if line.strip())

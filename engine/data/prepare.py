@@ -23,7 +23,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,9 +36,11 @@ from ssast.engine.files import encode_text, expand_path, path_argument, write_wh
 
 from . import extract
 from .extract import Extraction, Job
-from .layouts import LAYOUTS, Recording, read_source
+from .layouts import LAYOUTS
 from .probe import file_status
+from .record import Record
 from .shards import CODECS, END_OF_TAR, FORMAT, NUMBERS, Index, clip_key, load_index, shard_name, verify
+from .sources import read_source
 from .statistics import NUM_MEL_BINS, evenly_picked, feature_statistics
 from .workers import Pool
 
@@ -84,18 +86,18 @@ class Settings:
 class Plan:
     """All recordings in their order; shard i is those from `starts[i]` up to `starts[i + 1]`."""
 
-    recordings: list[Recording]
+    recordings: list[Record]
     starts: list[int]
 
     def summary(self) -> dict[str, Any]:
         """What two runs on the same sources have in common."""
         digest = hashlib.sha256()
         for recording in self.recordings:
-            digest.update("\0".join(map(str, recording)).encode("utf-8", "surrogatepass") + b"\n")
+            digest.update("\0".join(map(str, _order(recording))).encode("utf-8", "surrogatepass") + b"\n")
         size = sum(max(0, recording.size) for recording in self.recordings)
         return {"files": len(self.recordings), "bytes": size, "sha256": digest.hexdigest()}
 
-    def shard(self, number: int) -> list[Recording]:
+    def shard(self, number: int) -> list[Record]:
         return self.recordings[self.starts[number] : self.starts[number + 1]]
 
 
@@ -104,13 +106,15 @@ def make_plan(settings: Settings) -> Plan:
 
     Raises `UserError` if a source cannot be read.
     """
-    found: list[Recording] = []
+    found: list[Record] = []
     for source in settings.sources:
         part = read_source(source, settings.layout)
-        print(f"{source}: {part.kind}, {len(part.recordings)} recordings", *part.remarks, sep="; ", file=sys.stderr)
-        found += part.recordings
+        records = part.records
+        told = (*part.remarks, *part.notes)
+        print(f"{source}: {part.kind}, {len(records)} recordings", *told, sep="; ", file=sys.stderr)
+        found += records
     sizes = _sizes([recording.path for recording in found if recording.offset < 0])
-    recordings = sorted({r._replace(size=next(sizes)) if r.offset < 0 else r for r in found})
+    recordings = sorted({replace(r, size=next(sizes)) if r.offset < 0 else r for r in found}, key=_order)
     if len(recordings) < len(found):
         print(f"{len(found) - len(recordings)} recordings were named twice", file=sys.stderr)
     total = sum(max(0, recording.size) for recording in recordings)
@@ -122,6 +126,13 @@ def make_plan(settings: Settings) -> Plan:
             held = 0
         held += max(0, recording.size)
     return Plan(recordings, [*starts, len(recordings)])
+
+
+def _order(record: Record) -> tuple[Any, ...]:
+    """What recordings are sorted by, and what tells the sources of two runs apart."""
+    names = (record.source, record.path, record.offset, record.size)
+    part = (record.start, record.end) if record.is_segment else ()
+    return *names, record.label_text, record.speaker, record.split_text, *part
 
 
 def _sizes(paths: list[str]) -> Iterator[int]:
@@ -260,7 +271,12 @@ class Folder:
             recordings = [self.plan.recordings[row] for row in clips[:, 0]]
             keys = [clip_key(recording, piece) for recording, piece in clips[:, :2].tolist()]
             numbers = dict(zip(("offset", "size", "samples", "crc32"), clips[:, 2:].T, strict=True))
-            texts = {name: [getattr(r, name) for r in recordings] for name in ("label", "speaker", "split", "source")}
+            texts = {
+                "label": [r.label_text for r in recordings],
+                "speaker": [r.speaker for r in recordings],
+                "split": [r.split_text for r in recordings],
+                "source": [r.source for r in recordings],
+            }
             index.append({"shard": np.full(len(clips), number), **numbers}, {"key": keys, **texts})
             described.append(
                 {"name": shard_name(number), "bytes": part["bytes"], "clips": len(clips), "sha256": part["sha256"]}
@@ -472,7 +488,7 @@ def _make_shards(folder: Folder, workers: int, timeout_s: float, memory: int, pr
                         str(folder.aside(shard.number)),
                         shard.end,
                         first,
-                        plan.recordings[first : shard.first + shard.count],
+                        [astuple(r) for r in plan.recordings[first : shard.first + shard.count]],
                     )
                     worker.send(shard, vars(job))
                 if shard.done == shard.count:

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import soundfile
 
+from ssast.engine.data.names import missing_file
 from ssast.engine.data.resample import to_int16
 from ssast.engine.files import atomic_write
 
@@ -112,7 +113,7 @@ def file_status(path: str) -> tuple[int, int] | str:
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        return "broken symbolic link" if os.path.islink(path) else "no such file"
+        return "broken symbolic link" if os.path.islink(path) else missing_file(path)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         return f"unreadable: {getattr(error, 'strerror', error)}"
     if not stat.S_ISREG(status.st_mode):

@@ -33,6 +33,7 @@ from ssast.engine.errors import UserError, first_line
 from ssast.engine.files import encode_text
 
 from .clips import Clips
+from .record import split_and_fold
 from .texts import Block, Texts
 
 # What a prepared folder holds; the second as long as it is not finished.
@@ -196,11 +197,12 @@ def open_shards(folder: Path) -> Clips:
     shards = Texts.from_list([str(folder / SHARDS / shard.name) for shard in description.shards])
     rows = np.arange(count)
     texts = {name: Texts([block], rows) for name, block in blocks.items()}
+    splits, folds = _splits_and_folds(texts["split"])
     return Clips(
         paths=shards.subset(shard_of.astype(np.int64)),
         sources=texts["source"],
         labels=texts["label"],
-        splits=texts["split"],
+        splits=splits,
         speakers=texts["speaker"],
         frames=samples,
         sample_rates=np.broadcast_to(np.int32(description.sample_rate), count),
@@ -208,7 +210,19 @@ def open_shards(folder: Path) -> Clips:
         sizes=sizes,
         mtimes_ns=np.broadcast_to(np.int64(0), count),
         offsets=offsets,
+        folds=folds,
     )
+
+
+def _splits_and_folds(texts: Texts) -> tuple[Texts, Texts]:
+    """(splits, folds) of clips, which have one column in the index. There are few different ones, each read once."""
+    hashes = texts.hashes()
+    values = np.unique(hashes)
+    which = np.searchsorted(values, hashes)
+    example = np.empty(len(values), dtype=np.int64)
+    example[which] = np.arange(len(hashes))
+    read = [split_and_fold(text) for text in texts.subset(example)]
+    return tuple(Texts.from_list(list(column)).subset(which) for column in zip(*read, strict=True))
 
 
 def describe(folder: Path) -> Description:

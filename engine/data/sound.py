@@ -2,8 +2,9 @@
 cost of one file.
 
 As a script, `python -P sound.py SETTINGS`, this is such a process. A line of standard input is a job in JSON, [path,
-offset, size]. It is answered by lines of JSON on standard output: {"samples": int16 of base64}, as many as it takes,
-and then {"end": true} or {"reason": why the recording is of no use}, or {"fatal": what no other file would change}.
+offset, size, start, end]. It is answered by lines of JSON on standard output: {"samples": int16 of base64}, as
+many as it takes, and then {"end": true} or {"reason": why the recording is of no use}, or {"fatal": what no other file
+would change}.
 """
 
 from __future__ import annotations
@@ -19,17 +20,15 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ssast.engine.data.clips import Clips
-from ssast.engine.data.extract import as_file, decode
-from ssast.engine.data.layouts import Recording, read_source
+from ssast.engine.data.extract import as_file, decode, segment
 from ssast.engine.data.probe import describe, file_status, serve
+from ssast.engine.data.record import Record
 from ssast.engine.data.resample import to_int16
-from ssast.engine.data.shards import is_prepared, open_shards
+from ssast.engine.data.sources import read_source
 from ssast.engine.data.workers import Worker
 from ssast.engine.errors import UserError
 
@@ -43,7 +42,7 @@ class UnreadableError(ValueError):
     """A recording cannot be used; the message is the reason that people read."""
 
 
-def find_recordings(sources: Sequence[str], remark: Any = None) -> list[Recording]:
+def find_recordings(sources: Sequence[str], remark: Any = None) -> list[Record]:
     """All recordings of audio files, folders, manifests, tars and prepared folders, in their order, each once.
 
     `remark` is called with a line for people on what was left out.
@@ -51,31 +50,20 @@ def find_recordings(sources: Sequence[str], remark: Any = None) -> list[Recordin
     Raises:
         UserError: a source that is not there or cannot be understood, or no recording at all.
     """
-    found: dict[tuple[str, int], Recording] = {}
+    found: dict[tuple[str, int, float, float], Record] = {}
     for source in sources:
-        if is_prepared(Path(source)):
-            recordings = shard_recordings(open_shards(Path(source)))
-        else:
-            read = read_source(source)
-            recordings = read.recordings
-            if remark and read.remarks:
-                remark(f"{source}: {'; '.join(read.remarks)}")
-        for recording in recordings:
-            found.setdefault((recording.path, recording.offset), recording)
+        read = read_source(source)
+        if remark and (read.remarks or read.notes):
+            remark(f"{source}: {'; '.join([*read.remarks, *read.notes])}")
+        for recording in read.records:
+            found.setdefault(recording.place, recording)
     if not found:
         raise UserError("no recordings were named: give audio files, folders or manifests")
     return list(found.values())
 
 
-def shard_recordings(clips: Clips) -> list[Recording]:
-    """The clips of a prepared folder."""
-    offsets, sizes = clips.offsets.tolist(), clips.sizes.tolist()
-    columns = (clips.sources, clips.paths, offsets, sizes, clips.labels, clips.speakers, clips.splits)
-    return [Recording(*row) for row in zip(*columns, strict=True)]
-
-
 def read_recordings(
-    recordings: Iterable[Recording],
+    recordings: Iterable[Record],
     sample_rate: int,
     *,
     workers: int = 1,
@@ -120,7 +108,7 @@ class _Decoder:
         self._problem = ""
         self._is_done = True
 
-    def begin(self, recording: Recording) -> None:
+    def begin(self, recording: Record) -> None:
         self._problem, self._is_done = "", False
         status = file_status(recording.path)
         if isinstance(status, str):
@@ -130,9 +118,8 @@ class _Decoder:
             self._worker = Worker(__file__, self._arguments, self._timeout_s)
             with contextlib.suppress(OSError):  # more than a user may have: it is then less far ahead
                 fcntl.fcntl(self._worker.process.stdout, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        self._worker.send(
-            None, [recording.path, recording.offset, status[0] if recording.offset < 0 else recording.size]
-        )
+        size = status[0] if recording.offset < 0 else recording.size
+        self._worker.send(None, [recording.path, recording.offset, size, recording.start, recording.end])
 
     def blocks(self) -> Iterator[np.ndarray]:
         if self._problem:
@@ -183,12 +170,12 @@ class _Decoder:
 
 
 def _stream(job: Sequence[Any], sample_rate: int, memory: int) -> Iterator[dict[str, Any]]:
-    path, offset, size = job
+    path, offset, size, start, end = job
     try:
         with as_file(path, offset, size, folder=tempfile.gettempdir()) as file:
-            for samples in to_int16(decode(file, size), sample_rate):
-                for start in range(0, len(samples), _BLOCK):
-                    yield {"samples": base64.b64encode(samples[start : start + _BLOCK].tobytes()).decode("ascii")}
+            for samples in segment(to_int16(decode(file, size), sample_rate), sample_rate, start, end):
+                for first in range(0, len(samples), _BLOCK):
+                    yield {"samples": base64.b64encode(samples[first : first + _BLOCK].tobytes()).decode("ascii")}
         yield {"end": True}
     except ImportError as error:
         yield {"fatal": f"cannot import what decodes audio: {error}"}

@@ -11,27 +11,28 @@ import numpy as np
 
 from ssast.engine.data.check import check_clips
 from ssast.engine.data.clips import Clips, Skipped
-from ssast.engine.data.dataset import CONVERTED_RATE, Dataset, cache_folder, clip_statistics
+from ssast.engine.data.dataset import CONVERTED_RATE, Dataset, cache_folder, clip_statistics, require_whole_files
+from ssast.engine.data.record import KNOWN, Record, unknown_split
 from ssast.engine.data.shards import is_prepared, open_shards
 from ssast.engine.errors import UserError
 
 from .config import FinetuneConfig, FinetuneDataSection
-from .labels import Labelled, Vocabulary, examine, of_clips, read_labelled
-from .splits import check_leaks, few, fold_names, read_split, split_clips
+from .labels import Vocabulary, examine, of_clips, read_labelled
+from .splits import check_leaks, few, fold_names, split_clips
 
 
 @dataclass(frozen=True)
 class LabelledClips:
-    """All clips of a task that can be read, before they are split; `known` [N] is what is known of each."""
+    """All clips of a task that can be read, before they are split; `records` [N] is the row of each."""
 
     clips: Clips
-    known: list[Labelled]
+    records: list[Record]
     skipped: list[Skipped]
     remarks: tuple[str, ...] = ()
 
     def folds(self) -> list[str]:
         """Those that the clips come in, if they do."""
-        return fold_names([item.fold for item in self.known])
+        return fold_names([record.fold for record in self.records])
 
 
 @dataclass(frozen=True)
@@ -64,39 +65,46 @@ def read_task(config: FinetuneConfig) -> LabelledClips:
             "data.train is not set: name the folder of the data set, or a CSV of path and label: data.train=/path"
         )
     marked = [(data.train, ""), (data.valid, "valid"), (data.test, "test")]
-    known: list[Labelled] = []
+    records: list[Record] = []
     shards: list[Clips] = []
+    notes: list[str] = []
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         for sources, split in marked:
             plain = [source for source in sources if not is_prepared(Path(source))]
-            found = read_labelled(plain, layout=config.task.layout, cache_dir=cache_folder(data)) if plain else []
+            found: list[Record] = []
+            if plain:
+                found = read_labelled(plain, layout=config.task.layout, cache_dir=cache_folder(data), notes=notes)
+            require_whole_files(", ".join(plain), found)
             if split:
-                known += [replace(item, split=split) for item in found]
+                records += [replace(record, split=split) for record in found]
             else:
-                known += itertools.compress(found, _kept([item.split for item in found], data))
+                records += itertools.compress(found, _kept([record.split for record in found], data))
             for source in sources:
                 if is_prepared(Path(source)):
                     clips = open_shards(Path(source))
+                    wrong = next((name for name in set(clips.splits) if name not in KNOWN), None)
+                    if wrong is not None and not split:
+                        raise unknown_split(wrong, source)
                     if split:
                         shards.append(replace(clips, splits=[split] * len(clips)))
                     else:
                         shards.append(clips.subset(_kept(list(clips.splits), data)))
-    _refuse_twice(known)
-    entries = [item.entry for item in known]
+    _refuse_twice(records)
     clips, skipped = (
-        check_clips(entries, cache_dir=cache_folder(data), min_seconds=data.min_seconds) if entries else (None, [])
+        check_clips(records, cache_dir=cache_folder(data), min_seconds=data.min_seconds) if records else (None, [])
     )
     parts = ([clips] if clips is not None else []) + shards
     clips = parts[0] if len(parts) == 1 else Clips.joined(parts)
     if not len(clips):
         first = f"; the first: {skipped[0].path}: {skipped[0].reason}" if skipped else ""
-        raise UserError(f"{', '.join(data.train)}: none of {len(entries)} audio files can be used{first}")
+        raise UserError(f"{', '.join(data.train)}: none of {len(records)} audio files can be used{first}")
     if data.strict and skipped:
         raise UserError(
             f"{skipped[0].path}: {skipped[0].reason} (the first of {len(skipped)} unusable clips; data.strict is set)"
         )
-    return LabelledClips(clips, of_clips(clips, known), skipped, tuple(str(warning.message) for warning in warned))
+    remarks = (*(str(warning.message) for warning in warned), *dict.fromkeys(notes))
+    return LabelledClips(clips, of_clips(clips, records), skipped, remarks)
 
 
 def open_task(config: FinetuneConfig, read: LabelledClips, measured: tuple[float, float] | None = None) -> TaskData:
@@ -106,16 +114,16 @@ def open_task(config: FinetuneConfig, read: LabelledClips, measured: tuple[float
         UserError: splits or labels that cannot be learned from.
     """
     task, data = config.task, config.data
-    known = read.known
-    texts = [",".join(item.labels) for item in known]
-    sources = [item.path for item in known]
+    records = read.records
+    labels = [record.labels for record in records]
+    sources = [record.source for record in records]
     given = Path(task.labels) if isinstance(task.labels, str) else task.labels
     split = split_clips(
-        [item.split for item in known],
-        [item.fold for item in known],
+        [record.split for record in records],
+        [record.fold for record in records],
         sources,
-        [item.speaker for item in known],
-        texts,
+        [record.speaker for record in records],
+        labels,
         fold=task.fold,
         folds=task.folds,
         valid_fraction=0.0 if task.fold is not None and task.valid_fold else data.valid_fraction,
@@ -123,19 +131,19 @@ def open_task(config: FinetuneConfig, read: LabelledClips, measured: tuple[float
         group=task.group,
         valid_fold=task.valid_fold,
     )
-    vocabulary = Vocabulary.from_clips(texts, given)
+    vocabulary = Vocabulary.from_clips(labels, given)
     examined = examine(
-        texts, sources, vocabulary, split, multi_label=task.multi_label, unseen=task.unseen, strict=data.strict
+        labels, sources, vocabulary, split, multi_label=task.multi_label, unseen=task.unseen, strict=data.strict
     )
     split = examined.split
-    speakers = [item.speaker for item in known]
+    speakers = [record.speaker for record in records]
     remarks = [
         *read.remarks,
         *examined.remarks,
         *check_leaks(split, sources, speakers, by_speaker=task.group == "speaker"),
     ]
     if task.per_class is not None:
-        split = replace(split, train=few(split.train, texts, task.per_class, config.run.seed))
+        split = replace(split, train=few(split.train, labels, task.per_class, config.run.seed))
     if not len(split.test):
         split = replace(split, test=split.valid)
         remarks.append(
@@ -196,7 +204,7 @@ def _kept(splits: list[str], data: FinetuneDataSection) -> np.ndarray:
     """
     kept = np.ones(len(splits), dtype=bool)
     for name, sources in (("valid", data.valid), ("test", data.test)):
-        marked = np.array([bool(sources) and read_split(split) == name for split in splits], dtype=bool)
+        marked = np.array([bool(sources) and split == name for split in splits], dtype=bool)
         if marked.any():
             warnings.warn(
                 f"{marked.sum()} clips of data.train are marked for {name} and left out: data.{name} names others",
@@ -206,11 +214,13 @@ def _kept(splits: list[str], data: FinetuneDataSection) -> np.ndarray:
     return kept
 
 
-def _refuse_twice(known: list[Labelled]) -> None:
+def _refuse_twice(records: list[Record]) -> None:
     """A file named in data.train and in data.test would be trained and tested on."""
     seen: dict[str, str] = {}
-    for item in known:
-        if seen.setdefault(item.path, item.split) != item.split:
+    for record in records:
+        before = seen.setdefault(record.path, record.split)
+        if before != record.split:
             raise UserError(
-                f"{item.path}: named for {seen[item.path] or 'training'} and for {item.split}; keep one of them"
+                f"{record.path}: named for {before or 'training'} and for {record.split or 'training'}; keep one of "
+                "them"
             )

@@ -7,7 +7,6 @@ from __future__ import annotations
 import csv
 import functools
 import os
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,142 +16,101 @@ from pathlib import Path
 import numpy as np
 
 from ssast.engine.data.clips import Clips
-from ssast.engine.data.layouts import read_source, speech_commands_12
-from ssast.engine.data.manifest import Entry, read_manifest
-from ssast.engine.data.shards import is_prepared, open_shards
+from ssast.engine.data.manifest import LABEL_COLUMNS
+from ssast.engine.data.record import Record
+from ssast.engine.data.shards import is_prepared
+from ssast.engine.data.sources import Source, read_source
 from ssast.engine.errors import UserError
 
-from .splits import Split, read_split
+from .splits import Split
 
 _NAMED_AT_MOST = 5  # labels or clips in a message
-SPEECH_COMMANDS_12 = "speech_commands_12"
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """A clip and what is known of it, "" for nothing. `path` is the file, or for a clip of a prepared folder what it
-    was made from.
-    """
-
-    path: str
-    labels: tuple[str, ...]
-    split: str
-    speaker: str
-    fold: str
-
-    @property
-    def entry(self) -> Entry:
-        """As `check_clips` takes it."""
-        return Entry(self.path, ",".join(self.labels), self.split, self.speaker, self.fold)
 
 
 # Reading
 
 
-def read_labelled(sources: list[str], *, layout: str = "auto", cache_dir: Path | None = None) -> list[Labelled]:
-    """The clips of manifests (.json, .csv, .tsv), folders, and folders that `ssast prepare` wrote, in that order.
+def read_labelled(
+    sources: list[str], *, layout: str = "auto", cache_dir: Path | None = None, notes: list[str] | None = None
+) -> list[Record]:
+    """The clips of manifests (.json, .jsonl, .csv, .tsv), folders, and folders that `ssast prepare` wrote, in that
+    order.
 
-    A folder is read by the layout that it has (data/layouts.py); one of no known layout holds a folder for each class,
-    with or without folders train, valid, test above them. `layout` "speech_commands_12" reads Speech Commands as ten
-    words, others and silence, and keeps the pieces of silence in `cache_dir`. Folds are the column `fold` of a
-    manifest, or a split called fold1, fold2 ...
+    A folder is read by the layout that it has (data/layouts.py); one of no known layout has lists of metadata, or a
+    folder for each class, with or without folders of splits above or below them. `layout` "speech_commands_12" reads
+    Speech Commands as ten words, others and silence, and keeps the pieces of silence in `cache_dir`. Lines that are
+    worth a note, but no warning, are added to `notes`.
 
     A file that is named again with the same labels is left out, with a warning that counts them.
 
     Raises:
         UserError: a source that cannot be read, that carries no labels, or that names a file twice with different
-            labels.
+            labels; a split that is none.
     """
-    found: list[Labelled] = []
-    pieces: list[Labelled] = []
+    files: list[Record] = []
+    pieces: list[Record] = []
     for source in sources:
-        if is_prepared(Path(source)):
-            pieces += of_clips(open_shards(Path(source)), [])
+        found = _read(source, layout, cache_dir)
+        found.check_splits()
+        for remark in found.remarks:
+            warnings.warn(f"{source}: {remark}", stacklevel=2)
+        if notes is not None:
+            notes += [f"{source}: {note}" for note in found.notes]
+        if found.clips is None:
+            files += _require_labels(found)
         else:
-            found += map(_labelled, _read(source, layout, cache_dir))
-    return _without_duplicates(found) + pieces
+            pieces += found.records
+    return _without_duplicates(files) + pieces
 
 
-def of_clips(clips: Clips, labelled: Iterable[Labelled]) -> list[Labelled]:
-    """For each clip what is known of it: of a file what `labelled` says of its source, of a clip in a shard what its
-    index says.
+def of_clips(clips: Clips, records: Iterable[Record]) -> list[Record]:
+    """For each clip its row: of a file that of `records` with its path, of a clip in a shard what its index says.
 
     Raises:
-        KeyError: a file that is not among `labelled`.
+        KeyError: a file that is not among `records`.
     """
-    by_path = {item.path: item for item in labelled}
-    texts = zip(clips.sources, clips.labels, clips.splits, clips.speakers, clips.in_shards.tolist(), strict=True)
-    return [
-        _labelled(Entry(source, label, split, speaker)) if in_shard else by_path[source]
-        for source, label, split, speaker, in_shard in texts
-    ]
+    by_path = {record.path: record for record in records}
+    return [record if record.offset >= 0 else by_path[record.path] for record in clips.records()]
 
 
-def _labelled(entry: Entry) -> Labelled:
-    split, fold = entry.split.strip(), entry.fold.strip()
-    if named := re.fullmatch(r"fold[ _-]?(\w+)", split, re.IGNORECASE):
-        split, fold = "", fold or named[1]
-    return Labelled(entry.path, parse(entry.label), split, entry.speaker.strip(), re.sub(r"(?i)^fold[ _-]?", "", fold))
-
-
-def parse(text: str) -> tuple[str, ...]:
-    """The labels in a text, by commas."""
-    return tuple(label for part in text.split(",") if (label := part.strip()))
-
-
-def _read(source: str, layout: str, cache_dir: Path | None) -> list[Entry]:
+def _read(source: str, layout: str, cache_dir: Path | None) -> Source:
+    if is_prepared(Path(source)):
+        return read_source(source)
     path = Path(os.path.abspath(source))
-    if path.suffix.lower() in (".json", ".csv", ".tsv") and path.is_file():
-        return _require_labels(source, read_manifest(path), "it needs a column or field with the label of each clip")
-    if not path.is_dir():
-        if not path.exists():
-            raise UserError(f"no such file or folder: {path}")
+    if path.is_file() and path.suffix.lower() not in (".json", ".jsonl", ".csv", ".tsv"):
         raise UserError(
             f"{source} carries no labels: name a .csv, .tsv or .json manifest or a folder; make a tar one by ssast "
             "prepare"
         )
-    if layout == SPEECH_COMMANDS_12:
-        remarks: list[str] = []
-        entries = list(speech_commands_12(path, remarks, cache_dir))
-        kind = layout
+    return read_source(source, "auto" if path.is_file() else layout, classes=True, cache_dir=cache_dir)
+
+
+def _require_labels(found: Source) -> list[Record]:
+    if any(record.labels for record in found.rows):
+        return found.rows
+    if found.kind == "manifest":
+        why = f"it needs a column or field with the label of each clip ({', '.join(LABEL_COLUMNS)})"
+        why += f"; its columns are {', '.join(found.columns)}" if found.columns else ""
+    elif found.kind == "folder":
+        why = "a folder of no known layout needs a sub-folder for each class, or a metadata.csv of file_name and label"
     else:
-        found = read_source(source, layout)
-        kind, remarks = found.kind, found.remarks
-        entries = [Entry(r.path, r.label, r.split, r.speaker) for r in found.recordings]
-    for remark in remarks:
-        warnings.warn(f"{source}: {remark}", stacklevel=4)
-    if kind == "folder":
-        entries = [_by_folder(path, entry.path) for entry in entries]
-        return _require_labels(source, entries, "a folder of no known layout needs a sub-folder for each class")
-    return _require_labels(source, entries, f"{kind} comes without")
+        why = f"{found.kind} comes without"
+    raise UserError(f"{found.name}: none of {len(found.rows)} clips has a label; {why}")
 
 
-def _by_folder(root: Path, path: str) -> Entry:
-    """ROOT/CLASS/... or ROOT/SPLIT/CLASS/..."""
-    *folders, _ = os.path.relpath(path, root).split("/")
-    split = folders.pop(0) if len(folders) > 1 and read_split(folders[0]) else ""
-    return Entry(path, folders[0] if folders else "", split)
-
-
-def _require_labels(source: str, entries: list[Entry], why: str) -> list[Entry]:
-    if not any(entry.label.strip() for entry in entries):
-        raise UserError(f"{source}: none of {len(entries)} clips has a label; {why}")
-    return entries
-
-
-def _without_duplicates(labelled: list[Labelled]) -> list[Labelled]:
-    first: dict[str, Labelled] = {}
-    for item in labelled:
-        known = first.setdefault(item.path, item)
-        if set(known.labels) != set(item.labels):
-            was, now = (", ".join(labels) or "none" for labels in (known.labels, item.labels))
-            raise UserError(f"{item.path}: named twice with different labels, {was} and {now}; keep one row of it")
-        if (known.split, known.fold) != (item.split, item.fold):
-            was, now = (f"split {which.split!r} and fold {which.fold!r}" for which in (known, item))
-            raise UserError(f"{item.path}: named twice, in {was} and in {now}; keep one row of it")
-    if len(first) < len(labelled):
-        repeated = next(path for path, count in Counter(item.path for item in labelled).items() if count > 1)
-        warnings.warn(f"{len(labelled) - len(first)} repeated rows left out; the first is of {repeated}", stacklevel=3)
+def _without_duplicates(records: list[Record]) -> list[Record]:
+    first: dict[tuple[str, int, float, float], Record] = {}
+    for record in records:
+        before = first.setdefault(record.place, record)
+        if set(before.labels) != set(record.labels):
+            was, now = (", ".join(labels) or "none" for labels in (before.labels, record.labels))
+            raise UserError(f"{record.path}: named twice with different labels, {was} and {now}; keep one row of it")
+        if (before.split, before.fold) != (record.split, record.fold):
+            was, now = (f"split {which.split!r} and fold {which.fold!r}" for which in (before, record))
+            raise UserError(f"{record.path}: named twice, in {was} and in {now}; keep one row of it")
+    if len(first) < len(records):
+        repeated = next(place[0] for place, count in Counter(r.place for r in records).items() if count > 1)
+        warnings.warn(f"{len(records) - len(first)} repeated rows left out; the first is of {repeated}", stacklevel=3)
     return list(first.values())
 
 
@@ -178,15 +136,17 @@ class Vocabulary:
         return len(self.labels)
 
     @classmethod
-    def from_clips(cls, label_texts: Iterable[str], labels: Sequence[str] | Path | None = None) -> Vocabulary:
-        """The classes that are given, as a list or a file (`read`), or else those of the texts: sorted, by number if
+    def from_clips(
+        cls, clip_labels: Iterable[tuple[str, ...]], labels: Sequence[str] | Path | None = None
+    ) -> Vocabulary:
+        """The classes that are given, as a list or a file (`read`), or else those of the clips: sorted, by number if
         all are numbers.
         """
         if isinstance(labels, Path):
             return cls.read(labels)
         if labels is not None:
             return cls(tuple(labels))
-        found = {label for text in dict.fromkeys(label_texts) for label in parse(text)}
+        found = {label for of_clip in dict.fromkeys(clip_labels) for label in of_clip}
         return cls(
             tuple(sorted(found, key=(lambda label: (float(label), label)) if all(map(_is_number, found)) else None))
         )
@@ -220,42 +180,25 @@ class Vocabulary:
         labels, others = (names, mids) if len(set(names)) == len(names) else (mids, names)
         return cls(tuple(labels), {other: number for number, other in enumerate(others) if others.count(other) == 1})
 
-    def numbers(self, text: str) -> tuple[list[int], list[str]]:
-        """(the classes named in a text, what is in it that no class is called).
+    def numbers(self, labels: tuple[str, ...]) -> tuple[list[int], list[str]]:
+        """(the classes of a clip, which of its labels no class is called).
 
-        Labels stand between commas; a class whose name has commas in it is found as well.
+        Where not all labels are classes, a class with commas in its name is also found in labels that follow one
+        another: a table in which commas separate labels has taken it apart.
         """
-        known, unknown = [], []
-        parts = [part.strip() for part in text.split(",")]
+        if all(label in self._index for label in labels):
+            return list(dict.fromkeys(self._index[label] for label in labels)), []
+        numbers, unknown = [], []
+        parts = list(labels)
         while parts:
             joined = ((count, self._index.get(", ".join(parts[:count]))) for count in range(len(parts), 0, -1))
             count, number = next(((count, number) for count, number in joined if number is not None), (1, None))
             if number is not None:
-                known.append(number)
-            elif parts[0]:
+                numbers.append(number)
+            else:
                 unknown.append(parts[0])
             del parts[:count]
-        return list(dict.fromkeys(known)), unknown
-
-    def encode(self, label_texts: Iterable[str]) -> np.ndarray:
-        """float32 [N, C], 1 for each class that a text names.
-
-        Raises:
-            UserError: a label that is no class.
-        """
-        texts = list(label_texts)
-        rows = {text: np.zeros(len(self), dtype=np.float32) for text in dict.fromkeys(texts)}
-        for text, row in rows.items():
-            known, unknown = self.numbers(text)
-            if unknown:
-                raise UserError(f"label {_some(unknown)}: no class of this task, which are {_some(self.labels)}")
-            row[known] = 1
-        return np.stack([rows[text] for text in texts]) if texts else np.zeros((0, len(self)), dtype=np.float32)
-
-
-def targets(clips_labels: Sequence[str], vocabulary: Vocabulary) -> np.ndarray:
-    """float32 [N, C] of the labels of clips, row by clip number."""
-    return vocabulary.encode(clips_labels)
+        return list(dict.fromkeys(numbers)), unknown
 
 
 def _is_number(text: str) -> bool:
@@ -287,7 +230,7 @@ class Examined:
 
 
 def examine(
-    label_texts: Sequence[str],
+    clip_labels: Sequence[tuple[str, ...]],
     sources: Sequence[str],
     vocabulary: Vocabulary,
     split: Split,
@@ -296,7 +239,7 @@ def examine(
     unseen: str = "error",
     strict: bool = False,
 ) -> Examined:
-    """Look over the labels of a task before it begins; `label_texts` and `sources` [N] are of all clips.
+    """Look over the labels of a task before it begins; `clip_labels` and `sources` [N] are of all clips.
 
     Clips without a label are left out and counted; `strict` makes them an error. Labels in validation or test that no
     training clip has are an error; with `unseen` "drop" they are taken away and counted, and clips that have no other
@@ -311,10 +254,10 @@ def examine(
         raise ValueError(f'unseen is "error" or "drop", not {unseen!r}')
     remarks: list[str] = []
     chosen = np.concatenate(split.parts).tolist()
-    encoded, foreign = np.zeros((len(label_texts), len(vocabulary)), dtype=bool), {}
+    encoded, foreign = np.zeros((len(clip_labels), len(vocabulary)), dtype=bool), {}
     numbers = functools.cache(vocabulary.numbers)
     for number in chosen:
-        known, unknown = numbers(label_texts[number])
+        known, unknown = numbers(clip_labels[number])
         encoded[number, known] = True
         if unknown:
             foreign[number] = unknown

@@ -24,16 +24,12 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ssast.engine.data.dataset import TEST_SPLITS, VALID_SPLITS
+from ssast.engine.data.record import SPLITS, find_split, unknown_split
 from ssast.engine.errors import UserError
 from ssast.kernels.random import philox
 
 Group = Literal["recording", "speaker"]
-_SPELLINGS = {
-    "train": ("", "train", "training"),
-    "valid": VALID_SPLITS,
-    "test": (*TEST_SPLITS, "testing", "evaluation"),
-}
+_SEVERAL = (",",)  # the stratum of all clips with more than one label
 _STREAM_FEW = 0x66657700  # any constant that no other use of the seed shares
 _ESC50_NAME = re.compile(r"[1-9]-(\d+)-[A-Z]-\d+\.\w+")  # fold, recording, take, class
 
@@ -62,7 +58,7 @@ def split_clips(
     folds_of: Sequence[str],
     sources: Sequence[str],
     speakers: Sequence[str],
-    labels: Sequence[str],
+    labels: Sequence[tuple[str, ...]],
     *,
     fold: str | None,
     folds: int | None,
@@ -71,8 +67,8 @@ def split_clips(
     group: Group | None = "recording",
     valid_fold: bool = False,
 ) -> Split:
-    """Split N clips, of each of which the split, fold, source, speaker and labels are given as texts, "" for none; see
-    above.
+    """Split N clips, of each of which the split, fold, source and speaker are given as texts, "" for none, and the
+    labels as a tuple; see above.
 
     `seed` is that of folds which are made; these are called "1", "2" ...
 
@@ -82,7 +78,7 @@ def split_clips(
             speaker.
     """
     if not 0 <= valid_fraction < 1:
-        raise UserError(f"valid_fraction: {valid_fraction}, expected a share between 0 and 1 of the training clips")
+        raise UserError(f"valid_fraction: {valid_fraction}, expected a fraction between 0 and 1 of the training clips")
     groups = _groups(sources, speakers, group)
     own = any(folds_of)
     if fold is not None:
@@ -101,7 +97,7 @@ def split_clips(
         raise UserError(f"the clips come in folds ({', '.join(fold_names(folds_of))}): say which one is tested on")
     else:
         part = np.array([_part(split, source) for split, source in zip(splits, sources, strict=True)], dtype=object)
-        train, valid, test = (np.flatnonzero(part == name) for name in _SPELLINGS)
+        train, valid, test = (np.flatnonzero(part == name) for name in SPLITS)
     if not len(train):
         raise UserError(
             f"none of {len(splits)} clips is for training: {len(valid)} are marked for validation, {len(test)} for test"
@@ -118,18 +114,11 @@ def fold_names(folds_of: Sequence[str]) -> list[str]:
     return sorted(names, key=int if all(name.isdecimal() for name in names) else None)
 
 
-def read_split(text: str) -> str:
-    """train, valid or test; "" for a text that says none of them."""
-    text = text.strip().lower()
-    return next((name for name, spellings in _SPELLINGS.items() if text and text in spellings), "")
-
-
 def _part(split: str, source: str) -> str:
-    name = read_split(split) if split.strip() else "train"
-    if not name:
-        known = ", ".join(spelling for spellings in _SPELLINGS.values() for spelling in spellings if spelling)
-        raise UserError(f"{source}: split {split!r} is none of {known}")
-    return name
+    name = find_split(split)
+    if name is None:
+        raise unknown_split(split, source)
+    return name or "train"
 
 
 def _groups(sources: Sequence[str], speakers: Sequence[str], group: Group | None) -> list[str]:
@@ -167,7 +156,7 @@ def _by_fold(folds_of: Sequence[str], fold: str, valid_fold: bool, sources: Sequ
     return tuple(np.flatnonzero(part) for part in (~is_test & ~is_valid, is_valid, is_test))
 
 
-def _made_folds(folds: int, groups: Sequence[str], labels: Sequence[str], seed: int) -> list[str]:
+def _made_folds(folds: int, groups: Sequence[str], labels: Sequence[tuple[str, ...]], seed: int) -> list[str]:
     """The fold of each clip, "1" to str(folds), alike in their classes; clips with several labels count by the
     first.
     """
@@ -179,7 +168,7 @@ def _made_folds(folds: int, groups: Sequence[str], labels: Sequence[str], seed: 
             f"{folds} folds of {different} recordings or speakers: expected 2 or more folds, and that many to deal out"
         )
     of = np.zeros(len(groups), dtype=np.int64)
-    strata = [text.partition(",")[0].strip() for text in labels]
+    strata = [of_clip[0] if of_clip else "" for of_clip in labels]
     # Sorted by group, so that the order in which the clips are named does not matter.
     order = np.array(sorted(range(len(groups)), key=lambda number: groups[number]))
     with warnings.catch_warnings():
@@ -201,20 +190,22 @@ def _made_folds(folds: int, groups: Sequence[str], labels: Sequence[str], seed: 
     return [str(number) for number in of.tolist()]
 
 
-def _held_out(clips: np.ndarray, groups: Sequence[str], labels: Sequence[str], fraction: float) -> np.ndarray:
+def _held_out(
+    clips: np.ndarray, groups: Sequence[str], labels: Sequence[tuple[str, ...]], fraction: float
+) -> np.ndarray:
     """About `fraction` of the clips, ascending: whole groups, from each class in proportion, and never all of a
     class.
     """
-    strata: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    of_group: dict[str, str] = {}
+    strata: dict[tuple[str, ...], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    of_group: dict[str, tuple[str, ...]] = {}
     for number in clips.tolist():  # a group goes by the class of its first clip
-        stratum = of_group.setdefault(groups[number], labels[number] if "," not in labels[number] else ",")
+        stratum = of_group.setdefault(groups[number], labels[number] if len(labels[number]) < 2 else _SEVERAL)
         strata[stratum][groups[number]].append(number)
     held: list[int] = []
     expected = 0.0
     for _, members in sorted(strata.items()):
         count = sum(map(len, members.values()))
-        expected += fraction * count  # carried over the classes, so that small ones give their share together
+        expected += fraction * count  # carried over the classes, so that small ones are held out of together
         for name in sorted(members, key=_hash)[:-1]:
             if len(held) + len(members[name]) / 2 > expected:
                 break
@@ -270,20 +261,20 @@ def _shared(names: Sequence[str], one: np.ndarray, other: np.ndarray) -> list[tu
     return [(first[name], second[name]) for name in first if name and name in second]
 
 
-def few(clips: np.ndarray, labels: Sequence[str], per_class: int, seed: int) -> np.ndarray:
+def few(clips: np.ndarray, labels: Sequence[tuple[str, ...]], per_class: int, seed: int) -> np.ndarray:
     """`per_class` of the clips for each class, ascending; a clip of several labels counts for each, so that of these
     there may be more.
 
     Args:
         clips: int64 numbers, of the training clips.
-        labels: label texts of all clips, so that labels[clips[0]] is that of the first.
+        labels: those of all clips, so that labels[clips[0]] is that of the first.
 
     Raises:
         UserError: a class with fewer clips.
     """
     members: dict[str, list[int]] = defaultdict(list)
     for number in clips.tolist():
-        for label in {part.strip() for part in labels[number].split(",")} - {""}:
+        for label in set(labels[number]):
             members[label].append(number)
     for label, numbers in members.items():
         if len(numbers) < per_class:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ssast.engine.data.layouts import Recording
+from ssast.engine.data.record import Record
 from ssast.engine.data.sound import find_recordings
 from ssast.engine.errors import UserError
 from ssast.engine.files import expand_path, path_argument
@@ -110,7 +110,7 @@ def embed(
 
 def embed_recordings(
     model: SSAST,
-    recordings: Sequence[Recording],
+    recordings: Sequence[Record],
     *,
     layer: int | None = None,
     pool: str | None = None,

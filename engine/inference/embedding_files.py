@@ -17,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from ssast.engine.data.layouts import Recording
+from ssast.engine.data.record import Record
 from ssast.engine.errors import UserError
 from ssast.engine.files import atomic_write
 from ssast.engine.model.ssast import SSAST
@@ -85,7 +85,7 @@ class NpzWriter:
         for spool in self._spools.values():
             spool.forget()
 
-    def finish(self, recording: Recording, seconds: float, clip: np.ndarray) -> None:
+    def finish(self, recording: Record, seconds: float, clip: np.ndarray) -> None:
         self._clip.add(clip[None])
         self._offsets.append(self._count)
         for name, value in zip(self._columns, (*_texts(recording), seconds), strict=True):
@@ -144,7 +144,7 @@ class ParquetWriter:
         for parts in self._steps.values():
             parts.clear()
 
-    def finish(self, recording: Recording, seconds: float, clip: np.ndarray) -> None:
+    def finish(self, recording: Record, seconds: float, clip: np.ndarray) -> None:
         texts = [
             text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for text in _texts(recording)
         ]
@@ -187,5 +187,5 @@ class _Unfinished(Exception):
     """Thrown into what would put a file in its place."""
 
 
-def _texts(recording: Recording) -> tuple[str, ...]:
-    return recording.source, recording.label, recording.split, recording.speaker
+def _texts(recording: Record) -> tuple[str, ...]:
+    return recording.source, recording.label_text, recording.split_text, recording.speaker

@@ -7,6 +7,7 @@ part. What is tested on: the clips that DATA marks so, its folds in turn, or els
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import sys
@@ -19,15 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from ssast.engine.data.layouts import Recording
-from ssast.engine.data.shards import is_prepared, open_shards
-from ssast.engine.data.sound import shard_recordings
+from ssast.engine.data.record import Record
 from ssast.engine.errors import UserError
 from ssast.engine.files import expand_path, path_argument, write_whole
 from ssast.engine.finetune.config import MAIN
-from ssast.engine.finetune.labels import Vocabulary, examine, of_clips, read_labelled
+from ssast.engine.finetune.labels import Vocabulary, examine, read_labelled
 from ssast.engine.finetune.metrics import class_metrics, write_predictions
-from ssast.engine.finetune.splits import Split, check_leaks, fold_names, read_split, split_clips
+from ssast.engine.finetune.splits import Split, check_leaks, fold_names, split_clips
 from ssast.engine.model.ssast import SSAST
 
 from .embed import embed_recordings
@@ -53,17 +52,38 @@ INNER_FOLDS = 3  # of the training part, to choose a probe's strength
 
 @dataclass(frozen=True)
 class Data:
-    """N clips, columns of texts as `ssast.engine.finetune.splits` takes them."""
+    """N clips, and their columns as `ssast.engine.finetune.splits` takes them."""
 
-    recordings: list[Recording]
-    sources: list[str]
-    labels: list[str]
-    splits: list[str]
-    folds: list[str]
-    speakers: list[str]
+    recordings: list[Record]
+
+    @functools.cached_property
+    def sources(self) -> list[str]:
+        """[N]."""
+        return [record.source for record in self.recordings]
+
+    @functools.cached_property
+    def labels(self) -> list[tuple[str, ...]]:
+        """[N]."""
+        return [record.labels for record in self.recordings]
+
+    @functools.cached_property
+    def splits(self) -> list[str]:
+        """[N], train, valid, test or ""."""
+        return [record.split for record in self.recordings]
+
+    @functools.cached_property
+    def folds(self) -> list[str]:
+        """[N], "" for none."""
+        return [record.fold for record in self.recordings]
+
+    @functools.cached_property
+    def speakers(self) -> list[str]:
+        """[N], "" for none."""
+        return [record.speaker for record in self.recordings]
 
     def subset(self, numbers: Sequence[int]) -> Data:
-        return Data(*([column[number] for number in numbers] for column in vars(self).values()))
+        """The clips of these numbers, in their order."""
+        return Data([self.recordings[number] for number in numbers])
 
 
 @dataclass(frozen=True)
@@ -100,24 +120,11 @@ def read_data(sources: Sequence[str]) -> Data:
     Raises:
         UserError: as `ssast.engine.finetune.labels.read_labelled`.
     """
-    plain = [source for source in sources if not is_prepared(Path(source))]
-    labelled = read_labelled(plain) if plain else []
-    recordings = [
-        Recording(item.path, item.path, -1, -1, ",".join(item.labels), item.speaker, item.split) for item in labelled
-    ]
-    for source in sources:
-        if source not in plain:
-            clips = open_shards(Path(source))
-            labelled += of_clips(clips, [])
-            recordings += shard_recordings(clips)
-    return Data(
-        recordings,
-        [item.path for item in labelled],
-        [",".join(item.labels) for item in labelled],
-        [item.split for item in labelled],
-        [item.fold for item in labelled],
-        [item.speaker for item in labelled],
-    )
+    notes: list[str] = []
+    data = Data(read_labelled(list(sources), notes=notes))
+    for note in notes:
+        to_stderr(note)
+    return data
 
 
 # A fine-tuned model
@@ -161,7 +168,7 @@ def _chosen(data: Data, options: argparse.Namespace) -> tuple[Data, str]:
                 f"there is no fold {fold}: the clips have {', '.join(fold_names(data.folds)) or 'no folds'}"
             )
         return data.subset([number for number, name in enumerate(data.folds) if name == fold]), f"fold {fold}"
-    of = [read_split(split) for split in data.splits]
+    of = data.splits
     if options.split is None and any(data.folds) and not any(data.splits):
         raise UserError(
             "the clips come in folds, of which the model was trained on most: name the one it was tested on by "
@@ -179,7 +186,7 @@ def _chosen(data: Data, options: argparse.Namespace) -> tuple[Data, str]:
 
 def _targets(data: Data, vocabulary: Any, multi_label: bool, unseen: str) -> tuple[Data, np.ndarray]:
     """The clips that have a label which the model knows, and their targets [N, C]."""
-    numbers = [vocabulary.numbers(text) for text in data.labels]
+    numbers = [vocabulary.numbers(labels) for labels in data.labels]
     unknown = sorted({label for _, others in numbers for label in others})
     if unknown and unseen == "error":
         raise UserError(
@@ -292,8 +299,8 @@ def _splits(data: Data, options: argparse.Namespace) -> tuple[list[Any], str, st
 def _natural_group(data: Data, folds: int) -> str:
     """By speaker where all clips have one and each class has enough of them, else by recording."""
     speakers = defaultdict(set)
-    for label, speaker in zip(data.labels, data.speakers, strict=True):
-        speakers[label].add(speaker)
+    for labels, speaker in zip(data.labels, data.speakers, strict=True):
+        speakers[labels].add(speaker)
     enough = all(data.speakers) and all(len(names) >= folds for names in speakers.values())
     return "speaker" if enough else "recording"
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ssast.engine.data.layouts import Recording
+from ssast.engine.data.record import Record
 from ssast.engine.data.sound import read_recordings
 from ssast.engine.model.ssast import SSAST
 from ssast.kernels import patchify
@@ -108,7 +108,7 @@ def clip_events(clips: Sequence[np.ndarray], windows: Windows) -> Iterator[Windo
 
 
 def encode_recordings(
-    model: SSAST, recordings: Sequence[Recording], windows: Windows, encode: Encoder, *, batch_size: int, workers: int
+    model: SSAST, recordings: Sequence[Record], windows: Windows, encode: Encoder, *, batch_size: int, workers: int
 ) -> Iterator[tuple[Window | End, torch.Tensor | None]]:
     """As `encode_windows`, of recordings in files, read as they are needed; `clip` is the number in `recordings`.
 

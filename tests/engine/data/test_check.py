@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from ssast.engine.data import check, probe, workers
 from ssast.engine.data.check import Skipped, check_clips, write_skipped
-from ssast.engine.data.manifest import Entry
+from ssast.engine.data.record import Record
 from ssast.engine.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "audio"
@@ -42,7 +42,7 @@ def wav(path, data=None, **kwargs):
 
 def run(tmp_path, *paths, **kwargs):
     """Checks the paths; clips, and reasons by file name."""
-    entries = [path if isinstance(path, Entry) else Entry(str(path)) for path in paths]
+    entries = [path if isinstance(path, Record) else Record(str(path)) for path in paths]
     clips, skipped = check_clips(entries, cache_dir=tmp_path / "cache", **{"workers": 1, **kwargs})
     return clips, {os.path.basename(item.path): item.reason for item in skipped}
 
@@ -169,11 +169,11 @@ def test_columns_order_duplicates_and_subsets(tmp_path):
     a, b = wav(tmp_path / "a.wav"), wav(tmp_path / "b.flac", np.zeros((4410, 2)), rate=44_100)
     gone = str(tmp_path / "gone.wav")
     entries = [
-        Entry(b, "dog,cat", "train"),
-        Entry(gone, "x"),
-        Entry(a, "", "valid"),
-        Entry(b, "dog", "valid"),
-        Entry(gone),
+        Record(b, ("dog", "cat"), "train"),
+        Record(gone, ("x",)),
+        Record(a, (), "valid"),
+        Record(b, ("dog",), "valid"),
+        Record(gone),
     ]
     clips, skipped = check_clips(entries, cache_dir=tmp_path / "cache", workers=2)
     assert skipped == [Skipped(gone, "no such file")] * 2
@@ -419,7 +419,7 @@ def test_a_cache_folder_that_cannot_be_written(tmp_path):
     path = wav(tmp_path / "a.wav")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=f"{tmp_path}/file/cache cannot be written: Not a directory"):
-        check_clips([Entry(path)], cache_dir=tmp_path / "file" / "cache")
+        check_clips([Record(path)], cache_dir=tmp_path / "file" / "cache")
 
 
 SCRIPT = """
@@ -430,10 +430,10 @@ package = sys.modules["ssast.engine"] = types.ModuleType("ssast.engine")
 package.__path__ = [{folder!r}]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from ssast.engine.data.check import check_clips
-from ssast.engine.data.manifest import Entry
+from ssast.engine.data.record import Record
 if {limit}:
     resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-clips, skipped = check_clips([Entry({path!r})], cache_dir=Path({cache!r}), workers=1)
+clips, skipped = check_clips([Record({path!r})], cache_dir=Path({cache!r}), workers=1)
 print(len(clips), skipped)
 """
 
@@ -541,7 +541,9 @@ def shared(tmp_path_factory):
             assert re.search(rf"Max address space +{4 << 30} +{4 << 30} ", limits.read())
         return stop(self)
 
-    entries = [Entry(str(SHARED / row["path"].rstrip("/")), row["label"], row["split"]) for row in rows("manifest.csv")]
+    entries = [
+        Record(str(SHARED / row["path"].rstrip("/")), (row["label"],), row["split"]) for row in rows("manifest.csv")
+    ]
     began = time.monotonic()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workers.Worker, "stop", measured)

@@ -9,8 +9,9 @@ import tarfile
 
 import pytest
 
-from ssast.engine.data.layouts import LAYOUTS, Recording, read_source
-from ssast.engine.data.manifest import Entry, read_manifest
+from ssast.engine.data.layouts import LAYOUTS
+from ssast.engine.data.record import Record
+from ssast.engine.data.sources import read_source
 from ssast.engine.errors import UserError
 
 
@@ -23,10 +24,10 @@ def touch(folder, *names):
 def found(root, layout="auto"):
     """(how it was read, {path relative to the root: (label, speaker, split)}, remarks)."""
     source = read_source(str(root), layout)
-    assert all((r.path, r.offset, r.size) == (r.source, -1, -1) for r in source.recordings)
+    assert all((r.path, r.offset, r.size) == (r.source, -1, -1) for r in source.records)
     return (
         source.kind,
-        {os.path.relpath(r.path, root): (r.label, r.speaker, r.split) for r in source.recordings},
+        {os.path.relpath(r.path, root): (r.label_text, r.speaker, r.split_text) for r in source.records},
         source.remarks,
     )
 
@@ -173,9 +174,8 @@ def test_manifests_carry_speakers(tmp_path):
     (tmp_path / "m.csv").write_text("path,speaker,label,split\na.wav,anna,x,valid\nb.wav,,y,\n")
     (tmp_path / "m.json").write_text(json.dumps({"data": [{"wav": "a.wav", "labels": "x", "speaker": 7}]}))
     a, b = str(tmp_path / "a.wav"), str(tmp_path / "b.wav")
-    assert read_manifest(tmp_path / "m.csv") == [Entry(a, "x", "valid", "anna"), Entry(b, "y")]
-    assert read_manifest(tmp_path / "m.json") == [Entry(a, "x", "", "7")]
-    assert read_source(str(tmp_path / "m.csv")).recordings[0] == Recording(a, a, -1, -1, "x", "anna", "valid")
+    assert read_source(str(tmp_path / "m.csv")).records == [Record(a, ("x",), "valid", "anna"), Record(b, ("y",))]
+    assert read_source(str(tmp_path / "m.json")).records == [Record(a, ("x",), "", "7")]
 
 
 def test_tars(tmp_path):
@@ -199,10 +199,10 @@ def test_tars(tmp_path):
     source = read_source(str(path))
     assert source.kind == "tar"
     raw = path.read_bytes()
-    for r in source.recordings:
+    for r in source.records:
         name = r.source.removeprefix(f"{path}/")
         assert r.path == str(path) and raw[r.offset : r.offset + r.size] == contents[name]
-    notes = {r.source.removeprefix(f"{path}/"): (r.label, r.speaker, r.split) for r in source.recordings}
+    notes = {r.source.removeprefix(f"{path}/"): (r.label_text, r.speaker, r.split_text) for r in source.records}
     assert notes == {
         "a/one.flac": ("x", "s", "valid"), "a/two.wav": ("7", "", ""), "two.ogg": ("dog", "", ""), "plain.mp3": ("",
         "", ""),

@@ -11,8 +11,8 @@ import torch
 from ssast.engine.data.check import check_clips
 from ssast.engine.data.decode import AudioDecoder
 from ssast.engine.data.loader import ClipReader, Prefetcher, Shard
-from ssast.engine.data.manifest import Entry
 from ssast.engine.data.order import MixedOrder, SampleOrder
+from ssast.engine.data.record import Record
 from ssast.engine.errors import UserError
 
 WINDOW = 4000
@@ -30,7 +30,7 @@ def write_clips(folder: Path, count: int = 8, rate: int = 16000) -> list[Path]:
 
 
 def open_decoder(paths: list[Path], cache: Path, window: int = WINDOW) -> AudioDecoder:
-    clips, skipped = check_clips([Entry(str(path)) for path in paths], cache_dir=cache, progress=False)
+    clips, skipped = check_clips([Record(str(path)) for path in paths], cache_dir=cache, progress=False)
     assert not skipped
     return AudioDecoder(clips, num_samples=window, sample_rate=16000, batch_size=8, num_threads=2)
 

@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
-from ssast.engine.data.manifest import CACHE_FILE, Entry, read_manifest
+from ssast.engine.data.folder import CACHE_FILE
+from ssast.engine.data.record import Record
+from ssast.engine.data.sources import read_source
 from ssast.engine.errors import UserError
 
 INVALID_UTF8 = os.fsdecode(b"bad\xff\xfename.wav")
@@ -19,6 +21,10 @@ AWKWARD = [
     "a,b;c\t.wav",
     INVALID_UTF8,
 ]
+
+
+def read_manifest(source):
+    return read_source(str(source)).records
 
 
 def touch(folder, *names, content=b"x"):
@@ -46,7 +52,7 @@ def test_folder_is_recursive_sorted_and_absolute(tmp_path, monkeypatch):
     expected = sorted(["b/z.wav", "b/a.FLAC", "a.ogg", "c/d/e/f.Mp3", "B.opus", "x.wav/inside.wav"])
     monkeypatch.chdir(tmp_path.parent)
     entries = read_manifest(tmp_path.name)
-    assert entries == [Entry(str(tmp_path / name)) for name in expected]
+    assert entries == [Record(str(tmp_path / name)) for name in expected]
 
 
 @pytest.mark.parametrize("name", AWKWARD)
@@ -57,12 +63,12 @@ def test_awkward_names_in_every_form(tmp_path, name):
     raw = os.fsencode(name)
     quoted = b'"' + raw.replace(b'"', b'""') + b'"'
     (tmp_path / "list.csv").write_bytes(b"label,path\r\ndog," + quoted + b"\r\n")
-    assert read_manifest(tmp_path / "list.csv") == [Entry(path, "dog")]
+    assert read_manifest(tmp_path / "list.csv") == [Record(path, ("dog",))]
     (tmp_path / "list.json").write_text(json.dumps({"data": [{"wav": name, "labels": "/m/1,/m/2"}]}))
-    assert read_manifest(tmp_path / "list.json") == [Entry(path, "/m/1,/m/2")]
+    assert read_manifest(tmp_path / "list.json") == [Record(path, ("/m/1", "/m/2"))]
     if "\n" not in name:
         (tmp_path / "list.txt").write_bytes(raw + b"\r\n\n")
-        assert read_manifest(tmp_path / "list.txt") == [Entry(path)]
+        assert read_manifest(tmp_path / "list.txt") == [Record(path)]
 
 
 def test_unknown_extensions_are_told_by_their_first_bytes(tmp_path):
@@ -109,23 +115,24 @@ def test_unreadable_folders_are_a_warning(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", guarded)
-    with pytest.warns(UserWarning, match="1 unreadable folders.*locked"):
-        assert names(read_manifest(tmp_path), tmp_path) == ["a.wav"]
+    source = read_source(str(tmp_path))
+    assert names(source.records, tmp_path) == ["a.wav"]
+    assert source.remarks == [f"1 unreadable folders left out, the first is {tmp_path}/locked"]
 
 
 @pytest.mark.parametrize("column", ["path", "wav", "file", "filename", "audio", "audio_path", " Path "])
 @pytest.mark.parametrize("label", ["label", "labels", "category"])
 def test_tables(tmp_path, column, label):
-    rows = f'{column},n,{label},split\n"a, b.wav",1,"dog,cat",train\n/abs/c.wav,2\n\nd.wav,3,"",valid\n'
+    rows = f'{column},n,{label},split\n"a, b.wav",1,"dog,cat",train\n/abs/c.wav,2,,\n\nd.wav,3,"",valid\n'
     (tmp_path / "m.csv").write_text("\ufeff" + rows)
     expected = [
-        Entry(f"{tmp_path}/a, b.wav", "dog,cat", "train"),
-        Entry("/abs/c.wav"),
-        Entry(f"{tmp_path}/d.wav", "", "valid"),
+        Record(f"{tmp_path}/a, b.wav", ("dog", "cat"), "train"),
+        Record("/abs/c.wav"),
+        Record(f"{tmp_path}/d.wav", (), "valid"),
     ]
     assert read_manifest(tmp_path / "m.csv") == expected
     (tmp_path / "m.tsv").write_text("path\tlabel\na,b.wav\tx\n")
-    assert read_manifest(str(tmp_path / "m.tsv")) == [Entry(f"{tmp_path}/a,b.wav", "x")]
+    assert read_manifest(str(tmp_path / "m.tsv")) == [Record(f"{tmp_path}/a,b.wav", ("x",))]
 
 
 def test_json_forms(tmp_path):
@@ -137,10 +144,10 @@ def test_json_forms(tmp_path):
     ]
     (tmp_path / "m.json").write_text("\ufeff" + json.dumps({"data": rows}), encoding="utf-8")
     expected = [
-        Entry("/a.wav", "x"),
-        Entry(f"{tmp_path}/sub/b.wav"),
-        Entry(f"{tmp_path}/c.wav", "x,y"),
-        Entry(f"{tmp_path}/d"),
+        Record("/a.wav", ("x",)),
+        Record(f"{tmp_path}/sub/b.wav"),
+        Record(f"{tmp_path}/c.wav", ("x", "y")),
+        Record(f"{tmp_path}/d"),
     ]
     assert read_manifest(tmp_path / "m.json") == expected
 
@@ -152,12 +159,12 @@ def test_errors_are_one_line_and_say_what(tmp_path):
 
     assert "no such file or folder: /nowhere/x" in message("/nowhere/x")
     assert "no such file or folder" in message("/nowhere/x.csv")
-    assert "neither a folder nor a manifest" in manifest("m.wav", b"RIFF")
     assert "line 1 column 11" in manifest("m.json", b'{"data": [,]}')
     assert "SSAST form" in manifest("m.json", b"[1]")
     assert 'entry 1 of "data" has no "wav"' in manifest("m.json", b'{"data": [{"wav": "a"}, {"labels": "x"}]}')
     assert "its columns are name, length" in manifest("m.csv", b"name,length\na,1\n")
-    assert "line 3: the path is missing" in manifest("m.csv", b"label,path\nx,a.wav\ny\n")
+    assert "line 3: the path is missing" in manifest("m.csv", b"label,path\nx,a.wav\ny,\n")
+    assert "line 3: 1 fields under 2 columns" in manifest("m.csv", b"label,path\nx,a.wav\ny\n")
     assert "malformed table" in manifest("m.csv", b'path\n"a.wav\nb.wav\n')
     for empty in (
         ("m.csv", b""),

@@ -8,11 +8,13 @@ import pytest
 import soundfile
 
 from ssast.engine.data.check import check_clips
-from ssast.engine.data.layouts import WANTED_WORDS, read_source
+from ssast.engine.data.layouts import WANTED_WORDS
 from ssast.engine.data.prepare import main as prepare
+from ssast.engine.data.record import Record, split_labels
 from ssast.engine.data.shards import open_shards
+from ssast.engine.data.sources import read_source
 from ssast.engine.errors import UserError
-from ssast.engine.finetune.labels import Labelled, Vocabulary, examine, of_clips, read_labelled, targets
+from ssast.engine.finetune.labels import Vocabulary, examine, of_clips, read_labelled
 from ssast.engine.finetune.splits import Split, check_leaks, split_clips
 
 
@@ -57,7 +59,7 @@ def test_manifests(tmp_path):
         "z.wav",
     ]
     # `ssast prepare` keeps folds as splits, for its shards have no column of them
-    assert [r.split for r in read_source(str(table)).recordings] == ["train", "fold2", "fold3"]
+    assert [r.split_text for r in read_source(str(table)).records] == ["train", "fold2", "fold3"]
 
 
 def test_folders(tmp_path):
@@ -68,11 +70,10 @@ def test_folders(tmp_path):
         "3.wav": ((), "", "", ""),
     }
     assert notes(tmp_path / "classes") == labelled
-    touch(tmp_path / "splits", "train/dog/1.wav", "val/dog/2.wav", "train/3.wav")
+    touch(tmp_path / "splits", "train/dog/1.wav", "val/dog/2.wav")
     assert notes(tmp_path / "splits") == {
         "train/dog/1.wav": (("dog",), "train", "", ""),
-        "val/dog/2.wav": (("dog",), "val", "", ""),
-        "train/3.wav": (("train",), "", "", ""),
+        "val/dog/2.wav": (("dog",), "valid", "", ""),
     }
     touch(tmp_path / "esc", "audio/1-2-A-0.wav")
     (tmp_path / "esc" / "meta").mkdir()
@@ -121,16 +122,16 @@ def test_from_a_manifest_and_from_shards_to_targets(tones, tmp_path):
     labelled = read_labelled([str(tones / "m.csv"), str(tmp_path / "prepared")])
     files, pieces = labelled[:4], labelled[4:]
     assert [item.fold for item in files] == ["1", "2", "1", "2"] and len(pieces) == 8
-    assert {(item.path, item.labels, item.fold, item.speaker) for item in pieces} == {
+    assert {(item.source, item.labels, item.fold, item.speaker) for item in pieces} == {
         (item.path, item.labels, item.fold, item.speaker) for item in files
     }
-    clips, skipped = check_clips([item.entry for item in files[::-1]], cache_dir=tmp_path, progress=False)
+    assert {item.source for item in pieces} == {item.path for item in files}
+    clips, skipped = check_clips(files[::-1], cache_dir=tmp_path, progress=False)
     assert not skipped and of_clips(clips, files) == files[::-1]
     assert of_clips(open_shards(tmp_path / "prepared"), []) == pieces
-    vocabulary = Vocabulary.from_clips(clips.labels)
+    vocabulary = Vocabulary.from_clips([record.labels for record in clips.records()])
     assert vocabulary.labels == ("high", "low")
-    found = targets(clips.labels, vocabulary)
-    assert found.dtype == np.float32 and found.tolist() == [[1, 0], [1, 0], [0, 1], [0, 1]]
+    assert [vocabulary.numbers(record.labels) for record in clips.records()] == [([n], []) for n in (0, 0, 1, 1)]
     with pytest.raises(KeyError):
         of_clips(clips, files[:3])
 
@@ -191,10 +192,10 @@ def test_speech_commands_as_twelve_classes(tmp_path):
 
 
 def test_the_order_of_the_classes():
-    assert Vocabulary.from_clips(["b,a", "", "c"]).labels == ("a", "b", "c")
-    assert Vocabulary.from_clips(["10", "9", "2,10"]).labels == ("2", "9", "10")
-    assert Vocabulary.from_clips(["10", "9", "x"]).labels == ("10", "9", "x")
-    assert Vocabulary.from_clips(["a"], ["z", "a"]).labels == ("z", "a")
+    assert Vocabulary.from_clips([("b", "a"), (), ("c",)]).labels == ("a", "b", "c")
+    assert Vocabulary.from_clips([("10",), ("9",), ("2", "10")]).labels == ("2", "9", "10")
+    assert Vocabulary.from_clips([("10",), ("9",), ("x",)]).labels == ("10", "9", "x")
+    assert Vocabulary.from_clips([("a",)], ["z", "a"]).labels == ("z", "a")
     assert "'a' named twice" in message(Vocabulary, ("a", "b", "a"))
 
 
@@ -206,8 +207,10 @@ def test_classes_of_audioset_go_by_mid_and_by_name(tmp_path):
     vocabulary = Vocabulary.from_clips([], path)
     assert vocabulary.labels == ("Speech", "Male speech, man speaking", "Rain")
     texts = ["/m/05zppz,/t/dd1", "Male speech, man speaking,Speech", "Rain,/m/09x0r", ""]
-    assert vocabulary.encode(texts).tolist() == [[0, 1, 1], [1, 1, 0], [1, 0, 1], [0, 0, 0]]
-    assert "'Male speech'" in message(vocabulary.encode, ["Male speech,Rain"]) and vocabulary.encode([]).shape == (0, 3)
+    numbers = [vocabulary.numbers(split_labels(text)) for text in texts]
+    assert numbers == [([1, 2], []), ([1, 0], []), ([2, 0], []), ([], [])]
+    assert vocabulary.numbers(("Male speech", "Rain")) == ([2], ["Male speech"])
+    assert vocabulary.numbers(("Male speech, man speaking",)) == ([1], []), "as a JSON list or quotes have it"
     path.write_text("index,mid,display_name\n0,/m/1,Bass\n1,/m/2,Bass\n")
     assert Vocabulary.read(path).labels == ("/m/1", "/m/2")
     path.write_text("index,mid,display_name\n1,/m/1,Bass\n")
@@ -225,7 +228,8 @@ def test_classes_of_audioset_go_by_mid_and_by_name(tmp_path):
 def looked(texts, train, valid=(), test=(), given=None, multi_label=False, **kwargs):
     split = Split(*(np.array(part, dtype=np.int64) for part in (train, valid, test)))
     sources = [f"/{number}.wav" for number in range(len(texts))]
-    return examine(texts, sources, Vocabulary.from_clips(texts, given), split, multi_label=multi_label, **kwargs)
+    labels = [split_labels(text) for text in texts]
+    return examine(labels, sources, Vocabulary.from_clips(labels, given), split, multi_label=multi_label, **kwargs)
 
 
 def test_clips_without_labels_are_left_out_and_counted():
@@ -281,15 +285,13 @@ def test_real_audio(real_audio):
         warnings.simplefilter("error")
         digits = read_labelled([str(real_audio / "manifests" / "fsdd.csv")])
         sounds = read_labelled([str(real_audio / "manifests" / "esc10.csv")])
-    assert Vocabulary.from_clips([item.entry.label for item in digits]).labels == tuple("0123456789")
+    assert Vocabulary.from_clips([item.labels for item in digits]).labels == tuple("0123456789")
 
-    def parts(items: list[Labelled], **kwargs):
-        columns = zip(*((i.split, i.fold, i.path, i.speaker, i.entry.label) for i in items), strict=True)
+    def parts(items: list[Record], **kwargs):
+        columns = zip(*((i.split, i.fold, i.path, i.speaker, i.labels) for i in items), strict=True)
         return split_clips(*columns, valid_fraction=0.0, seed=0, **kwargs)
 
-    by_speaker = parts(
-        [Labelled(i.path, i.labels, "", i.speaker, "") for i in digits], fold="1", folds=3, group="speaker"
-    )
+    by_speaker = parts([Record(i.path, i.labels, "", i.speaker) for i in digits], fold="1", folds=3, group="speaker")
     assert check_leaks(by_speaker, [i.path for i in digits], [i.speaker for i in digits], by_speaker=True) == []
     by_column = parts(digits, fold=None, folds=None)
     assert (len(by_column.train), len(by_column.valid)) == (600, 300)
@@ -297,6 +299,6 @@ def test_real_audio(real_audio):
         "speakers" in check_leaks(by_column, [i.path for i in digits], [i.speaker for i in digits], by_speaker=True)[0]
     )
     folds = parts(sounds, fold="1", folds=None, valid_fold=True)
-    texts = [item.entry.label for item in sounds]
+    texts = [item.labels for item in sounds]
     found = examine(texts, [i.path for i in sounds], Vocabulary.from_clips(texts), folds, multi_label=False)
     assert found.remarks == [] and found.targets[folds.test].sum(axis=0).min() > 0

@@ -7,6 +7,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
+from ssast.engine.data.record import split_labels
 from ssast.engine.errors import UserError
 from ssast.engine.finetune.splits import Split, check_leaks, few, fold_names, recordings, split_clips
 
@@ -19,7 +20,7 @@ def split(splits=None, folds_of=None, sources=None, speakers=None, labels=None, 
         folds_of or [""] * count,
         sources,
         speakers or [""] * count,
-        labels or ["a"] * count,
+        [split_labels(text) for text in labels or ["a"] * count],
     ]
     options = {"fold": None, "folds": None, "valid_fraction": 0.0, "seed": 0, "group": "recording"} | kwargs
     parts = split_clips(*columns, **options)
@@ -67,7 +68,7 @@ def test_what_contradicts_itself_is_an_error():
     assert "3 folds of 2 recordings" in message(labels=["a"] * 2, fold="1", folds=3)
     assert "there is no fold 6" in message(labels=["a"] * 12, fold="6", folds=3)
     assert "has no speaker" in message(speakers=["x", ""], group="speaker", valid_fraction=0.5)
-    assert "share between 0 and 1" in message(labels=["a"] * 2, valid_fraction=1.0)
+    assert "fraction between 0 and 1" in message(labels=["a"] * 2, valid_fraction=1.0)
     assert "none can be held out" in message(labels=["a", "b"], valid_fraction=0.1)
 
 
@@ -141,9 +142,9 @@ def test_leaks():
 
 def test_few_picks_so_many_of_each_class():
     clips = np.arange(10, 90)
-    labels = ["unused"] * 10 + ["a", "b", "c,a", "c"] * 20
+    labels = [("unused",)] * 10 + [("a",), ("b",), ("c", "a"), ("c",)] * 20
     picked = few(clips, labels, 5, 1)
-    counts = Counter(label for number in picked.tolist() for label in labels[number].split(","))
+    counts = Counter(label for number in picked.tolist() for label in labels[number])
     assert set(picked) <= set(clips) and (np.diff(picked) > 0).all() and counts["b"] == 5 and min(counts.values()) >= 5
     assert np.array_equal(picked, few(clips[::-1], labels, 5, 1)) and not np.array_equal(
         picked, few(clips, labels, 5, 2)
@@ -156,13 +157,14 @@ def test_few_picks_so_many_of_each_class():
 def test_real_folds_share_no_recording(real_audio):
     with open(real_audio / "manifests" / "esc10.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    columns = [[row[name] for row in rows] for name in ("path", "speaker", "label")]
-    paths, speakers, labels = columns
+    paths, speakers, labels = ([row[name] for row in rows] for name in ("path", "speaker", "label"))
+    columns = [paths, speakers, labels]
+    tuples = [(label,) for label in labels]
     by_fold = split([""] * len(rows), [row["fold"] for row in rows], *columns, fold="2")
     assert {rows[number]["fold"] for number in by_fold[2]} == {"2"} and len({labels[n] for n in by_fold[2]}) == 10
     for fold in "123":
         made = split_clips(
-            [""] * len(rows), [""] * len(rows), paths, speakers, labels, fold=fold, folds=3, valid_fraction=0.1, seed=0
+            [""] * len(rows), [""] * len(rows), paths, speakers, tuples, fold=fold, folds=3, valid_fraction=0.1, seed=0
         )
         for parts in (Split(*map(np.array, by_fold)), made):
             assert check_leaks(parts, paths, speakers) == []
@@ -170,7 +172,7 @@ def test_real_folds_share_no_recording(real_audio):
     with pytest.raises(
         UserError, match=r"share \d+ recordings"
     ):  # without groups the takes of a recording are torn apart
-        torn = split_clips(
-            [""] * len(rows), [""] * len(rows), *columns, fold="1", folds=3, valid_fraction=0, seed=0, group=None
-        )
+        nothing = [""] * len(rows)
+        options = {"fold": "1", "folds": 3, "valid_fraction": 0, "seed": 0, "group": None}
+        torn = split_clips(nothing, nothing, paths, speakers, tuples, **options)
         check_leaks(torn, paths, speakers)

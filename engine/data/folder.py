@@ -1,0 +1,216 @@
+"""Folders of audio: which files are clips, and what the names of folders and lists of metadata say of them."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TextIO
+
+from ssast.engine.errors import UserError
+
+from .manifest import Columns, json_lines
+from .names import bare_name, is_hidden
+from .record import Record, find_fold, find_split
+from .table import open_text, read_table
+
+CACHE_FILE = "checked.sqlite"  # beside it, the folder of converted copies is no part of a data set
+CONVERTED = "converted"
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.tsv")
+"""Lists of the files below their folder, as the audio folders of Hugging Face have them."""
+
+_KNOWN = """
+3gp aac ac3 aif aifc aiff amr ape asf au avi caf flac flv gsm m4a m4b m4v mka mkv mov mp2 mp3 mp4 mpc mpeg
+mpg nist oga ogg ogv opus ra rf64 rm sph spx tta voc w64 wav wave webm wma wmv wv
+"""
+AUDIO_EXTENSIONS = frozenset(_KNOWN.split())
+
+# The starts of audio containers; EBML is Matroska and WebM, 30 26 B2 75 is ASF (wma).
+_MAGIC = (b"RIFF", b"RF64", b"RIFX", b"BW64", b"riff", b"fLaC", b"OggS", b"ID3", b"FORM", b".snd", b"caff", b"NIST_1A")
+_MAGIC += (b"\x1aE\xdf\xa3", b"0&\xb2u", b"wvPk", b"MAC ", b"TTA1", b"#!AMR")
+# The second byte after FF: MPEG audio layers III and II, and ADTS. FF FE is left out: it is the byte order mark of
+# UTF-16 text.
+_MPEG_SYNC = frozenset(b"\xfb\xfa\xf3\xf2\xe3\xe2\xfd\xfc\xf5\xf4\xf1\xf9\xf0\xf8")
+
+
+@dataclass
+class Listing:
+    """What is below a folder: candidates for clips and lists of metadata, paths sorted; other files and hidden ones are
+    counted.
+    """
+
+    clips: list[str] = field(default_factory=list)
+    metadata: list[str] = field(default_factory=list)
+    others: int = 0
+    hidden: int = 0
+    unreadable: list[str] = field(default_factory=list)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What people should know of the listing."""
+        remarks = []
+        if self.hidden:
+            remarks.append(f"{self.hidden} hidden or system files and folders passed over")
+        if self.unreadable:
+            first = self.unreadable[0]
+            remarks.append(f"{len(self.unreadable)} unreadable folders left out, the first is {first}")
+        return remarks
+
+
+def list_folder(root: str) -> Listing:
+    """The audio files below a folder, told by extension, or by their first bytes where the extension says nothing.
+
+    Symbolic links are followed. Files and folders that are hidden, or that systems leave beside data, are no clips.
+
+    Raises:
+        UserError: there is no audio file.
+    """
+    listing = Listing()
+    for path in _walk(root, listing):
+        if _may_be_clip(path):
+            listing.clips.append(path)
+        elif os.path.basename(path).lower() in METADATA:
+            listing.metadata.append(path)
+        else:
+            listing.others += 1
+    listing.clips.sort()
+    listing.metadata.sort()
+    if not listing.clips:
+        seen = f"{listing.others + len(listing.metadata)} other files seen"
+        seen += f", {listing.hidden} hidden or system ones passed over" if listing.hidden else ""
+        raise UserError(f"no audio files found in {root} ({seen})")
+    return listing
+
+
+def _walk(root: str, listing: Listing) -> Iterator[str]:
+    """Every file below `root` that is not hidden. Each folder is entered once, however many links lead to it."""
+    seen: set[tuple[int, int]] = set()
+    # Real folders are taken before linked ones, each in the order of names: which path a folder is met by is the same
+    # everywhere.
+    real, linked = [root], deque[str]()
+    while real or linked:
+        folder = real.pop() if real else linked.popleft()
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            items = sorted(os.scandir(folder), key=lambda item: item.name, reverse=True)
+        except OSError:
+            listing.unreadable.append(folder)
+            continue
+        listing.hidden += sum(is_hidden(item.name) for item in items)
+        is_cache = any(item.name == CACHE_FILE for item in items)
+        items = [item for item in items if not is_hidden(item.name) and not (is_cache and item.name == CONVERTED)]
+        below = [item.path for item in items if item.is_dir(follow_symlinks=False)]
+        links = [item.path for item in reversed(items) if item.is_symlink() and os.path.isdir(item.path)]
+        real.extend(below)
+        linked.extend(links)
+        folders = {*below, *links}
+        yield from (item.path for item in items if item.path not in folders)
+
+
+def _may_be_clip(path: str) -> bool:
+    # With an audio extension, dangling links and pipes are candidates too: the check names them, here they would vanish
+    # silently.
+    if os.path.splitext(path)[1][1:].lower() in AUDIO_EXTENSIONS:
+        return True
+    try:
+        if not os.path.isfile(path):  # opening a pipe would block
+            return False
+        with open(path, "rb") as file:
+            head = file.read(12)
+    except OSError:
+        return False
+    return (
+        head.startswith(_MAGIC)
+        or head[4:8] == b"ftyp"
+        or (head[:1] == b"\xff" and head[1:2] != b"" and head[1] in _MPEG_SYNC)
+    )
+
+
+def by_folders(names: Sequence[Sequence[str]], where: Sequence[str]) -> list[tuple[tuple[str, ...], str, str]]:
+    """(labels, split, fold) of files by the names of the folders [N][depth] that they lie in, from the outermost on.
+
+    Names of splits and folds are never classes. A class is the outermost folder of the others; where splits lie within
+    one folder that is the same for all files, it is the next one.
+
+    Args:
+        names: of the folders above each file, without the source itself.
+        where: the files' names for people.
+
+    Raises:
+        UserError: folders of two splits or folds, one in the other.
+    """
+    of = {tuple(folders): None for folders in names}
+    marks = {folders: _marks(folders, name) for folders, name in zip(map(tuple, names), where, strict=True)}
+    rests = {folders: [n for n in folders if not find_split(n) and not find_fold(n)] for folders in of}
+    wrapped = all(
+        len(rest) > 1 and rest[0] == folders[0] and len(rest) < len(folders) for folders, rest in rests.items()
+    )
+    if wrapped and len({rest[0] for rest in rests.values()}) == 1:
+        rests = {folders: rest[1:] for folders, rest in rests.items()}
+    return [(tuple(rests[folders][:1]), *marks[folders]) for folders in map(tuple, names)]
+
+
+def _marks(folders: Sequence[str], where: str) -> tuple[str, str]:
+    """(split, fold) that the names of folders say."""
+    splits = {split for name in folders if (split := find_split(name))}
+    folds = {fold for name in folders if (fold := find_fold(name))}
+    if len(splits) > 1 or len(folds) > 1:
+        both = " and ".join(sorted(splits if len(splits) > 1 else folds))
+        raise UserError(f"{where}: lies in folders of {both}, one in the other; keep one of them in the path")
+    return next(iter(splits), ""), next(iter(folds), "")
+
+
+def read_metadata(listing: Listing, remarks: list[str]) -> dict[str, list[Record]]:
+    """What the lists of metadata below a folder say of its clips, by path. A list that lies deeper says more.
+
+    Raises:
+        UserError: a list that cannot be understood, or of whose files most are not there.
+    """
+    by_name = {bare_name(path): path for path in listing.clips} | {path: path for path in listing.clips}
+    records: dict[str, list[Record]] = {}
+    for path in sorted(listing.metadata, key=lambda path: (path.count("/"), path)):
+        found: dict[str, list[Record]] = {}
+        listed, matched, absent = 0, 0, ""
+        try:
+            with open_text(path) as file:
+                for record in _metadata_rows(path, file, remarks):
+                    listed += 1
+                    clip = by_name.get(record.path) or by_name.get(bare_name(record.path))
+                    if clip is None:
+                        absent = absent or os.path.relpath(record.path, os.path.dirname(path))
+                    else:
+                        matched += 1
+                        found.setdefault(clip, []).append(replace(record, path=clip, source=clip))
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+        require_most(path, matched, listed, absent)
+        records |= found
+    return records
+
+
+def _metadata_rows(path: str, file: TextIO, remarks: list[str]) -> Iterator[Record]:
+    base = os.path.dirname(path)
+    if path.lower().endswith(".jsonl"):
+        for where, row in json_lines(path, file):
+            yield Columns(row, where).record(row, base, where)
+        return
+    header, rows = read_table(path, file)
+    columns = Columns(header, path)
+    if not columns.has_path:
+        remarks.append(f"{path} is not read: it has no column file_name, its columns are {', '.join(header)}")
+        return
+    for number, row in rows:
+        yield columns.record(dict(zip(header, row, strict=True)), base, f"{path}, line {number}")
+
+
+def require_most(path: str, matched: int, listed: int, absent: str) -> None:
+    """Raises UserError for a list whose names are mostly not there; `absent` is an example."""
+    if 2 * matched < listed:
+        raise UserError(
+            f"{path}: only {matched} of {listed} names that it lists have an audio file, {absent} has none; is the "
+            "list that of these files? Correct it, or take it out of the folder"
+        )
