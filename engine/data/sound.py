@@ -2,9 +2,9 @@
 cost of one file.
 
 As a script, `python -P sound.py SETTINGS`, this is such a process. A line of standard input is a job in JSON, [path,
-offset, size, start, end]. It is answered by lines of JSON on standard output: {"samples": int16 of base64}, as
-many as it takes, and then {"end": true} or {"reason": why the recording is of no use}, or {"fatal": what no other file
-would change}.
+offset, size] of a whole recording, or [path, offset, size, start, end] in seconds. It is answered by lines of JSON on
+standard output: {"samples": int16 of base64}, as many as it takes, and then {"end": true} or {"reason": why the
+recording is of no use}, or {"fatal": what no other file would change}.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import base64
 import contextlib
 import fcntl
 import json
+import math
 import os
 import select
 import sys
@@ -28,7 +29,6 @@ from ssast.engine.data.extract import as_file, decode, segment
 from ssast.engine.data.probe import describe, file_status, serve
 from ssast.engine.data.record import Record
 from ssast.engine.data.resample import to_int16
-from ssast.engine.data.sources import read_source
 from ssast.engine.data.workers import Worker
 from ssast.engine.errors import UserError
 
@@ -50,6 +50,8 @@ def find_recordings(sources: Sequence[str], remark: Any = None) -> list[Record]:
     Raises:
         UserError: a source that is not there or cannot be understood, or no recording at all.
     """
+    from ssast.engine.data.sources import read_source  # not in the processes that decode, which start often
+
     found: dict[tuple[str, int, float, float], Record] = {}
     for source in sources:
         read = read_source(source)
@@ -170,7 +172,7 @@ class _Decoder:
 
 
 def _stream(job: Sequence[Any], sample_rate: int, memory: int) -> Iterator[dict[str, Any]]:
-    path, offset, size, start, end = job
+    path, offset, size, start, end = (*job, 0.0, math.inf)[:5]
     try:
         with as_file(path, offset, size, folder=tempfile.gettempdir()) as file:
             for samples in segment(to_int16(decode(file, size), sample_rate), sample_rate, start, end):

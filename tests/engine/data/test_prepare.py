@@ -133,7 +133,7 @@ def test_round_trip(tmp_path, codec):
         soundfile.write(file, 1.5 * np.ones(8000), RATE, format="WAV", subtype="FLOAT")
     (tmp_path / "h.wav").write_bytes(b"RIFF")
     names = ["a.wav", "b.flac", "c.ogg", "d.wav", "e.mp3", "f.m4a", awkward, "h.wav", "gone.wav"]
-    rows = [[name, f"label {n}, übel", f"speaker {n}", "valid" if n % 2 else "train"] for n, name in enumerate(names)]
+    rows = [[name, f"label {n},übel", f"speaker {n}", "valid" if n % 2 else "train"] for n, name in enumerate(names)]
     with open(tmp_path / "m.csv", "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         csv.writer(file).writerows([["path", "label", "speaker", "split"], *rows])
     out = tmp_path / "out"

@@ -15,8 +15,8 @@ from ssast.engine.data.check import check_clips
 from ssast.engine.data.clips import Clips
 from ssast.engine.data.dataset import clip_statistics
 from ssast.engine.data.decode import AudioDecoder
-from ssast.engine.data.manifest import Entry
 from ssast.engine.data.prepare import Settings, prepare
+from ssast.engine.data.record import Record
 from ssast.engine.data.resample import Span, resampled_length, rounded, to_int16
 from ssast.engine.data.shards import open_shards
 from ssast.engine.data.sound import find_recordings, read_recordings
@@ -65,7 +65,7 @@ def write(folder: Path, kind: str, name: str, signal: np.ndarray, rate: int) -> 
 
 
 def checked(paths: list[Path], cache: Path) -> Clips:
-    clips, skipped = check_clips([Entry(str(path)) for path in paths], cache_dir=cache, progress=False)
+    clips, skipped = check_clips([Record(str(path)) for path in paths], cache_dir=cache, progress=False)
     assert not skipped
     return clips
 
