@@ -27,7 +27,6 @@ _MULTIPLE = 16  # of which both widths, and the rows that dw is summed over, mus
 _LEAST_PEAK = 2.0**-100
 
 
-@torch.compiler.assume_constant_result
 def fp8_obstacle(device: torch.device) -> str | None:
     """Why a device cannot multiply in FP8, to follow "FP8" in a sentence; None: it can."""
     if device.type != "cuda":
@@ -36,6 +35,11 @@ def fp8_obstacle(device: torch.device) -> str | None:
     if (major, minor) < (8, 9):
         return f"needs compute capability 8.9 or higher (Ada, Hopper, Blackwell), and this GPU has {major}.{minor}"
     return None
+
+
+# What torch.compiler.assume_constant_result does: compiled code takes the answer for a constant. The decorator itself
+# imports torch._dynamo, which takes longer than all the rest of this package.
+fp8_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _resolve(name: str | None, x: torch.Tensor) -> str:

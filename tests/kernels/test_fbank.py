@@ -82,6 +82,17 @@ def test_float64_is_exact_arithmetic():
     assert (fbank(wave, backend="torch").double() - fbank(wave.double(), dtype=torch.float64)).abs().max() < 2e-3
 
 
+@pytest.mark.parametrize("rate", [16000, 11025])
+@pytest.mark.parametrize("frames", [1, 511, 512, 513])  # a piece, one frame less, one more
+def test_pieces_on_the_cpu_are_the_whole(frames, rate):
+    """Where a gradient is wanted, PyTorch computes all frames at once: to rounding the same."""
+    wave = noise(2, samples_of(frames, rate)).double()
+    whole = fbank(wave.clone().requires_grad_(), sample_rate=rate, dtype=torch.float64, backend="torch")
+    pieces = fbank(wave, sample_rate=rate, dtype=torch.float64, backend="torch")
+    assert whole.requires_grad and pieces.shape == (2, frames, 128)
+    torch.testing.assert_close(pieces, whole.detach(), rtol=0, atol=1e-9)
+
+
 @both
 def test_int16_equals_scaled_float(backend, device):
     ints = (noise(2, 4000) * 32767).round().to(torch.int16).to(device)
