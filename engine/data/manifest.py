@@ -81,7 +81,7 @@ def read_manifest(path: str) -> Manifest:
 def _is_hidden_entry(path: str, base: str) -> bool:
     """Whether a clip of a manifest is none: by its own name, or that of a folder between it and the manifest."""
     inside = path[len(base) + 1 :] if path.startswith(f"{base}/") else os.path.basename(path)
-    return any(map(is_hidden, inside.split("/")))
+    return any(map(is_hidden, inside.replace("\\", "/").split("/")))
 
 
 class Columns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import unicodedata
 
 _SYSTEM = frozenset(
@@ -25,9 +26,7 @@ def bare_name(text: str) -> str:
     forward slashes, in Unicode's composed form.
     """
     text = unicodedata.normalize("NFC", text.lstrip("\ufeff").strip()).replace("\\", "/")
-    while text.startswith("./"):
-        text = text[2:].lstrip("/")
-    return os.path.splitext(text)[0]
+    return os.path.splitext(re.sub(r"(^|/)(\./+)+", r"\1", text))[0]
 
 
 def unicode_twin(path: str) -> str | None:
@@ -40,7 +39,7 @@ def unicode_twin(path: str) -> str | None:
 
 
 def missing_file(path: str) -> str:
-    """Why a file that is not there may not be found: "no such file", and its twin under another spelling if it has
+    """Why a file that is not there may not be found: "no such file", with its twin under another spelling if it has
     one.
     """
     for key, difference in (
@@ -54,7 +53,7 @@ def missing_file(path: str) -> str:
             twin = _twin(os.path.normpath(spelling), key)
             if twin is not None:
                 same = slashes and twin == os.path.normpath(spelling)
-                return f"no such file; there is {twin}, {slashes if same else difference}"
+                return f"no such file: there is {twin}, {slashes if same else difference}"
     return "no such file"
 
 
