@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import NoReturn
 
 from .errors import UserError
+from .process import leave, settle_process
 
 
 def _doctor(argv: list[str]) -> int:
@@ -57,15 +62,28 @@ def verbs() -> dict[str, tuple[Verb, str]]:
     """The engine's own, and what other packages register as entry points of the group "ssast.verbs": functions like
     `main`, whose first line of documentation says what they are for.
     """
-    found = dict(VERBS)
-    for entry in entry_points(group="ssast.verbs"):
-        verb = entry.load()
-        found[entry.name] = verb, (verb.__doc__ or "").strip().partition("\n")[0]
-    return found
+    registered = {entry.name: (_loaded(entry), _purpose(entry)) for entry in entry_points(group="ssast.verbs")}
+    return VERBS | registered
+
+
+def _loaded(entry: EntryPoint) -> Verb:
+    return lambda argv: entry.load()(argv)
+
+
+def _purpose(entry: EntryPoint) -> str:
+    """The first line of the function's documentation, read from its source: to import it may take seconds."""
+    with contextlib.suppress(ImportError, OSError, SyntaxError, ValueError):  # of a package that is not whole
+        spec = importlib.util.find_spec(entry.module)
+        source = Path(spec.origin).read_bytes() if spec is not None and spec.origin is not None else b""
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef) and node.name == entry.attr:
+                return (ast.get_docstring(node) or "").partition("\n")[0]
+    return ""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command-line entry; returns the exit status."""
+    settle_process()
     try:
         return _run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -94,8 +112,6 @@ def _run(argv: list[str]) -> int:
 
 def command() -> NoReturn:
     """What the installed `ssast` runs."""
-    from .distributed.ranks import leave
-
     try:
         status = main()
     except SystemExit as error:  # argparse's, after its message

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import UserError
+from .process import HOMELESS_VARIABLE
 
 PROFILE_FOLDER = "profile"
 """In a run folder: what `ssast profile` wrote, which may come before the run."""
@@ -44,7 +45,7 @@ def expand_path(text: str) -> str:
     tilde, slash, rest = text.partition("/")
     if tilde.startswith("~"):
         home = os.path.expanduser(tilde)
-        if home == tilde:
+        if home == tilde or (tilde == "~" and HOMELESS_VARIABLE in os.environ):
             raise UserError(
                 f"{text}: there is no home folder: HOME is not set; write the whole path"
                 if tilde == "~"

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 from .config import Config, dump_config, list_presets, load_config
 from .distributed.launch import count_ranks, launch, one_line_errors, supervised
-from .distributed.ranks import be_deterministic, join_ranks, leave, place_in_world
+from .distributed.ranks import be_deterministic, join_ranks, place_in_world
 from .errors import UserError
 from .model.adapt import build_model, resize
 from .model.config import ModelCard
 from .model.cost import FLOP_FORMULA, count_parameters, flops_per_clip, memory_estimate
 from .model.ssast import SSAST
 from .model.weights import load_model
+from .process import leave
 from .training.checkpoint import checkpoint_steps
 from .training.rundir import check_run_dir, is_finished, locked, measured_statistics, prepare_run_dir
 from .training.runlog import read_rows

@@ -23,10 +23,11 @@ import torch
 
 from ssast.benchmarks.turns import median_ratio, take_turns
 from ssast.engine.config import load_config
-from ssast.engine.distributed.ranks import join_ranks, leave
+from ssast.engine.distributed.ranks import join_ranks
 from ssast.engine.errors import UserError
 from ssast.engine.files import write_whole
 from ssast.engine.model.adapt import build_model
+from ssast.engine.process import leave
 from ssast.engine.training.trainer import Clock, Trainer
 
 from .measure import in_memory, nothing_to_read, time_steps, undisturbed

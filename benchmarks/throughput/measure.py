@@ -28,11 +28,12 @@ from ssast.engine.config import Config, load_config
 from ssast.engine.data.clips import Clips
 from ssast.engine.data.dataset import Dataset, open_dataset
 from ssast.engine.data.loader import Batch
-from ssast.engine.distributed.ranks import Ranks, join_ranks, leave, speaks_for_its_node
+from ssast.engine.distributed.ranks import Ranks, join_ranks, speaks_for_its_node
 from ssast.engine.errors import UserError
 from ssast.engine.files import write_whole
 from ssast.engine.model.adapt import build_model
 from ssast.engine.model.cost import FLOP_FORMULA, flops_per_clip
+from ssast.engine.process import leave
 from ssast.engine.training.auto_batch import activation_bytes, find_auto_batch, with_micro_batch
 from ssast.engine.training.trainer import Clock, Trainer
 from ssast.kernels import NUM_PREFIX

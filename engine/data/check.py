@@ -153,7 +153,9 @@ def _writable(cache_dir: Path) -> Path:
         for folder in (cache_dir, cache_dir / "converted"):
             tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(f"the cache folder {cache_dir} cannot be written: {error.strerror}") from error
+        raise UserError(
+            f"the cache folder {cache_dir} cannot be written: {error.strerror}; data.cache_dir names another"
+        ) from error
     return cache_dir
 
 

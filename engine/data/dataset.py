@@ -18,6 +18,7 @@ import numpy as np
 
 from ssast.engine.config import Config, DataSection
 from ssast.engine.errors import UserError
+from ssast.engine.process import default_cache_folder
 
 from .check import check_clips
 from .clips import Clips, Skipped
@@ -117,7 +118,7 @@ def open_dataset(config: Config, measured: tuple[float, float] | None = None) ->
 def cache_folder(data: DataSection) -> Path:
     if data.cache_dir is not None:
         return Path(data.cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssast"
+    return default_cache_folder()
 
 
 def clip_statistics(

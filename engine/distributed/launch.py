@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from ssast.engine.errors import UserError, first_line
+from ssast.engine.process import settle_process
 
 from .interrupt import LEADER_VARIABLE, StopRequest
 from .ranks import speaks_for_its_node
@@ -34,6 +35,7 @@ def count_ranks(asked: int | None) -> int:
 
 def one_line_errors(work: Callable[[], int]) -> int:
     """The exit status of `work`. A user's mistake is one line, of one rank where all make it, and so is Ctrl-C."""
+    settle_process()
     try:
         return work()
     except UserError as error:

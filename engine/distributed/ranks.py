@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import logging
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from types import ModuleType
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -179,18 +176,3 @@ def speaks_for_its_node() -> bool:
     joined.
     """
     return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def leave(status: int) -> NoReturn:
-    """End this process, whose work is done, with that exit status.
-
-    Exit handlers run; the interpreter is not taken down, because the threads that gloo and others still have now and
-    then abort the process while that happens, and a status of -6 would be all that a caller sees.
-    """
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError):  # closed, or nobody reads it
-            stream.flush()
-    os._exit(status)

@@ -31,13 +31,14 @@ from ssast.engine.data.decode import AudioDecoder
 from ssast.engine.data.loader import Batch, ClipReader, Shard, batches_of_all
 from ssast.engine.distributed.interrupt import StopRequest
 from ssast.engine.distributed.launch import count_ranks, launch, one_line_errors, supervised
-from ssast.engine.distributed.ranks import Ranks, be_deterministic, join_ranks, leave, place_in_world
+from ssast.engine.distributed.ranks import Ranks, be_deterministic, join_ranks, place_in_world
 from ssast.engine.errors import UserError
 from ssast.engine.files import expand_path, write_whole
 from ssast.engine.model.adapt import build_model, init_classifier, resize
 from ssast.engine.model.config import WIDTHS, ModelCard, ModelConfig
 from ssast.engine.model.ssast import SSAST
 from ssast.engine.model.weights import WEIGHTS_FILE, load_model, save_model
+from ssast.engine.process import leave
 from ssast.engine.training.checkpoint import checkpoint_steps
 from ssast.engine.training.rundir import check_run_dir, locked, measured_statistics, prepare_run_dir
 from ssast.engine.training.runlog import read_rows

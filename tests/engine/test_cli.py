@@ -14,6 +14,17 @@ def test_help_names_every_verb(capsys):
     assert main([]) == 2
 
 
+def test_help_is_given_without_torch():
+    """It takes seconds to import, as do what other packages add as verbs, of which only the source is read."""
+    code = (
+        "import sys; from ssast.engine.cli import main; main(['--help']); "
+        "print([m for m in ('torch', 'numpy', 'pydantic', 'ssast.benchmarks.bench') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "measure the training step of a config" in done.stdout
+
+
 @pytest.mark.parametrize("argv", [["fly"], ["report", "/nowhere"], ["pretrain", "nowhere"], ["synth", "/proc/x"]])
 def test_mistakes_are_one_line(argv, capsys):
     assert main(argv) == 2

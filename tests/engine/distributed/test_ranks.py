@@ -91,7 +91,8 @@ def test_a_dry_run_has_deepspeed_read_its_section(environment, capsys):
 @pytest.mark.parametrize("engine", ["deepspeed", "ddp"])
 def test_one_process_needs_no_port(engine):
     code = (
-        f"from ssast.engine.distributed.ranks import join_ranks, leave; r = join_ranks('{engine}'); "
+        "from ssast.engine.distributed.ranks import join_ranks; from ssast.engine.process import leave; "
+        f"r = join_ranks('{engine}'); "
         "print(r.world_size, r.once(lambda: 'alone'), flush=True); leave(0)"
     )
     with socket.socket() as other:
