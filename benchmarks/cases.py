@@ -45,6 +45,8 @@ Judge = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor], tuple[float, f
 
 @dataclass(frozen=True)
 class Provider:
+    """One way to compute an operator."""
+
     name: str
     run: Callable[..., Any]  # the case's inputs by name -> its outputs
     note: str = ""
@@ -55,6 +57,8 @@ class Provider:
 
 @dataclass(frozen=True)
 class Case:
+    """An operator at one shape and dtype: its inputs, its exact result and those who compete."""
+
     operator: str
     shape: str
     dtype: str
@@ -84,12 +88,15 @@ class Setting:
         return (Provider("torch", torch), *compiled, *((Provider("triton", triton),) if self.with_triton else ()))
 
     def draw(self, generator: torch.Generator, *shape: int, scale: float = 1.0) -> torch.Tensor:
+        """Normal values of the setting's dtype on its device."""
         return (scale * torch.randn(*shape, generator=generator, device=self.device)).to(self.dtype)
 
     def generator(self, seed: int) -> torch.Generator:
+        """A generator of the device, so that equal seeds give equal inputs."""
         return torch.Generator(self.device).manual_seed(seed)
 
     def draw_mask(self, batch: int, seed: int) -> torch.Tensor:
+        """int64 [batch, MASKED] patch numbers, ascending."""
         return sample_patch_mask(batch, grid=GRID, num_masked=MASKED, seed=seed, device=self.device, backend="torch")
 
 
@@ -103,6 +110,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def fbank_cases(setting: Setting) -> Iterator[Case]:
+    """Filter banks of int16 clips, frames in order and in patch order."""
     B, S = setting.batch or (256 if setting.production else 4), SECONDS * SAMPLE_RATE
     options = {"num_frames": FRAMES, "mean": MEAN, "std": STD}
 
@@ -163,6 +171,7 @@ def fbank_cases(setting: Setting) -> Iterator[Case]:
 
 
 def mask_cases(setting: Setting) -> Iterator[Case]:
+    """Patch masks of both algorithms. Equal masks are asked for, but of the loop, which draws otherwise, valid ones."""
     B = setting.batch or (512 if setting.production else 32)
 
     def equal(name: str, actual: torch.Tensor, same_dtype: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
@@ -221,6 +230,7 @@ def mask_cases(setting: Setting) -> Iterator[Case]:
 
 
 def embed_cases(setting: Setting) -> Iterator[Case]:
+    """Patch embedding with mask tokens, and at a batch of one's own without, as in fine-tuning."""
     B = setting.batch or (256 if setting.production else 4)
     sizes = [(D, True) for D in ((768, 192) if setting.production else (192,))]
     if setting.batch:
@@ -258,6 +268,7 @@ def embed_cases(setting: Setting) -> Iterator[Case]:
 
 
 def visible_embed_cases(setting: Setting) -> Iterator[Case]:
+    """Embedding of the visible patches alone."""
     B = setting.batch or (256 if setting.production else 4)
     for D in (768, 192) if setting.production else (192,):
 
@@ -288,6 +299,7 @@ def visible_embed_cases(setting: Setting) -> Iterator[Case]:
 
 
 def mask_token_cases(setting: Setting) -> Iterator[Case]:
+    """Mask tokens put back between the encoded visible patches."""
     B = setting.batch or (256 if setting.production else 4)
     for D in (768, 384) if setting.production else (192,):
 
@@ -318,6 +330,7 @@ def mask_token_cases(setting: Setting) -> Iterator[Case]:
 
 
 def loss_cases(setting: Setting) -> Iterator[Case]:
+    """The joint loss, of given targets and of targets that are gathered by the mask."""
     shapes = [(256, False), (24, False), (256, True)] if setting.production else [(4, False)]
     for B, gathered in shapes if not setting.batch else [(setting.batch, False), (setting.batch, True)]:
 
@@ -375,6 +388,7 @@ def _loss_baselines(setting: Setting) -> tuple[Provider, ...]:
 
 
 def attention_cases(setting: Setting) -> Iterator[Case]:
+    """Attention of all tokens, through every backend that runs here."""
     shapes = [(B, H) for B in (64, 256) for H in (12, 3)] if setting.production else [(2, 3)]
     if setting.batch:
         shapes = [(setting.batch, H) for H in sorted({H for _, H in shapes}, reverse=True)]
@@ -452,6 +466,8 @@ def ceiling_cases(setting: Setting) -> Iterator[Case]:
 
 @dataclass(frozen=True)
 class Operator:
+    """A kernel's public function and its cases."""
+
     function: Callable[..., Any]  # of ssast.kernels
     cases: Callable[[Setting], Iterator[Case]]
 

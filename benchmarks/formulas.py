@@ -24,6 +24,8 @@ SLOT = 4  # bytes of an int32
 
 @dataclass(frozen=True)
 class Need:
+    """The least that an operation moves through memory, in bytes, and computes, in floating-point operations."""
+
     bytes: int
     flop: int
 

@@ -20,6 +20,7 @@ class Verdict(NamedTuple):
 
     @property
     def is_red(self) -> bool:
+        """Whether the error is above its allowance, or not a number."""
         return not self.error <= self.allowed
 
 
@@ -45,8 +46,8 @@ class Gate:
             (gradients if name.startswith("gradient") else outputs).append(
                 Verdict(name, error, allowed * provider.slack)
             )
-        found = {"forward": outputs, "backward": gradients, "both": outputs + gradients}
-        return {mode: max(found[mode], key=_distance) for mode in self._case.needs}
+        verdicts = {"forward": outputs, "backward": gradients, "both": outputs + gradients}
+        return {mode: max(verdicts[mode], key=_distance) for mode in self._case.needs}
 
 
 def _distance(verdict: Verdict) -> float:
@@ -60,14 +61,15 @@ def _results(
     leaves = {name: value.detach().requires_grad_(name in case.learned) for name, value in inputs.items()}
     outputs = as_tuple(run(**leaves))
     # a baseline may lack the last ones
-    found = dict(zip(case.outputs, (output.detach() for output in outputs), strict=False))
+    results = dict(zip(case.outputs, (output.detach() for output in outputs), strict=False))
     if case.learned:
         gradients = torch.autograd.grad(outputs[0], [leaves[name] for name in case.learned], gradient)
-        found |= {f"gradient of {name}": value for name, value in zip(case.learned, gradients, strict=True)}
-    return found
+        results |= {f"gradient of {name}": value for name, value in zip(case.learned, gradients, strict=True)}
+    return results
 
 
 def as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
+    """The outputs of a provider that may have one or several."""
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 

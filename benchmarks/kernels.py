@@ -40,6 +40,7 @@ RED, INCOMPLETE = 1, 3
 
 
 def say(text: str) -> None:
+    """To stderr: stdout is for rows."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -86,6 +87,7 @@ class Bench:
         return drawn if output.ndim else torch.ones_like(output)
 
     def job(self, provider: Provider, mode: str) -> Job:
+        """The provider in one mode, as a job that can be timed."""
         learned = self.case.learned
         leaves = [
             {name: value.detach().requires_grad_(name in learned) for name, value in inputs.items()}
@@ -178,6 +180,7 @@ class Run:
         self.done: set[tuple[str, str, str]] = set()  # operator, shape, mode
 
     def measure(self, case: Case, providers: Sequence[Provider], modes: Sequence[str]) -> None:
+        """Check the providers of a case, time those that are right, and hand on their rows."""
         say(f"\n{case.operator}  {case.shape}  {case.dtype}")
         bench = Bench(case, self.setting.device, self.seed)
         verdicts: dict[str, dict[str, Verdict]] = {}
@@ -215,6 +218,7 @@ class Run:
 
 
 def say_rows(mode: str, rows: Sequence[Row]) -> None:
+    """A line for each row, the fastest first."""
     for row in sorted(rows, key=lambda row: float(row["p50_ms"])):
         texts = [f"  {mode:9}{row['provider']:15}{row['p50_ms']:>9} ms [{row['p20_ms']}, {row['p80_ms']}]".ljust(58)]
         for rate, unit, share, name in (
@@ -263,6 +267,11 @@ def targets(rows: Sequence[Row], ceilings: dict[str, float]) -> list[str]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        UserError: an unknown operator, or options that contradict each other.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m ssast.benchmarks.kernels",
         description=__doc__,
@@ -304,6 +313,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command; its exit status is described above."""
     try:
         return run(parse(argv))
     except UserError as error:
@@ -312,6 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Measure what the command line asks for; the exit status."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     setting = Setting(
@@ -322,10 +333,10 @@ def run(arguments: argparse.Namespace) -> int:
         with_compiled=on_gpu if arguments.compiled is None else arguments.compiled,
     )
     cases = [case for name in arguments.operators or OPERATORS for case in OPERATORS[name].cases(setting)]
-    known = {provider.name for case in cases for provider in case.providers}
-    chosen = set(arguments.providers or known)
-    if unknown := sorted(chosen - known - {"triton"}):
-        raise UserError(f"no provider {unknown[0]!r} here; there are {', '.join(sorted(known))}")
+    names = {provider.name for case in cases for provider in case.providers}
+    chosen = set(arguments.providers or names)
+    if unknown := sorted(chosen - names - {"triton"}):
+        raise UserError(f"no provider {unknown[0]!r} here; there are {', '.join(sorted(names))}")
     plan = [(case, list(case.providers), ["forward"]) for case in ceiling_cases(setting)]
     for case in cases:
         providers = [provider for provider in case.providers if provider.name in chosen]

@@ -85,9 +85,9 @@ def peak_tflops(device: torch.device) -> dict[str, Any] | None:
 
 def find_peak(name: str) -> dict[str, Any] | None:
     """`peak_tflops` by the device's name."""
-    for known, tflops in PEAKS.items():
-        if re.search(rf"\b{known}\b", name):
-            return {"tflops": tflops, "source": f"datasheet, dense bf16, {known}"}
+    for model, tflops in PEAKS.items():
+        if re.search(rf"\b{model}\b", name):
+            return {"tflops": tflops, "source": f"datasheet, dense bf16, {model}"}
     return None
 
 

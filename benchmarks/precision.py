@@ -30,11 +30,11 @@ def rounded(dtype: torch.dtype, count: int) -> Parts:
     """x as a sum of `count` values of a short dtype, each exact in float32."""
 
     def parts(x: torch.Tensor) -> list[torch.Tensor]:
-        found, rest = [], x
+        terms, rest = [], x
         for _ in range(count):
-            found.append(rest.to(dtype).float())
-            rest = rest - found[-1]
-        return found
+            terms.append(rest.to(dtype).float())
+            rest = rest - terms[-1]
+        return terms
 
     return parts
 
@@ -96,6 +96,7 @@ def measure() -> list[dict[str, object]]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; exit status 0."""
     parser = argparse.ArgumentParser(
         prog="python -m ssast.benchmarks.precision", description="errors of log-mel features in nats"
     )

@@ -151,7 +151,7 @@ class StepBench:
         self._forget_peak()
         (first,) = time_steps(runner.step, 1, device)
         count = max(2, min(self.steps, round(BASELINE_SECONDS / first)))
-        return time_steps(runner.step, count, device), {}, runner.clips
+        return time_steps(runner.step, count, device), {"precision": baseline.precision}, runner.clips
 
     def _as_row(
         self,
@@ -191,6 +191,7 @@ class StepBench:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; its exit status is described above."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     warnings.filterwarnings("ignore", category=FutureWarning)
     deadline, sink = Deadline(arguments.deadline), Sink(arguments.out)

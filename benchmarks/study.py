@@ -74,6 +74,7 @@ TASKS = (
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; exit status 0, 2 for a mistake on the command line, or that of a run that failed."""
     manifests = (
         f"tasks: {', '.join(f'{task.name} of {task.manifest}' for task in TASKS)}; pretrained on: "
         f"{', '.join(UNLABELED)}"
@@ -107,6 +108,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_study(arguments: argparse.Namespace) -> None:
+    """Pretrain, train every task in both ways, and add the rows.
+
+    Raises:
+        UserError: manifests are missing, or a run is not finished.
+        subprocess.CalledProcessError: a run failed.
+    """
     work, (for_pretraining, for_tasks) = arguments.work / arguments.scale, SCALES[arguments.scale]
     clips = write_manifests(arguments.audio.resolve(), work / "manifests")
     ranks = ["--ranks", str(arguments.ranks)]
@@ -132,12 +139,12 @@ def run_study(arguments: argparse.Namespace) -> None:
         settings += [f"task.per_class={PER_CLASS}"] if labels == "few" else []
         arms = ["--seeds", str(arguments.seeds), "--compare", f"{ARMS[0]}=none", f"{ARMS[1]}={pretrained}"]
         _ssast("finetune", CONFIGS / f"{task.name}.yaml", *ranks, *settings, *for_tasks, *arguments.overrides, *arms)
-        found = list(measured(task, labels, folder))
-        if [row["runs"] for row in found] != [arguments.seeds] * len(ARMS):
+        rows = list(measured(task, labels, folder))
+        if [row["runs"] for row in rows] != [arguments.seeds] * len(ARMS):
             raise UserError(
                 f"{folder}: is not finished, or holds other runs; run the same command again, or in another --work"
             )
-        return found
+        return rows
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         compared = list(pool.map(compare, jobs))

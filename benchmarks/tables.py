@@ -63,14 +63,14 @@ def kernels_table() -> str:
         cases: dict[tuple[str, ...], list[Row]] = {}
         for row in (row for row in rows if row["device"] == device):
             cases.setdefault(tuple(row[name] for name in _CASE), []).append(row)
-        last = {case: [row for row in found if _run(row) == _run(found[-1])] for case, found in cases.items()}
+        last = {case: [row for row in group if _run(row) == _run(group[-1])] for case, group in cases.items()}
         lines = [
             "| operator | shape | mode | Triton kernel | of the copy | of the product | others |",
             "|---|---|---|---|---|---|---|",
         ]
-        lines += [_case_line(*case, found) for case, found in last.items() if case[0] != "ceiling"]
+        lines += [_case_line(*case, group) for case, group in last.items() if case[0] != "ceiling"]
         tables.append(
-            "\n".join(lines) + "\n\n" + _measured_on(device, [row for found in last.values() for row in found])
+            "\n".join(lines) + "\n\n" + _measured_on(device, [row for group in last.values() for row in group])
         )
     return "\n\n".join(tables)
 
@@ -153,16 +153,16 @@ def headline_table(file: Path = RESULTS / "step.csv") -> str:
 def _step_lines(rows: list[Row]) -> str:
     tables = []
     for device in dict.fromkeys(row["device"] for row in rows):
-        found = [row for row in rows if row["device"] == device]
-        found = [row for row in found if _run(row) == _run(found[-1])]
+        group = [row for row in rows if row["device"] == device]
+        group = [row for row in group if _run(row) == _run(group[-1])]
         official = [
-            float(row["clips_per_s"]) for row in found if row["provider"] == "official way" and row["clips_per_s"]
+            float(row["clips_per_s"]) for row in group if row["provider"] == "official way" and row["clips_per_s"]
         ]
         lines = [
             "| step | micro-batch | clips/s | x official way | TFLOP/s | MFU | p50 | peak memory |",
             "|---|---|---|---|---|---|---|---|",
         ]
-        for row in found:
+        for row in group:
             name = f"{row['provider']} {row['settings']}".strip()
             if not row["clips_per_s"]:
                 lines.append(f"| {name} | {row['micro_batch']} | {row['note'] or 'no result'} | | | | | |")
@@ -175,7 +175,7 @@ def _step_lines(rows: list[Row]) -> str:
                 f"| {name} | {row['micro_batch']} | {rate:,.0f} | {ratio} | {float(row['tflop_per_s']):.0f} | {mfu} "
                 f"| {float(row['p50_ms']):.1f} ms | {peak} |"
             )
-        last = found[-1]
+        last = group[-1]
         tables.append(
             "\n".join(lines)
             + f"\n\n{device}, {last['preset']}, {last['tflop_per_clip']} TFLOP a clip forward and backward, MFU of "
@@ -204,8 +204,8 @@ def compile_table() -> str:
         groups.setdefault(tuple(row[name] for name in ("operator", "kernel", "variant", "case")), {})[row["target"]] = (
             row
         )
-    for (operator, kernel, variant, case), found in groups.items():
-        cells = [_compiled(found[target]) if target in found else "" for target in targets]
+    for (operator, kernel, variant, case), group in groups.items():
+        cells = [_compiled(group[target]) if target in group else "" for target in targets]
         lines.append(f"| {operator} | {kernel} {variant} | {case} | {' | '.join(cells)} |")
     spilling = sum(int(row["spills"]) > 0 for row in rows)
     lines += [
@@ -243,8 +243,8 @@ def loader_table() -> str:
     rows = read_rows(file) if file.exists() else []
     tables = []
     for device in dict.fromkeys((row["device"], row["cores"]) for row in rows):
-        found = [row for row in rows if (row["device"], row["cores"]) == device]
-        tables.append(_loader_lines([row for row in found if row["run"] == found[-1]["run"]]))
+        group = [row for row in rows if (row["device"], row["cores"]) == device]
+        tables.append(_loader_lines([row for row in group if row["run"] == group[-1]["run"]]))
     return "\n\n".join(tables) or UNMEASURED
 
 
@@ -259,9 +259,9 @@ def _loader_lines(rows: list[Row]) -> str:
     groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rates:
         groups.setdefault((row["codec"], row["contestant"], row["source"]), {})[row["workers"]] = row
-    for (codec, contestant, source), found in groups.items():
-        cells = [_loader_cell(found[n]) if n in found else "" for n in workers]
-        first = next(iter(found.values()))
+    for (codec, contestant, source), group in groups.items():
+        cells = [_loader_cell(group[n]) if n in group else "" for n in workers]
+        first = next(iter(group.values()))
         cpu = f"{float(first['cpu_p50']):,.0f}" if first["cpu_p50"] else ""
         lines.append(f"| {codec} | {contestant} | {source} | {' | '.join(cells)} | {cpu} |")
     lines += ["", "| aim | measured | |", "|---|---|---|"]
@@ -292,9 +292,9 @@ def study_table() -> str:
     rows = read_rows(file) if file.exists() else []
     tables = []
     for scale in dict.fromkeys(row["scale"] for row in rows):
-        found = [row for row in rows if row["scale"] == scale]
+        group = [row for row in rows if row["scale"] == scale]
         last = [
-            row for row in found if (row["date"], row["training_min"]) == (found[-1]["date"], found[-1]["training_min"])
+            row for row in group if (row["date"], row["training_min"]) == (group[-1]["date"], group[-1]["training_min"])
         ]
         tables.append(_study_lines(last))
     return "\n\n".join(tables) or UNMEASURED
@@ -354,6 +354,7 @@ def render(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; exit status 1 if --check meets a table that its rows do not give."""
     parser = argparse.ArgumentParser(prog="python -m ssast.benchmarks.tables", description=__doc__.split("\n\n")[0])
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--step", type=Path, metavar="FILE")

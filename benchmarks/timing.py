@@ -40,6 +40,7 @@ class Job:
     loops_on_host: bool = False
 
     def prepared(self, which: int) -> Any:
+        """What `prepare` makes for an input set; None without it."""
         return self.prepare(which) if self.prepare else None
 
 
@@ -52,6 +53,7 @@ class Timing:
     samples: list[float] = field(default_factory=list)
 
     def quantile(self, share: float) -> float:
+        """Seconds that this fraction of the samples stays within."""
         return float(np.quantile(self.samples, share))
 
 

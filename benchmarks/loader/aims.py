@@ -1,4 +1,4 @@
-"""What was aimed at, held against the rows; and the rows as text."""
+"""What was aimed at, resident against the rows; and the rows as text."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ MANY, OPEN_S, FIRST_S, MANY_MIB, GROWTH = 1_000_000, 1.0, 5.0, 1024.0, 1.05
 
 
 class Verdict(NamedTuple):
+    """What was aimed at, what was measured, and whether that is enough."""
+
     aim: str
-    found: str
+    measured: str
     met: bool
 
     def __str__(self) -> str:
-        return f"{'met   ' if self.met else 'MISSED'}  {self.aim}: {self.found}"
+        return f"{'met   ' if self.met else 'MISSED'}  {self.aim}: {self.measured}"
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     """Of one run. What was not measured has none."""
     rates = [row for row in rows if row["metric"] == RATE and row["p50"] not in ("", None)]
-    found = []
+    results = []
     for row in _where(rates, contestant=OURS, codec="wav", source="shards", workers=1):
         rate = float(row["p50"])
         text = f"{rate:,.0f} clips/s ({float(row['cpu_p50']):,.0f} a CPU second)"
-        found.append(Verdict(f"WAV shards, at least {WAV_A_CORE:,.0f} clips/s a core", text, rate >= WAV_A_CORE))
+        results.append(Verdict(f"WAV shards, at least {WAV_A_CORE:,.0f} clips/s a core", text, rate >= WAV_A_CORE))
     for alone in _where(rates, contestant=ALONE, codec="flac", workers=1):
         for row in _where(rates, contestant=OURS, codec="flac", workers=1):
-            share, cpu = _over(row, alone)
+            fraction, cpu = _over(row, alone)
             aim = f"FLAC {row['source']}, at least {OF_FLAC:.0%} of libFLAC alone on the core"
-            found.append(Verdict(aim, f"{share:.0%} ({cpu:.0%} by CPU time)", share >= OF_FLAC))
+            results.append(Verdict(aim, f"{fraction:.0%} ({cpu:.0%} by CPU time)", fraction >= OF_FLAC))
     for codec, workers in dict.fromkeys((row["codec"], int(row["workers"])) for row in rates):
         group = _where(rates, codec=codec, workers=workers)
         peers = [row for row in group if is_peer(row)]
@@ -44,12 +46,12 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
             cores = f"{workers} core{'s' * (workers > 1)}"
             aim = f"{codec}, {cores}, at least {TIMES_OTHERS:g} x the best of the others"
             text = f"{ratio:.2g} x {best['contestant']} ({cpu:.2g} x by CPU time)"
-            found.append(Verdict(aim, text, ratio >= TIMES_OTHERS))
-    return found + _time_and_memory(rows)
+            results.append(Verdict(aim, text, ratio >= TIMES_OTHERS))
+    return results + _time_and_memory(rows)
 
 
 def _time_and_memory(rows: Sequence[Row]) -> list[Verdict]:
-    found = []
+    results = []
     many = [row for row in rows if row["entries"] not in ("", None) and int(row["entries"]) >= MANY]
     limits = (
         (OPEN, "index opened", "s", OPEN_S),
@@ -60,15 +62,15 @@ def _time_and_memory(rows: Sequence[Row]) -> list[Verdict]:
         for row in _where(many, metric=metric):
             value = float(row["p50"])
             aim = f"{int(row['entries']):,} entries, {what} under {limit:g} {unit}"
-            found.append(Verdict(aim, f"{value:.3g} {unit}" if unit == "s" else f"{value:.0f} {unit}", value < limit))
-    held = [row for row in rows if row["metric"] == MEMORY]
-    for codec in dict.fromkeys(row["codec"] for row in held):
-        marks = sorted(_where(held, codec=codec), key=lambda row: int(row["batches"]))
+            results.append(Verdict(aim, f"{value:.3g} {unit}" if unit == "s" else f"{value:.0f} {unit}", value < limit))
+    resident = [row for row in rows if row["metric"] == MEMORY]
+    for codec in dict.fromkeys(row["codec"] for row in resident):
+        marks = sorted(_where(resident, codec=codec), key=lambda row: int(row["batches"]))
         if len(marks) > 1:
             (early, before), (late, after) = ((int(row["batches"]), float(row["p50"])) for row in (marks[0], marks[-1]))
             aim = f"{codec}, memory after {late:,} batches at most {GROWTH - 1:.0%} above that after {early:,}"
-            found.append(Verdict(aim, f"{before:.0f} -> {after:.0f} MiB", after <= before * GROWTH))
-    return found
+            results.append(Verdict(aim, f"{before:.0f} -> {after:.0f} MiB", after <= before * GROWTH))
+    return results
 
 
 def is_peer(row: Row) -> bool:

@@ -36,6 +36,7 @@ all its processes) are taken; what cannot run here is named."""
 
 
 def say(text: str) -> None:
+    """To stderr: stdout is for rows."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -51,6 +52,11 @@ class Bench:
         self.corpus: Corpus
 
     def run(self) -> None:
+        """Make the corpus and measure all that was asked for.
+
+        Raises:
+            UserError: a contestant ended instead of answering, or rows cannot be written.
+        """
         given = self.arguments
         say(f"writing {given.clips} clips of {given.length:g} s as {', '.join(given.codecs)}, files and shards")
         self.corpus = make_corpus(

@@ -7,15 +7,12 @@ end: it is spared the shuffle buffer that it would need.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
-import importlib.util
-import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import soundfile
@@ -36,6 +33,8 @@ PREFETCH = 3  # as data.prefetch
 
 @dataclass(frozen=True)
 class Case:
+    """What is read: clips of one codec from one source, in batches, by so many workers."""
+
     corpus: Corpus
     codec: str
     source: str
@@ -57,6 +56,7 @@ class Contestant:
     most_workers: int | None = None
 
     def enters(self, codec: str, source: str, workers: int) -> bool:
+        """Whether it can read this codec from this source with so many workers."""
         can = source in self.sources and (source == "files" or codec in IN_SHARDS)
         return can and (self.most_workers is None or workers <= self.most_workers)
 
@@ -76,6 +76,7 @@ def engine_stream(case: Case) -> Iterator[torch.Tensor]:
 
 
 def prefetcher(clips: Any, num_samples: int, batch: int, threads: int, *, random_crop: bool = False) -> Prefetcher:
+    """This engine's loader, as the trainer builds it."""
     decoder = AudioDecoder(
         clips, num_samples=num_samples, sample_rate=SAMPLE_RATE, batch_size=batch, num_threads=threads
     )
@@ -141,10 +142,12 @@ def _fit(samples: torch.Tensor, num_samples: int) -> torch.Tensor:
 
 
 def read_soundfile(path: Any, num_samples: int) -> torch.Tensor:
+    """int16 [num_samples]: one clip, cut or padded with zeros."""
     return _fit(torch.from_numpy(soundfile.read(path, dtype="int16", frames=num_samples)[0]), num_samples)
 
 
 def read_torchcodec(path: str, num_samples: int) -> torch.Tensor:
+    """int16 [num_samples]: one clip, cut or padded with zeros."""
     from torchcodec.decoders import AudioDecoder as TorchCodec
 
     samples = TorchCodec(path, sample_rate=SAMPLE_RATE, num_channels=1).get_all_samples().data[0]
@@ -172,42 +175,22 @@ def read_official(path: str, num_samples: int) -> torch.Tensor:
     return (features - MEAN) / (2 * STD)
 
 
-_KALDI: list[tuple[types.ModuleType | None, str]] = []
-
-
+@functools.cache
 def _kaldi() -> tuple[types.ModuleType | None, str]:
-    """torchaudio.compliance.kaldi, or None, and what is used."""
-    if not _KALDI:
-        _KALDI.append(_find_kaldi())
-    return _KALDI[0]
-
-
-def _find_kaldi() -> tuple[types.ModuleType | None, str]:
-    found = importlib.util.find_spec("torchaudio")
-    if found is None:
-        return (
-            None,
-            "fbank as torchaudio computes it, written anew: torchaudio is not installed",
-        )
-    name = f"fbank of torchaudio {importlib.metadata.version('torchaudio')}"
+    """torchaudio.compliance.kaldi, or None where it cannot be imported, and what is used."""
     try:
         from torchaudio.compliance import kaldi
-    except (ImportError, OSError, RuntimeError):
-        # Its native library is built for another torch; the filter bank is plain Python and does without it.
-        spec = importlib.util.spec_from_file_location(
-            "_torchaudio_kaldi", Path(found.origin).parent / "compliance" / "kaldi.py"
-        )
-        kaldi = importlib.util.module_from_spec(spec)
-        with mock.patch.dict(sys.modules, {"torchaudio": types.ModuleType("torchaudio")}):
-            spec.loader.exec_module(kaldi)
-        return kaldi, f"{name} (compliance/kaldi.py alone: its native library does not load)"
-    return kaldi, name
+    except (ImportError, OSError, RuntimeError) as error:  # its native library may be built for another torch
+        why = "is not installed" if isinstance(error, ModuleNotFoundError) else "cannot be imported"
+        return None, f"fbank as torchaudio computes it, written anew: torchaudio {why}"
+    return kaldi, f"fbank of torchaudio {importlib.metadata.version('torchaudio')}"
 
 
 # ---- webdataset ------------------------------------------------------------------------------------------------------
 
 
 def webdataset_stream(case: Case) -> Iterator[torch.Tensor]:
+    """Shards by webdataset in a DataLoader."""
     import io
 
     import webdataset

@@ -40,6 +40,7 @@ class Corpus:
         return sorted(str(path) for path in (self.folder / "files" / codec).iterdir())
 
     def shards(self, codec: str) -> Path:
+        """The folder that `ssast prepare` wrote for a codec."""
         return self.folder / "shards" / codec
 
     def short(self, codec: str) -> Path:
@@ -59,6 +60,7 @@ class Corpus:
         return clips
 
     def bytes_a_clip(self, codec: str) -> int:
+        """The mean size of a codec's files."""
         files = self.files(codec)
         return sum(os.path.getsize(path) for path in files) // len(files)
 

@@ -1,5 +1,5 @@
-"""What race.py runs in processes of their own: `race` in forked ones, the others, which answer in lines of JSON, by
-`python -m ssast.benchmarks.loader.lane first|memory JOB`.
+"""What race.py runs in processes of their own, which answer in lines of JSON: `python -m ssast.benchmarks.loader.lane
+race|first|memory JOB`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +25,11 @@ from .corpus import SAMPLE_RATE, Corpus
 Say = Callable[[dict[str, Any]], None]
 
 
-def race(job: dict[str, Any], cores: list[int], line: Connection) -> None:
-    """Says what there is to say of the contestant, then reads for as many seconds as it is told, again and again;
-    between them the process may be stopped.
+def race(job: dict[str, Any], say: Say) -> None:
+    """Says what there is to say of the contestant, then reads for as many seconds as each line of stdin says; between
+    them the process may be stopped.
     """
-    os.setpgid(0, 0)
-    # or the fork server would outlive race.py's process, and this one with it
-    os.close(forkserver._forkserver._forkserver_alive_fd)
-    os.sched_setaffinity(0, cores)
-    torch.set_num_threads(1)
+    os.sched_setaffinity(0, job["cores"])
     case = Case(
         Corpus(Path(job["folder"]), job["num_samples"]), job["codec"], job["source"], job["batch"], job["workers"]
     )
@@ -43,13 +37,13 @@ def race(job: dict[str, Any], cores: list[int], line: Connection) -> None:
     try:
         note = contestant.note()
     except (ImportError, OSError, RuntimeError) as error:
-        line.send({"left_out": first_line(error)[:200]})
+        say({"left_out": first_line(error)[:200]})
         return
     stream = contestant.stream(case)
     next(stream)
-    line.send({"note": note})
-    while (seconds := line.recv()) is not None:
-        line.send(measure_round(stream, seconds, case, contestant.ahead(case.workers)))
+    say({"note": note})
+    for seconds in sys.stdin:
+        say(measure_round(stream, float(seconds), case, contestant.ahead(case.workers)))
 
 
 def measure_round(stream: Iterator[torch.Tensor], seconds: float, case: Case, ahead: int) -> dict[str, float]:
@@ -125,6 +119,7 @@ def _peak() -> float:
 
 
 def main() -> None:
+    """A process of its own: answers in lines of JSON on stdout."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes elsewhere
 
@@ -132,7 +127,7 @@ def main() -> None:
         print(json.dumps(answer), file=out, flush=True)
 
     torch.set_num_threads(1)
-    {"first": first, "memory": memory}[sys.argv[1]](json.loads(sys.argv[2]), say)
+    {"race": race, "first": first, "memory": memory}[sys.argv[1]](json.loads(sys.argv[2]), say)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -24,63 +23,72 @@ CLOSING_S = 10.0
 Job = dict[str, Any]
 
 
+def start(what: str, job: Job, **options: Any) -> subprocess.Popen[str]:
+    """A process of lane.py, which answers in lines of JSON."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", "-m", lane.__name__, what, json.dumps(job)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, env=env, text=True, **options)
+
+
 class Lane:
     """A process that runs lane.race on `cores`, in a process group of its own with all that it starts, stopped between
-    its rounds. Should this process die, so does the fork server, and the kernel hangs up on groups that are stopped and
-    have lost their parent.
+    its rounds. Should this process die, the kernel hangs up on groups that are stopped and have lost their parent.
     """
 
     def __init__(self, job: Job, cores: Sequence[int]) -> None:
-        context = multiprocessing.get_context("forkserver")  # imports are done once
-        context.set_forkserver_preload([lane.__name__])
         self.job = job
-        self._here, there = context.Pipe()
-        self.process = context.Process(target=lane.race, args=(job, list(cores), there))
-        self.process.start()
-        there.close()
+        self.process = start("race", job | {"cores": list(cores)}, stdin=subprocess.PIPE, process_group=0)
 
     def answer(self) -> Job:
-        """Raises UserError if the process has ended instead."""
-        try:
-            return self._here.recv()
-        except EOFError:
-            self.process.join()
-            raise UserError(
-                f"{self.job['contestant']}, {self.job['codec']}: ended with status {self.process.exitcode}"
-            ) from None
+        """The next thing that it says.
+
+        Raises:
+            UserError: the process has ended instead.
+        """
+        line = self.process.stdout.readline()
+        if not line:
+            status = self.process.wait()
+            raise UserError(f"{self.job['contestant']}, {self.job['codec']}: ended with status {status}")
+        return json.loads(line)
 
     def round(self, seconds: float) -> Job:
+        """Wake the process, let it read for so many seconds, stop it again; what it measured.
+
+        Raises:
+            UserError: the process has ended instead.
+        """
         os.killpg(self.process.pid, signal.SIGCONT)
-        self._here.send(seconds)
+        print(seconds, file=self.process.stdin, flush=True)
         answer = self.answer()
         self.stop()
         return answer
 
     def stop(self) -> None:
+        """Stop the process and all that it has started."""
         os.killpg(self.process.pid, signal.SIGSTOP)
 
     def close(self) -> None:
+        """End the process and all that it has started."""
         with contextlib.suppress(ProcessLookupError, BrokenPipeError):
             os.killpg(self.process.pid, signal.SIGCONT)
-            self._here.send(None)
-        self.process.join(CLOSING_S)
-        for kill in (os.killpg, os.kill):  # it may not have come to form its group
-            with contextlib.suppress(ProcessLookupError):
-                kill(self.process.pid, signal.SIGKILL)
-        self.process.join()
-        self._here.close()
+            self.process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(CLOSING_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.process.stdout.close()
 
 
 def run_race(jobs: Sequence[Job], cores: Sequence[int], *, rounds: int, seconds: float) -> list[tuple[Job, list[Job]]]:
     """(what each said of itself, its rounds) for every job; who cannot run says {"left_out": why} and has no rounds."""
-    lanes: list[Lane] = []
+    lanes = [Lane(job, cores) for job in jobs]  # imports take seconds: all at once
     try:
         said: list[Job] = []
-        for job in jobs:
-            lanes.append(Lane(job, cores))
-            said.append(lanes[-1].answer())
+        for each in lanes:
+            said.append(each.answer())
             if "left_out" not in said[-1]:
-                lanes[-1].stop()
+                each.stop()
         running = [lane for lane, answer in zip(lanes, said, strict=True) if "left_out" not in answer]
         measured = iter(take_turns(running, rounds, lambda lane, _: lane.round(seconds)))
         return [(answer, [] if "left_out" in answer else next(measured)) for answer in said]
@@ -93,11 +101,9 @@ def run_alone(what: str, job: Job, cores: Sequence[int]) -> Iterator[Job]:
     """Answers of a process that starts from nothing and measures by itself; "started" is when, by the clock of all
     processes.
     """
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", "-m", lane.__name__, what, json.dumps(job)]
     with pinned(cores):
         started = time.monotonic()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, env=env, text=True)
+        process = start(what, job)
     with process:
         try:
             for line in process.stdout:

@@ -75,6 +75,7 @@ def race(runners: list[Runner], turns: int = TURNS, seconds: float = TURN_SECOND
 
 
 def main(argv: list[str] | None = None) -> int:
+    """One process on one device; exit status 0, or that of a mistake in the config."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:

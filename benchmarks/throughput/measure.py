@@ -48,6 +48,7 @@ LOUDNESS = 2000  # of the noise that stands for sound, of 32767
 
 
 def main(argv: list[str] | None = None) -> int:
+    """One rank of a measurement; exit status 0, or that of a mistake in the config."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
@@ -68,9 +69,9 @@ def main(argv: list[str] | None = None) -> int:
 def measure(config: Config, ranks: Ranks, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What profile.json says of one run; with `arguments.quick` only "setup" and "steps"."""
     asked, feeds_from_files = config, bool(config.data.train) and not arguments.synthetic
-    found = find_auto_batch(config, ranks) if config.step.auto_batch else None
-    if found:
-        config = with_micro_batch(config, found, ranks.world_size)
+    fitting = find_auto_batch(config, ranks) if config.step.auto_batch else None
+    if fitting:
+        config = with_micro_batch(config, fitting, ranks.world_size)
     config = undisturbed(config, folder)
     data = ranks.once(lambda: open_dataset(config)) if feeds_from_files else nothing_to_read(config)
     trainer = Trainer(config, data, build_model(config.architecture, config.run.seed), ranks)
@@ -88,7 +89,7 @@ def measure(config: Config, ranks: Ranks, arguments: argparse.Namespace, folder:
             "setup": describe(trainer, feeds_from_files),
             "steps": {"warmup": arguments.warmup, "seconds": seconds, "data_wait_seconds": waits},
             "memory": memory_split(trainer),
-            "auto_batch": {"largest": found.largest, "used": found.used} if found else None,
+            "auto_batch": {"largest": fitting.largest, "used": fitting.used} if fitting else None,
         }
         if arguments.quick:
             return measured
@@ -216,11 +217,11 @@ def memory_split(trainer: Trainer) -> dict[str, Any]:
     parameters = _storage_bytes(model.parameters())
     state = _storage_bytes(_tensors(optimizer)) - _shared_bytes(model, optimizer)
     if trainer.ranks.device.type == "cuda":
-        held, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        allocated, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
         kept = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         kept += getattr(optimizer, "fp32_groups_gradients_flat", [])  # DeepSpeed's, at ZeRO 1 in bf16
         gradients = _storage_bytes(kept)
-        other = max(held - parameters - state - gradients, 0)
+        other = max(allocated - parameters - state - gradients, 0)
         gradients = gradients or sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         activations = peak - parameters - state - gradients - other
         split = {"parameters": parameters, "gradients": gradients, "optimizer state": state, "activations": activations}
@@ -248,6 +249,7 @@ def memory_split(trainer: Trainer) -> dict[str, Any]:
 
 
 def describe(trainer: Trainer, feeds_from_files: bool) -> dict[str, Any]:
+    """What was measured, as the report shows it."""
     config, shape = trainer.config, trainer.config.architecture
     step = trainer.describe_step()
     grid, patch = shape.grid, shape.patch_shape
@@ -284,6 +286,7 @@ class InMemory:
 
 
 def in_memory(trainer: Trainer, device: torch.device) -> InMemory:
+    """Noise of the run's shape on the device, the same for each rank and seed."""
     generator = torch.Generator().manual_seed(trainer.config.run.seed + trainer.ranks.rank)
     shape = (trainer.micro_batch, trainer.config.num_samples)
     waveforms = [
@@ -354,12 +357,12 @@ def _shared_bytes(model: torch.nn.Module, optimizer: Any) -> int:
 def _tensors(optimizer: Any) -> list[torch.Tensor]:
     """What an optimizer updates and what it keeps for that; DeepSpeed's hold another inside."""
     inner = getattr(optimizer, "optimizer", optimizer)
-    found = [tensor for group in inner.param_groups for tensor in group["params"]]
+    tensors = [tensor for group in inner.param_groups for tensor in group["params"]]
     # ZeRO 3 lends its masters to the groups during a step only
-    found += getattr(optimizer, "fp32_partitioned_groups_flat", [])
+    tensors += getattr(optimizer, "fp32_partitioned_groups_flat", [])
     for state in inner.state.values():
-        found += [value for value in state.values() if isinstance(value, torch.Tensor)]
-    return found
+        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return tensors
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

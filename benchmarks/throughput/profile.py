@@ -143,6 +143,11 @@ class Children:
         quick: bool = False,
         out: Path | None = None,
     ) -> dict[str, Any]:
+        """One measurement of throughput/measure.py; `quick`: only the steps' times.
+
+        Raises:
+            UserError: it ended without a result.
+        """
         given = self.arguments
         options = ["--steps", str(given.steps), "--warmup", str(given.warmup)]
         options += ["--quick"] * quick + ["--synthetic"] * given.synthetic

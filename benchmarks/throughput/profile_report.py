@@ -21,7 +21,7 @@ from .profile_pictures import COLOURS, UNKNOWN, Bar, draw_bars, draw_device, dra
 from .summary import FILE, Summary, read_profile, significant, summarise
 
 MOST_KERNELS, DRAWN_KERNELS = 20, 10
-UNEXPLAINED = 0.01  # of a whole: parts that miss or exceed it by more are said to
+UNEXPLAINED = 0.01  # of a whole: if the parts miss or exceed it by more, the report says so
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def _throughput(profile: Mapping[str, Any], summary: Summary) -> Section:
         ]
         + ([f"Peak of one device: {mfu['peak_tflops']:g} TFLOP/s ({mfu['peak_source']})."] if mfu["value"] else [])
         + (
-            ["The MLPs compute in FP8; their work is held against the bf16 peak all the same."]
+            ["The MLPs compute in FP8; their work is compared with the bf16 peak all the same."]
             if setup["fp8_mlp"]
             else []
         ),
@@ -324,7 +324,7 @@ def _kernel_section(profile: Mapping[str, Any], summary: Summary) -> Section | N
                 code=True,
             )
         ],
-        [floors] if any_floor else ["The work of none of them is known, so that none is held against the roofline."],
+        [floors] if any_floor else ["The work of none of them is known, so that none is compared with the roofline."],
     )
 
 
@@ -405,7 +405,7 @@ def _setup_section(profile: Mapping[str, Any]) -> Section:
     environment = {key: value for key, value in profile["environment"].items() if key != "command"}
     rows = [*_flat(profile["setup"]), *_flat(environment)]
     if auto:
-        rows.append(("micro-batch found", f"{auto['used']:,}, of at most {auto['largest']:,} that fit"))
+        rows.append(("micro-batch that fits", f"{auto['used']:,}, of at most {auto['largest']:,} that fit"))
     return Section(
         "Setup",
         tables=[Table(("", ""), "ll", rows)],
@@ -455,8 +455,10 @@ def _bytes(size: float) -> str:
     return f"{size:g} B"
 
 
-def _percent(share: float | None) -> str:
-    return "not known" if share is None else f"{share:.1%}" if share == 0 or abs(share) >= 0.0005 else "< 0.1%"
+def _percent(fraction: float | None) -> str:
+    return (
+        "not known" if fraction is None else f"{fraction:.1%}" if fraction == 0 or abs(fraction) >= 0.0005 else "< 0.1%"
+    )
 
 
 def _large(value: float) -> str:

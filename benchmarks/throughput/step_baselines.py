@@ -60,6 +60,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, N, D] -> [B, N, D]
+        """[B, N, D] -> [B, N, D]."""
         batch, tokens, width = x.shape
         qkv = self.attn["qkv"](self.norm1(x)).reshape(batch, tokens, 3, self.heads, width // self.heads)
         attended = self.attend(*qkv.permute(2, 0, 3, 1, 4))
@@ -172,6 +173,8 @@ class StepBaseline(abc.ABC):
     name: str
     what: str
     """What it does and where it is kinder than what it stands for, in a sentence."""
+    precision = "fp32"
+    """Of the products: "bf16" or "fp32"."""
     model_type: ClassVar[Callable[[ModelConfig], Transformer]]
 
     def __init__(
@@ -226,11 +229,11 @@ class StepBaseline(abc.ABC):
         return loss.detach()
 
     def _check(self) -> None:
-        for key, known in (("name", "joint"), ("softmax_over", "predictions")):
+        for key, only in (("name", "joint"), ("softmax_over", "predictions")):
             value = getattr(self.config.objective, key)
-            if value != known:
+            if value != only:
                 raise UserError(
-                    f"objective.{key}: the baselines train with {known} only, not {value}; measure without them"
+                    f"objective.{key}: the baselines train with {only} only, not {value}; measure without them"
                 )
 
     def _make_optimizer(self, **options: Any) -> torch.optim.Optimizer:
@@ -283,9 +286,11 @@ class OfficialWay(StepBaseline):
         return loss
 
     def features(self, waveform: torch.Tensor) -> torch.Tensor:
+        """As the base's; on the host, in fp32."""
         return self._prepare(waveform).to(self.device)
 
     def draw_mask(self, batch: int) -> torch.Tensor:
+        """As the base's; by the official algorithm, in Python."""
         mask, patches = self.config.mask, self.shape.num_patches
         if mask.cluster is None:
             rows = [self._random.sample(range(patches), mask.num_masked) for _ in range(batch)]
@@ -334,11 +339,11 @@ class Eager(StepBaseline):
 
     def __init__(self, config: Config, *args: Any, seed: int, **options: Any) -> None:
         super().__init__(config, *args, seed=seed, **options)
-        precision = "bf16" if config.bf16 else "fp32"
-        self.name = f"eager {precision}"
+        self.precision = "bf16" if config.bf16 else "fp32"  # as the run's own step: what differs is not the precision
+        self.name = f"eager {self.precision}"
         self.what = (
             "plain PyTorch as a practised user writes it: batched filter banks and masks on the device, one forward "
-            f"pass in {precision}"
+            f"pass in {self.precision}"
             f"{' by autocast' if config.bf16 else ''}, scaled_dot_product_attention, batched InfoNCE, "
             f"{'fused ' if self.device.type == 'cuda' else ''}{config.deepspeed['optimizer']['type']}; no metrics"
         )
@@ -350,6 +355,7 @@ class Eager(StepBaseline):
         self._filters = filters.T.to(self.device, torch.float32)  # [FFT / 2 + 1, F]
 
     def features(self, waveform: torch.Tensor) -> torch.Tensor:
+        """As the base's; batched, on the device."""
         wave = waveform.to(self.device, non_blocking=True).float() / 32768.0
         frames = wave.unfold(1, len(self._window), self._shift)  # [B, T, window]
         frames = frames - frames.mean(dim=2, keepdim=True)
@@ -375,7 +381,7 @@ class Eager(StepBaseline):
         return order.flatten(1).argsort(dim=1)[:, : mask.num_masked]
 
     def _loss(self, features: torch.Tensor, masks: Iterator[torch.Tensor]) -> torch.Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self._forward(features, next(masks), self.config.objective.recon_weight)
 
     def _make_optimizer(self, **options: Any) -> torch.optim.Optimizer:

@@ -43,7 +43,8 @@ def summarise(profile: Mapping[str, Any]) -> Summary:
     """Every figure of the report, as plain values for a JSON file, from what `read_profile` gives.
 
     Rates are of all timed steps together, their waits included. `total` is of all devices, `per_device` that divided by
-    their number. Shares and efficiencies are of 1; `ms` are milliseconds a step. What cannot be known is None.
+    their number. A `share` and an efficiency are fractions of 1; `ms` are milliseconds a step. What cannot be known is
+    None.
     """
     setup, flops, peak, timed = (profile[key] for key in ("setup", "flops", "peak", "steps"))
     seconds, devices = np.array(timed["seconds"]), setup["world_size"]
@@ -56,7 +57,7 @@ def summarise(profile: Mapping[str, Any]) -> Summary:
     }
     per_device = {key: value / devices for key, value in total.items()}
     equivalent = setup["fp8_mlp"]
-    median, late, last = (1e3 * np.quantile(seconds, share) for share in (0.5, 0.95, 0.99))
+    median, late, last = (1e3 * np.quantile(seconds, level) for level in (0.5, 0.95, 0.99))
     summary = {
         "format": 1,
         "name": (profile["config"].get("run") or {}).get("name"),

@@ -5,7 +5,7 @@ step belongs to one part, so that the parts add up to it.
 
 On a GPU (the trace has device activity) it is the device's time that is divided. A kernel, copy or fill belongs to the
 range in which it was launched, whichever thread launched it; outside any range, to the one before it in that step
-(before the first: to the first). Two kinds are told by themselves: NCCL's kernels are "communication", and what another
+(before the first: to the first). Two kinds have their own rule: NCCL's kernels are "communication", and what another
 thread than the main one copies to the device is the loader's: "copy". When several run at once, the moment belongs to
 the one that computes, then to communication, then to a copy between host and device: what hides behind computing costs
 nothing. A moment at which nothing runs is "data wait" while the main thread waits for data, and otherwise "host gaps".
@@ -97,10 +97,12 @@ class Trace:
 
     @property
     def on_device(self) -> bool:
+        """Whether the trace has a GPU's activity."""
         return bool(self.activities)
 
     @property
     def measured_steps(self) -> int:
+        """Whole steps: on a device, the last only marks the end of the one before."""
         return max(len(self.steps) - 1, 1) if self.on_device else len(self.steps)
 
 
@@ -467,14 +469,14 @@ class _Group:
     def __init__(self) -> None:
         self.calls, self.duration, self.flop, self.bytes = 0, 0, 0, 0
         self.parts: Counter[str] = Counter()
-        self.known, self.eight_bit = True, False
+        self.all_counted, self.eight_bit = True, False
 
     def add(self, part: str, duration: int, operator: Event | None) -> None:
         self.calls += 1
         self.duration += duration
         self.parts[part] += duration
         if operator is None or operator.need is None:
-            self.known = False
+            self.all_counted = False
         else:
             self.flop += operator.need.flop
             self.bytes += operator.need.bytes
@@ -489,8 +491,8 @@ def _row(name: str, group: _Group, trace: Trace, busy: float) -> KernelRow:
         seconds=seconds,
         share=seconds / busy,
         part=group.parts.most_common(1)[0][0],
-        flop=group.flop / steps if group.known else None,
-        bytes=group.bytes / steps if group.known else None,
+        flop=group.flop / steps if group.all_counted else None,
+        bytes=group.bytes / steps if group.all_counted else None,
         eight_bit=group.eight_bit,
     )
 

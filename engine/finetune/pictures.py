@@ -160,9 +160,9 @@ def draw_classes(rows: Sequence[Mapping[str, Any]], values: Mapping[str, float],
     mean.
     """
     column = "average_precision" if multi_label else "recall"
-    known = sorted((row for row in rows if row[column] is not None), key=lambda row: -row[column])
-    cut = len(known) > ALL_UP_TO
-    shown = [known[: BARS // 2], known[-BARS // 2 :]] if cut else [known]
+    scored = sorted((row for row in rows if row[column] is not None), key=lambda row: -row[column])
+    cut = len(scored) > ALL_UP_TO
+    shown = [scored[: BARS // 2], scored[-BARS // 2 :]] if cut else [scored]
     bars = sum(map(len, shown)) + 1.2 * cut
     letters = max(min(max(len(row["label"]) for part in shown for row in part), 40), 6)
     margin, height = 0.3 + 0.075 * letters, 0.21 * bars + 1.15
@@ -207,7 +207,7 @@ def draw_classes(rows: Sequence[Mapping[str, Any]], values: Mapping[str, float],
     axes.tick_params(labelcolor=LIGHT.ink, labelsize=8)
     what = "Average precision" if multi_label else "Recall"
     which = (
-        f"the {BARS // 2} best and the {BARS // 2} worst of {len(known)} classes" if cut else f"{len(known)} classes"
+        f"the {BARS // 2} best and the {BARS // 2} worst of {len(scored)} classes" if cut else f"{len(scored)} classes"
     )
     without = int(values["classes_without_clips"])
     title = f"{what}: {which}, mean {f'{mean:.4f}' if multi_label else _percent(mean)}"

@@ -25,6 +25,7 @@ class ArmSummary:
 
     @property
     def mean(self) -> float:
+        """Of the metric, over seeds and folds."""
         return fmean(self.values)
 
     @property
@@ -62,6 +63,7 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[ArmSummary]:
 
 
 def scratch_of(arms: Sequence[ArmSummary]) -> ArmSummary | None:
+    """The arm that started from no weights; None without one."""
     return next((arm for arm in arms if arm.init_from is None), None)
 
 
@@ -91,13 +93,14 @@ def table(arms: Sequence[ArmSummary], metric: str, paper: dict[str, float]) -> s
 
 
 def print_summary(folder: Path, folders: Sequence[Path]) -> None:
+    """Print a line for each arm: mean, deviation and gain."""
     results = read_results(folders)
     print(f"\n{folder}: test {results[0]['metric']}, mean and deviation over {_runs(len(results))}")
     for arm in (arms := summarise(results)):
         gain = arm.gain(scratch_of(arms))
         spread = "" if arm.deviation is None else f" ± {100 * arm.deviation:.2f}"
-        told = "" if gain is None else f"  {100 * gain:+.1f}% against scratch"
-        print(f"  {arm.arm or 'this run':16} {100 * arm.mean:6.2f}%{spread}  ({_runs(len(arm.values))}){told}")
+        gained = "" if gain is None else f"  {100 * gain:+.1f}% against scratch"
+        print(f"  {arm.arm or 'this run':16} {100 * arm.mean:6.2f}%{spread}  ({_runs(len(arm.values))}){gained}")
 
 
 def _runs(count: int) -> str:

@@ -124,13 +124,17 @@ class Run:
     @cached_property
     def clips(self) -> list[Clip]:
         """The first example clips. What a head made that was not trained says nothing, and is left out."""
-        shape, found, drawn = tuple(self.examples.get("patch_shape", ())), self.records("accuracy"), self.records("mse")
+        shape, matches, draws = (
+            tuple(self.examples.get("patch_shape", ())),
+            self.records("accuracy"),
+            self.records("mse"),
+        )
         rows = zip(
             *(self.examples.get(key, ()) for key in ("names", "features", "mask", "recon", "found")), strict=True
         )
         clips = [Clip(*row, shape) for row in rows][:MOST_CLIPS]
-        clips = clips if found else [clip._replace(found=None) for clip in clips]
-        return clips if drawn else [clip._replace(recon=np.full_like(clip.recon, np.nan)) for clip in clips]
+        clips = clips if matches else [clip._replace(found=None) for clip in clips]
+        return clips if draws else [clip._replace(recon=np.full_like(clip.recon, np.nan)) for clip in clips]
 
 
 def read_run(folder: Path) -> Run:
@@ -339,11 +343,11 @@ def _throughput(folder: Path) -> dict[str, Any]:
     """The main figures of the throughput report and its picture of the step, where `ssast profile` measured this
     config.
     """
-    found = _read(folder / "report.json", lambda path: dict(json.loads(path.read_text("utf-8"))))
+    summary = _read(folder / "report.json", lambda path: dict(json.loads(path.read_text("utf-8"))))
     picture = folder / "pictures" / "report-step.png"
-    if found and picture.is_file():
-        found["picture"] = base64.b64encode(picture.read_bytes()).decode()
-    return found
+    if summary and picture.is_file():
+        summary["picture"] = base64.b64encode(picture.read_bytes()).decode()
+    return summary
 
 
 def _facts(run: Run) -> dict[str, Any]:

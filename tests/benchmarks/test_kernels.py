@@ -173,27 +173,20 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     (tmp_path / "empty.csv").write_text("")
     taken = tmp_path / "taken"
     taken.write_text("")
-    for argv, message in [
-        (["blur"], "kernels: unknown operator 'blur'; there are fbank, mask, embed, loss, attention"),
-        (["mask", "--providers", "cuda"], "kernels: no provider 'cuda' here; there are official loop, torch"),
-        (["mask", "--save", "--out", "x"], "kernels: --save and --out name two files"),
-        (["mask", "--seconds", "0"], "kernels: --seconds 0: must be above 0"),
-        (["mask", "--out", str(taken / "rows.csv"), *QUICK], f"kernels: {taken}/rows.csv: cannot be written: "),
-        (["mask", "--out", str(tmp_path), *QUICK], f"kernels: {tmp_path}: cannot be written: Is a directory"),
-        (
-            ["mask", "--out", str(tmp_path / "other.csv"), *QUICK],
-            f"kernels: {tmp_path}/other.csv: holds something else",
-        ),
-        (
-            ["mask", "--out", str(tmp_path / "empty.csv"), *QUICK],
-            f"kernels: {tmp_path}/empty.csv: holds something else",
-        ),
-        (["mask", "--plot", str(taken), *QUICK], f"kernels: --plot {taken}: cannot be written: "),
+    for argv, named in [
+        (["blur"], "'blur'"),
+        (["mask", "--providers", "cuda"], "'cuda'"),
+        (["mask", "--save", "--out", "x"], "--save and --out"),
+        (["mask", "--seconds", "0"], "--seconds 0"),
+        (["mask", "--out", str(taken / "rows.csv"), *QUICK], f"{taken}/rows.csv"),
+        (["mask", "--out", str(tmp_path), *QUICK], f"{tmp_path}: cannot be written"),
+        (["mask", "--out", str(tmp_path / "other.csv"), *QUICK], f"{tmp_path}/other.csv"),
+        (["mask", "--out", str(tmp_path / "empty.csv"), *QUICK], f"{tmp_path}/empty.csv"),
+        (["mask", "--plot", str(taken), *QUICK], f"--plot {taken}"),
     ]:
         assert kernels.main(argv) == 2, argv
         error = capsys.readouterr().err
-        assert error.splitlines()[-1].startswith(message), error
-        assert "Traceback" not in error
+        assert named in error.splitlines()[-1] and "Traceback" not in error, error
     assert (tmp_path / "other.csv").read_text() == "a,b\n1,2\n"
 
 

@@ -146,6 +146,21 @@ def test_bf16_is_near_fp32_and_is_not_fp32(patches):
     assert relative(*gradients) < 0.1
 
 
+@pytest.mark.parametrize("computes", [True, False])
+def test_eager_has_the_precision_that_the_run_finds(computes, monkeypatch):
+    """Where the config leaves the precision to the device, ours and eager compute alike."""
+    monkeypatch.setattr("ssast.engine.config.computes_in_bf16", lambda: computes)
+    left_to_the_device = load_config("demo", [*TINY, *KINDS["patches"], "step.precision=auto"])
+    assert left_to_the_device.bf16 == computes
+    baseline = make(Eager, left_to_the_device)
+    assert baseline.precision == ("bf16" if computes else "fp32") and baseline.precision in baseline.name
+    seen = []
+    baseline.model.norm.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    baseline.loss(make_waveform(left_to_the_device), make_mask(left_to_the_device, 3))
+    assert seen == [computes]
+    assert make(OfficialWay, left_to_the_device).precision == "fp32"
+
+
 def test_compiled_is_one_graph_and_compiled_once(patches):
     graphs = []
 
