@@ -109,6 +109,9 @@ def test_given_recordings_are_cut(clips, tmp_path):
 @pytest.mark.slow
 def test_the_whole_benchmark(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(command, "COLD_STARTS", 1)
+    # a process each, of which the imports are most: the others read above, in this one
+    some = {name: CONTESTANTS[name] for name in ("this engine", "libsndfile alone", "torchcodec, DataLoader")}
+    monkeypatch.setattr(command, "CONTESTANTS", some)
     options = (
         f"--codecs wav --workers 1 --clips {CLIPS} --length {SECONDS} --batch {BATCH} --rounds 2 --seconds 0.05".split()
     )
@@ -127,7 +130,7 @@ def test_the_whole_benchmark(tmp_path, monkeypatch, capfd):
     assert os.sched_getaffinity(0) == before
     said, found = capfd.readouterr().err, rows.read_rows(tmp_path / "loader.csv")
     rates = [row for row in found if row["metric"] == "clips_per_s"]
-    assert {row["contestant"] for row in rates} == set(CONTESTANTS)
+    assert {row["contestant"] for row in rates} == set(some)
     for row in rates:
         if runs(row["contestant"]):
             assert float(row["p50"]) > 0 and float(row["cpu_p50"]) > 0 and row["rounds"] == "2" and row["note"], row
