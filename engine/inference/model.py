@@ -32,8 +32,9 @@ class AudioModel(SSAST):
         """The same model, its parameters shared, in the same mode."""
         with torch.device("meta"):
             model = cls(network.config, network.card)
-        for module, twin in zip(network.modules(), model.modules(), strict=True):
-            twin._parameters.update(module._parameters)
+        for name, parameter in network.named_parameters():
+            parent, _, leaf = name.rpartition(".")
+            model.get_submodule(parent).register_parameter(leaf, parameter)
         model.unused = network.unused
         return model.train(network.training)
 

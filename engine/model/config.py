@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 # Mean and standard deviation of the log-mel features of AudioSet-2M + LibriSpeech-960 (the paper's).
@@ -30,6 +31,10 @@ class ModelConfig:
     """Classify a learned weighted sum of what every block gives, as SUPERB does, instead of what the last one gives."""
 
     def __post_init__(self) -> None:
+        least = {"width": 1, "depth": 0, "heads": 1, "mlp_ratio": 1, "num_classes": 1}
+        for name, value in least.items():
+            if (number := getattr(self, name)) is not None and number < value:
+                raise ValueError(f"{name} must be at least {value}, not {number}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
         if min(self.stride) < 1 or min(self.patch_shape) < 1:
@@ -76,6 +81,12 @@ class ModelCard:
     """A clip may have several labels: probabilities are sigmoids, otherwise a softmax."""
     pool: str = "mean"
     """What the classifier was trained on, as in `SSAST.classify`."""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.mean) or not 0 < self.std < math.inf:
+            raise ValueError(f"mean and std of features must be finite, std positive, not {self.mean} and {self.std}")
+        if self.pool not in ("mean", "cls"):
+            raise ValueError(f"pool must be 'mean' or 'cls', not {self.pool!r}")
 
 
 OBJECTIVES = ("joint", "discriminative", "generative")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import re
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from ssast.kernels import NUM_PREFIX
 
 from .config import HEAD_DIM, ModelConfig
 from .ssast import SSAST
-from .tensors import check_weights
+from .tensors import check_weights, read_state_dict
 
 log = logging.getLogger("ssast")
 
@@ -36,14 +35,22 @@ FINETUNE_STRIDES = {
 def load_official(
     file: Path, heads: int | None, stride: tuple[int, int] | None, input_frames: int | None, input_bins: int | None
 ) -> SSAST:
+    """An official checkpoint, pretrained or fine-tuned; what its file does not say is given, else derived or assumed.
+
+    Raises:
+        UserError: not such a checkpoint, tensors that are missing, left over, of another shape or not finite, or
+            arguments that contradict it.
+    """
+    tensors = read_state_dict(file)
+    if "embedding.position" in tensors:
+        raise UserError(
+            f"{file}: holds weights of this engine without the shape that belongs to them: write them with "
+            "ssast.engine.save_model"
+        )
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{file}: not a checkpoint that can be loaded safely: {first_line(error)}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise UserError(f"{file}: not an official SSAST checkpoint (a flat dictionary of tensors was expected)")
-    tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
-    config = _official_config(file, tensors, heads, stride, input_frames, input_bins)
+        config = _official_config(file, tensors, heads, stride, input_frames, input_bins)
+    except (ValueError, IndexError, RuntimeError, OverflowError, ZeroDivisionError) as error:
+        raise UserError(f"{file}: its tensors describe no model: {first_line(error)}") from None
     model = SSAST(config)
     model.unused = {key: tensors[key] for key in UNUSED_OFFICIAL if key in tensors}
     wanted = to_official(model, prefix="")
@@ -70,7 +77,7 @@ def _official_config(
             f"{file}: has no v.dist_token (a model of one prefix token, base_nokd, which SSAST cannot pretrain either)"
         )
     width = tensors["v.pos_embed"].shape[-1]
-    blocks = {int(match[1]) for key in tensors if (match := re.match(r"v\.blocks\.(\d+)\.", key))}
+    blocks = {match[1] for key in tensors if (match := re.match(r"v\.blocks\.(\d+)\.", key))}
     patch_shape = tuple(tensors["v.patch_embed.proj.weight"].shape[2:])
     pretraining = "p_input_tdim" in tensors
     if heads is None and width % HEAD_DIM:
@@ -83,20 +90,24 @@ def _official_config(
     else:
         patches = tensors["v.pos_embed"].shape[1] - NUM_PREFIX
         bins, frames, own_stride = _finetuned_input(file, patches, patch_shape, stride, input_frames, input_bins)
-    try:
-        return ModelConfig(
-            width=width,
-            depth=max(blocks, default=-1) + 1,
-            heads=heads or width // HEAD_DIM,
-            num_mel_bins=bins,
-            input_frames=frames,
-            patch_shape=patch_shape,
-            stride=own_stride,
-            num_classes=tensors["mlp_head.1.weight"].shape[0] if "mlp_head.1.weight" in tensors else None,
-            pretraining_heads=pretraining,
+    config = ModelConfig(
+        width=width,
+        depth=len(blocks),  # not the highest number, which any file can write
+        heads=heads or width // HEAD_DIM,
+        num_mel_bins=bins,
+        input_frames=frames,
+        patch_shape=patch_shape,
+        stride=own_stride,
+        num_classes=tensors["mlp_head.1.weight"].shape[0] if "mlp_head.1.weight" in tensors else None,
+        pretraining_heads=pretraining,
+    )
+    position = tensors["v.pos_embed"]
+    if position.shape != (1, NUM_PREFIX + config.num_patches, width):  # before anything of that size is made
+        needed = [1, NUM_PREFIX + config.num_patches, width]
+        raise UserError(
+            f"{file}: does not fit the model: v.pos_embed is {list(position.shape)}, the model needs {needed}"
         )
-    except ValueError as error:
-        raise UserError(f"{file}: {error}") from None
+    return config
 
 
 def _finetuned_input(

@@ -10,26 +10,31 @@ import dataclasses
 import json
 import logging
 import os
+import re
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ssast.engine.errors import UserError
+from ssast.engine.errors import UserError, first_line
 from ssast.engine.files import atomic_write, expand_path, permit_as_usual
 
 from .adapt import init_classifier, resize
 from .config import ModelCard, ModelConfig
 from .official import load_official, to_official
 from .ssast import SSAST
-from .tensors import check_weights
+from .tensors import check_weights, plain_name
 
 log = logging.getLogger("ssast")
 
+D = TypeVar("D", ModelConfig, ModelCard)
+
 WEIGHTS_FILE = "model.safetensors"
 FORMAT = "ssast-engine/1"
+LONGEST_HEADER = 100_000_000  # bytes of JSON, the limit of safetensors itself
 
 
 def load_model(
@@ -141,6 +146,11 @@ def find_weights(path: Path) -> Path:
         return path
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
+    if kind := hf_model_type(path):
+        raise UserError(
+            f"{path}: is a Hugging Face folder of the type {kind!r}: `ssast export {path} --out NAME.safetensors` "
+            "converts an audio spectrogram transformer, ssast.engine.inference.export.from_hf loads it in Python"
+        )
     if (path / WEIGHTS_FILE).is_file():
         return path / WEIGHTS_FILE
     candidates = sorted(
@@ -158,28 +168,96 @@ def is_safetensors(file: Path) -> bool:
     """A safetensors file starts with the length of its JSON header, and then that header."""
     with open(file, "rb") as stream:
         start = stream.read(9)
-    return start[8:9] == b"{" and not start.startswith(b"PK")
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= LONGEST_HEADER
 
 
 def _load_safetensors(file: Path) -> SSAST:
     try:
         with safe_open(file, framework="pt") as stream:
             metadata = stream.metadata() or {}
-            weights = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a readable safetensors file: {error}") from None
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{file}: was not written by this engine (its metadata lacks format={FORMAT!r})")
-    config = ModelConfig(**_as_tuples(json.loads(metadata["config"])))
-    model = SSAST(config, ModelCard(**_as_tuples(json.loads(metadata.get("card", "{}")))))
+            names = list(stream.keys())
+            config, card = _read_description(file, metadata, names)
+            weights = {plain_name(name): stream.get_tensor(name) for name in names}
+    except UserError:
+        raise
+    except Exception as error:  # of damaged files, its reader raises all kinds
+        raise UserError(f"{file}: not a readable safetensors file, cut off or damaged: {first_line(error)}") from None
+    if len(weights) < len(names):
+        raise UserError(f"{file}: holds a tensor twice, wrapped and plain")
+    try:
+        with torch.device("meta"):  # the shapes alone: what metadata say may be of any size
+            model = SSAST(config, card)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise UserError(f"{file}: its metadata describe no model: {first_line(error)}") from None
     check_weights(weights, model.state_dict(), file)
+    model.to_empty(device="cpu")
     model.load_state_dict(weights)
     return model
 
 
-def _as_tuples(saved: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows lists only."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+def _read_description(file: Path, metadata: dict[str, str], names: list[str]) -> tuple[ModelConfig, ModelCard]:
+    """Shape and card out of a file's metadata, checked against each other and the names of its tensors.
+
+    Raises:
+        UserError: another program's file, or metadata that describe no model.
+    """
+    if metadata.get("format") != FORMAT:
+        hint = (
+            f": it lies in a Hugging Face folder, which `ssast export {file.parent} --out NAME.safetensors` converts"
+            if hf_model_type(file.parent)
+            else ""
+        )
+        raise UserError(f"{file}: was not written by this engine (its metadata lacks format={FORMAT!r}){hint}")
+    try:
+        config = _from_json(ModelConfig, metadata["config"])
+        card = _from_json(ModelCard, metadata.get("card", "{}"))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        reason = first_line(error) if not isinstance(error, ValidationError) else _shortly(error)
+        raise UserError(f"{file}: its metadata describe no model: {reason}") from None
+    blocks = {match[1] for name in names if (match := re.match(r"blocks\.(\d+)\.", plain_name(name)))}
+    if config.depth != len(blocks):
+        raise UserError(f"{file}: its metadata say {config.depth} blocks, it holds {len(blocks)}")
+    if card.labels is not None and len(card.labels) != config.num_classes:
+        raise UserError(f"{file}: names {len(card.labels)} classes, its model has {config.num_classes or 0}")
+    return config, card
+
+
+def _from_json(kind: type[D], text: str) -> D:
+    """A dataclass of plain values, as `save_weights` wrote it.
+
+    Raises:
+        TypeError, ValueError: it is not one.
+    """
+    saved = json.loads(text)
+    if not isinstance(saved, dict):
+        raise ValueError(f"{kind.__name__} is {type(saved).__name__}")
+    unknown = saved.keys() - {field.name for field in dataclasses.fields(kind)}
+    if unknown:
+        raise ValueError(f"unknown {sorted(unknown)[0]!r}, perhaps of a later version of this engine")
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+    labels = values.get("labels")
+    if labels is not None and not (isinstance(labels, tuple) and all(isinstance(label, str) for label in labels)):
+        raise ValueError("labels are no list of texts")
+    # labels may hold names that are not UTF-8, which pydantic refuses
+    plain = {key: value for key, value in saved.items() if key != "labels"}
+    TypeAdapter(kind).validate_json(json.dumps(plain), strict=True)
+    return kind(**values)
+
+
+def _shortly(error: ValidationError) -> str:
+    """The first of pydantic's complaints in one line."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}, not {first['input']!r}"[:200]
+
+
+def hf_model_type(folder: Path) -> str | None:
+    """The `model_type` of a Hugging Face model folder; None for any other folder."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    return kind if isinstance(kind, str) else None
 
 
 def _adapted(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ssast.engine import SSAST, ModelConfig, load_model, save_model
+from ssast.engine.errors import UserError
 from ssast.engine.model.official import from_official, to_official
 from ssast.engine.training.step import build_optimizer
 
@@ -187,7 +188,7 @@ def test_official_resize_fails_where_the_official_code_fails(reference):
         if row["outcome"] == "ok":
             load_model(golden.path, **options, position_resize="official")
         else:
-            with pytest.raises(ValueError, match="use 'exact'"):
+            with pytest.raises(UserError, match="use 'exact'"):
                 load_model(golden.path, **options, position_resize="official")
         assert load_model(golden.path, **options).config.grid == (bins // 16, frames // 16)
         checked += 1
