@@ -52,6 +52,12 @@ def real_audio() -> Path:
 
 
 @pytest.fixture(scope="session")
+def cases() -> Path:
+    """Small inputs, each with a README of what is right."""
+    return shared_path("cases")
+
+
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small synthetic corpus; the manifest's path."""
     from ssast.engine.data.synth import write_corpus

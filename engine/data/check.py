@@ -13,6 +13,7 @@ import csv
 import hashlib
 import os
 import sqlite3
+import sys
 import tempfile
 import time
 import warnings
@@ -32,9 +33,10 @@ from .clips import Clips, Skipped
 from .folder import CACHE_FILE
 from .probe import file_status
 from .record import Record
+from .remarks import Remarks
 from .workers import Pool
 
-CHECK_VERSION = 2  # raise it when a verdict could differ from before: cached ones are then not used
+CHECK_VERSION = 3  # raise it when a verdict could differ from before: cached ones are then not used
 
 
 def check_clips(
@@ -52,8 +54,10 @@ def check_clips(
 
     Each new or changed file is decoded once, by one of `workers` processes (default: one per CPU) of at most
     `memory_limit_bytes` of address space each, within `timeout_s` seconds. Clips shorter than `min_seconds` are
-    skipped. Verdicts and converted copies are kept in `cache_dir`; without a usable cache file the check still works,
-    with a warning. Timeouts, crashes and read errors are not cached, since they may be the machine's fault.
+    skipped. Clips that are silent, or read otherwise than their header says, are kept and named on standard error, a
+    line for each kind. Verdicts and converted copies are kept in `cache_dir`; without a usable cache file the check
+    still works, with a warning. Timeouts, crashes and read errors are not cached, since they may be the machine's
+    fault.
 
     Raises `UserError` if `cache_dir` cannot be written, for one if the disk is full, and `RuntimeError` if workers
     cannot start.
@@ -65,6 +69,7 @@ def check_clips(
     # none).
     table = np.zeros((len(paths), 7), dtype=np.int64)
     reasons: dict[int, str] = {}
+    remarks: dict[int, str] = {}
     todo: deque[int] = deque()
 
     def copy_path(i: int) -> str:
@@ -89,6 +94,7 @@ def check_clips(
                 reasons[i] = row[7]
             else:
                 table[i] = row[:7]
+                remarks[i] = row[8]
 
         # What is left to decode.
         bar = tqdm(
@@ -107,9 +113,15 @@ def check_clips(
                     reasons[i] = reason
                 else:
                     table[i, 2:] = verdict["sound"]
+                    remarks[i] = verdict["remark"]
                 if not verdict.get("transient"):
-                    cache.put(paths[i], [*table[i].tolist(), reason])
+                    cache.put(paths[i], [*table[i].tolist(), reason, remarks.get(i, "")])
                 bar.update()
+
+    told = Remarks()
+    for i in sorted(remarks.keys() - reasons.keys()):
+        told.add(paths[i], filter(None, remarks[i].split("\n")))
+    print(*told.lines("clips"), sep="\n", end="\n" if told.lines() else "", file=sys.stderr)
 
     # From paths to entries, which may name one path many times.
     size, mtime_ns, frames, rate, channels, copy_size, copy_mtime_ns = np.ascontiguousarray(table.T)
@@ -171,6 +183,7 @@ class _Cache:
         with self._guard():
             self._db = sqlite3.connect(path, timeout=10)
             columns = "path BLOB PRIMARY KEY, size, mtime, frames, rate, channels, copy_size, copy_mtime, reason"
+            columns += ", remark"
             self._db.execute(f"CREATE TABLE IF NOT EXISTS {self._TABLE} ({columns})")
 
     @contextlib.contextmanager
@@ -186,8 +199,8 @@ class _Cache:
             )
 
     def rows(self, paths: list[str]) -> Iterator[tuple | None]:
-        """For each path (size, mtime, frames, rate, channels, copy size, copy mtime, reason), or None if it is not
-        known.
+        """For each path (size, mtime, frames, rate, channels, copy size, copy mtime, reason, remark), or None if it is
+        not known.
         """
         for start in range(0, len(paths), 500):
             batch, known = [os.fsencode(path) for path in paths[start : start + 500]], {}
@@ -205,9 +218,7 @@ class _Cache:
     def _commit(self) -> None:
         with self._guard():
             if self._db is not None and self._rows:
-                self._db.executemany(
-                    f"INSERT OR REPLACE INTO {self._TABLE} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", self._rows
-                )
+                self._db.executemany(f"INSERT OR REPLACE INTO {self._TABLE} VALUES ({', '.join('?' * 10)})", self._rows)
                 self._db.commit()
         self._rows, self._committed = [], time.monotonic()
 

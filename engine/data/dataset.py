@@ -25,7 +25,8 @@ from .clips import Clips, Skipped
 from .decode import AudioDecoder
 from .manifest import EXTENSIONS
 from .record import Record
-from .shards import is_prepared
+from .remarks import FLAT
+from .shards import is_prepared, print_remarks
 from .sources import Source, read_all
 from .statistics import NUM_MEL_BINS, evenly_picked, feature_statistics
 from .texts import Texts
@@ -144,7 +145,14 @@ def clip_statistics(
 
     mean, std = feature_statistics(batches(), sample_rate, num_mel_bins)
     decoder.close()
-    return mean, max(std, MIN_STD)
+    return mean, _usable(std)
+
+
+def _usable(std: float) -> float:
+    """A standard deviation to divide by; a warning where the data has none."""
+    if std < MIN_STD:
+        print(f"warning: {FLAT}", file=sys.stderr)
+    return max(std, MIN_STD)
 
 
 def _picked(datasets: np.ndarray, weights: Sequence[float] | None) -> np.ndarray:
@@ -178,7 +186,7 @@ def _prepared_statistics(config: Config) -> tuple[float, float] | None:
         stats = json.loads(path.read_bytes())
         if stats.get("num_mel_bins", NUM_MEL_BINS) != config.model.num_mel_bins:
             return None
-        return float(stats["mean"]), max(float(stats["std"]), MIN_STD)
+        return float(stats["mean"]), _usable(float(stats["std"]))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -191,6 +199,8 @@ def _prepared_statistics(config: Config) -> tuple[float, float] | None:
 def _checked(sources: list[str], data: DataSection) -> tuple[Clips, list[Skipped]]:
     """The clips of all sources, numbered by source, and what cannot be used of them."""
     read = {source: _read(source) for source in dict.fromkeys(sources)}
+    for source in (name for name, found in read.items() if found.clips is not None):
+        print_remarks(Path(source))
     manifests = {source: found.rows for source, found in read.items() if found.clips is None}
     entries = [entry for manifest in manifests.values() for entry in manifest]
     if entries:

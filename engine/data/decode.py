@@ -12,7 +12,6 @@ import contextlib
 import io
 import os
 import resource
-import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,11 +24,11 @@ import torch
 
 from .clips import Clips
 from .resample import Span, as_float, mean_of_channels, resampled_length, rounded
+from .wav import HEADER_BYTES, wav_header
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
 
-HEADER_BYTES = 44
 _BLOCK = 1 << 18  # samples of all channels that are decoded at a time
 
 
@@ -282,28 +281,6 @@ class _Files:
         for file in self._kept.values():
             os.close(file)
         self._kept.clear()
-
-
-def wav_header(frames: int, sample_rate: int) -> bytes:
-    """The 44 bytes before `frames` mono int16 samples: RIFF, fmt of 16 bytes, data; nothing else says the same in
-    fewer.
-    """
-    data = 2 * frames
-    return struct.pack(
-        "<4sI8sIHHIIHH4sI",
-        b"RIFF",
-        36 + data,
-        b"WAVEfmt ",
-        16,
-        1,
-        1,
-        sample_rate,
-        2 * sample_rate,
-        2,
-        16,
-        b"data",
-        data,
-    )
 
 
 def _decode_span(sound: soundfile.SoundFile, first: int, last: int) -> np.ndarray:

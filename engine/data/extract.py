@@ -3,8 +3,9 @@ prepare.py.
 
 It runs as a script, `python -P extract.py SETTINGS`, with the fields of `Extraction` in JSON. A line of standard input
 is a `Job` in JSON: a shard, or what is left of one. Each of its recordings is answered in turn by a line of standard
-output: {"clips": [[piece, offset, size, samples, crc32], ...], "end": length of the shard after it} or {"reason": why
-it is left out}. {"sha256": of the whole shard} comes last, or {"fatal": what no other file would change} at any point.
+output: {"clips": [[piece, offset, size, samples, crc32], ...], "end": length of the shard after it, "remarks": lines
+for people} or {"reason": why it is left out}. {"sha256": of the whole shard} comes last, or {"fatal": what no other
+file would change} at any point.
 """
 
 import contextlib
@@ -22,9 +23,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ssast.engine.data.probe import Reject, describe, ffmpeg_blocks, file_status, native_blocks, open_native, serve
+from ssast.engine.data.probe import Reject, decode, describe, file_status, serve
 from ssast.engine.data.record import Record
-from ssast.engine.data.resample import mean_of_channels, to_int16
+from ssast.engine.data.remarks import Ear
+from ssast.engine.data.resample import to_int16
 from ssast.engine.data.shards import END_OF_TAR, clip_key, encode_audio, tar_members
 
 END_TOLERANCE_S = 0.1  # by which the named end of a clip may lie behind the end of its file
@@ -71,14 +73,15 @@ def extract(job: Job, settings: Extraction) -> Iterator[dict[str, Any]]:
                 recording = Record(fields[0], tuple(fields[1]), *fields[2:])
                 start = tar.tell()
                 try:
-                    clips = list(_write_clips(tar, number, recording, settings))
+                    ear = Ear()
+                    clips = list(_write_clips(tar, number, recording, settings, ear))
                 except (_CannotWriteError, ImportError):
                     raise
                 except Exception as error:  # decoders' bindings raise all kinds, and one file must not end the run
                     _cut_back(tar, start)
                     yield {"reason": describe(error, settings.memory)}
                 else:
-                    yield {"clips": clips, "end": tar.tell()}
+                    yield {"clips": clips, "end": tar.tell(), "remarks": ear.remarks()}
             _write(tar, END_OF_TAR)
             os.fsync(tar.fileno())
             with open(job.tar, "rb") as written:
@@ -112,13 +115,13 @@ def _cut_back(file: BinaryIO, length: int) -> None:
         file.seek(length)
 
 
-def _write_clips(tar: BinaryIO, number: int, recording: Record, settings: Extraction) -> Iterator[list[int]]:
+def _write_clips(tar: BinaryIO, number: int, recording: Record, settings: Extraction, ear: Ear) -> Iterator[list[int]]:
     """Writes the clips of a recording; [piece, offset, size, samples, crc32] of each."""
     rate, size = settings.sample_rate, recording.size
     described = {"label": recording.label_text, "speaker": recording.speaker, "split": recording.split_text}
     described["source"] = recording.source
     with as_file(recording.path, recording.offset, size, folder=os.path.dirname(tar.name)) as file:
-        blocks = segment(to_int16(decode(file, size), rate), rate, recording.start, recording.end)
+        blocks = segment(to_int16(decode(file, size, ear), rate), rate, recording.start, recording.end)
         for piece, start, samples in cut(blocks, settings):
             note = described | {"start_s": recording.start + start / rate, "seconds": len(samples) / rate}
             audio = encode_audio(samples, rate, settings.codec)
@@ -165,21 +168,6 @@ def _copy_range(path: str, offset: int, size: int, copy: BinaryIO) -> None:
                 raise Reject("the archive ends before it")
             _write(copy, data)
             size -= len(data)
-
-
-def decode(path: str, size: int) -> Iterator[tuple[int, np.ndarray]]:
-    """A file of `size` bytes in blocks: (sample rate in Hz, mean of the channels: int16 [n], or float32 [n] of full
-    scale 1).
-
-    Raises `Reject`, at the end at the latest, if it is not whole and sound.
-    """
-    with open_native(path, size) as (sound, problem):
-        if sound is not None:
-            exact = sound.subtype == "PCM_16" and sound.channels == 1
-            for block in native_blocks(sound, "int16" if exact else "float32"):
-                yield sound.samplerate, mean_of_channels(block)
-            return
-    yield from ffmpeg_blocks(path, problem)
 
 
 def segment(blocks: Iterable[np.ndarray], sample_rate: int, start: float, end: float) -> Iterator[np.ndarray]:

@@ -39,6 +39,7 @@ from .extract import Extraction, Job
 from .layouts import LAYOUTS
 from .probe import file_status
 from .record import Record
+from .remarks import FLAT, Remarks
 from .shards import CODECS, END_OF_TAR, FORMAT, NUMBERS, Index, clip_key, load_index, shard_name, verify
 from .sources import read_source
 from .statistics import NUM_MEL_BINS, evenly_picked, feature_statistics
@@ -149,8 +150,8 @@ def _sizes(paths: list[str]) -> Iterator[int]:
 
 @dataclass
 class _Shard:
-    """A shard in the making: `clips` are [recording, piece, offset, size, samples, crc32], `rejected` [recording,
-    reason].
+    """A shard in the making: `clips` are [recording, piece, offset, size, samples, crc32], `rejected` and
+    `remarks` [recording, reason].
     """
 
     number: int
@@ -158,6 +159,7 @@ class _Shard:
     count: int
     clips: list[list[int]] = field(default_factory=list)
     rejected: list[list[Any]] = field(default_factory=list)
+    remarks: list[list[Any]] = field(default_factory=list)
     done: int = 0
     end: int = 0
     failed: int = -1  # the recording that the process before ended with
@@ -172,6 +174,7 @@ class _Shard:
             self.rejected.append([recording, answer["reason"]])
         else:
             self.clips += [[recording, *clip] for clip in answer["clips"]]
+            self.remarks += [[recording, text] for text in answer["remarks"]]
             self.end = answer["end"]
         self.done += 1
 
@@ -188,6 +191,7 @@ class _Shard:
         return {
             "clips": self.clips,
             "rejected": self.rejected,
+            "remarks": self.remarks,
             "bytes": self.end + len(END_OF_TAR),
             "sha256": self.sha256,
         }
@@ -266,6 +270,7 @@ class Folder:
         """Writes all but the shards; a summary."""
         parts = (self.part(number) for number in range(self.count))
         index, described, rejected, sources = Index(self.path / "index"), [], [], 0
+        remarks = Remarks()
         for number, part in enumerate(parts):
             clips = np.array(part["clips"], dtype=np.int64).reshape(-1, 6)
             recordings = [self.plan.recordings[row] for row in clips[:, 0]]
@@ -282,6 +287,8 @@ class Folder:
                 {"name": shard_name(number), "bytes": part["bytes"], "clips": len(clips), "sha256": part["sha256"]}
             )
             rejected += [(self.plan.recordings[recording].source, reason) for recording, reason in part["rejected"]]
+            for recording, text in part.get("remarks", []):  # absent where an older version made the shard
+                remarks.add(self.plan.recordings[recording].source, [text])
             sources += len(np.unique(clips[:, 0]))
         index.close()
         rows = io.StringIO(newline="")
@@ -297,6 +304,7 @@ class Folder:
             "clips": index.rows,
             "sources": sources,
             "rejected": len(rejected),
+            "remarks": remarks.as_json(),
             **_lengths(seconds),
         }
         stats = _feature_statistics(self.path, self.settings, progress) | stats
@@ -662,6 +670,11 @@ def main(argv: list[str] | None = None) -> int:
         end="",
     )
     print(f", {summary['shards']} shards; log-mel mean {summary['mean']}, std {summary['std']}")
+    remarks = Remarks()
+    remarks.add_json(summary["remarks"])
+    print(*remarks.lines(), sep="\n", end="\n" if summary["remarks"] else "", file=sys.stderr)
+    if not summary["std"]:
+        print(f"warning: {FLAT}", file=sys.stderr)
     print(f"{summary['rejected']} recordings rejected: {options.out / 'rejected.csv'}")
     for reason, count in summary["reasons"].most_common():
         print(f"  {count:8} {reason}")

@@ -3,7 +3,8 @@ check.py.
 
 It runs as a script, `python -P probe.py MEMORY_BYTES`, so that it starts fast: torch is not imported. A line of
 standard input is a file, [path, size, mtime in ns, path for a converted copy] in JSON. Each is answered by a line of
-standard output: {"sound": [frames, rate, channels, size of the copy, its mtime]}, where size -1 means no copy; or
+standard output: {"sound": [frames, rate, channels, size of the copy, its mtime], "remark": lines for people}, where
+size -1 means no copy; or
 {"reason": why the file is of no use, "transient": true if that may pass by itself}; or {"fatal": what no other file
 would change}.
 """
@@ -17,16 +18,18 @@ import resource
 import shutil
 import signal
 import stat
-import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
 
 from ssast.engine.data.names import missing_file
-from ssast.engine.data.resample import to_int16
+from ssast.engine.data.remarks import Ear
+from ssast.engine.data.resample import as_float, mean_of_channels, to_int16
+from ssast.engine.data.wav import WAV_MAGIC, Layout, Mended, WavError, read_layout
 from ssast.engine.files import atomic_write
 
 COPY_RATE = 16_000  # Hz
@@ -83,11 +86,11 @@ def serve(memory: int, handle: Callable[[Any], Iterable[Any]]) -> None:
 
 def _verdict(path: str, size: int, mtime_ns: int, copy: str, memory: int) -> dict[str, Any]:
     try:
-        sound = _inspect(path, size, copy)
+        sound, remarks = _inspect(path, size, copy)
         now = os.stat(path)
         if (now.st_size, now.st_mtime_ns) != (size, mtime_ns):
             return {"reason": "changed while it was being checked", "transient": True}
-        return {"sound": sound}
+        return {"sound": sound, "remark": "\n".join(remarks)}
     except _CannotWriteError as error:
         return {"fatal": str(error)}
     except ImportError as error:
@@ -121,85 +124,98 @@ def file_status(path: str) -> tuple[int, int] | str:
     return (status.st_size, status.st_mtime_ns) if status.st_size else "empty file"
 
 
-def _inspect(path: str, size: int, copy: str) -> list[int]:
-    with open_native(path, size) as (sound, problem):
-        if sound is not None:
-            frames, peak = _scan(sound)
+def _inspect(path: str, size: int, copy: str) -> tuple[list[int], list[str]]:
+    """(what DALI is to read of a file, remarks on it)."""
+    ear = Ear()
+    with open_native(path, size) as native:
+        if native.sound is not None and not native.is_mended:
+            frames, peak = _scan(native.sound, ear)
             # One-channel Vorbis and Opus beyond full scale wrap around in the int16 that DALI asks libsndfile for.
-            if peak <= 1 or sound.channels > 1:
-                return [frames, sound.samplerate, sound.channels, -1, 0]
-    return _convert(path, copy, problem)
+            if peak <= 1 or native.sound.channels > 1:
+                ear.header = native.remark
+                return [frames, native.sound.samplerate, native.sound.channels, -1, 0], ear.remarks()
+    ear = Ear()
+    return _convert(path, size, copy, ear), ear.remarks()
+
+
+@dataclass(frozen=True)
+class Native:
+    """A file in libsndfile's hands; `sound` is None where FFmpeg must read it, `problem` says why libsndfile could not
+    open it, "" if it could. `is_mended`: it is read under another header than it has, which DALI cannot do. `remark`
+    is for people, "" for none.
+    """
+
+    sound: soundfile.SoundFile | None
+    problem: str = ""
+    is_mended: bool = False
+    remark: str = ""
 
 
 @contextlib.contextmanager
-def open_native(path: str, size: int) -> Iterator[tuple[soundfile.SoundFile | None, str]]:
-    """The file in libsndfile's hands, or None where FFmpeg must read it; and why libsndfile could not open it, "" if it
-    could.
+def open_native(path: str, size: int) -> Iterator[Native]:
+    """A file of `size` bytes, if possible in libsndfile's hands.
 
     Raises `Reject` for a header at odds with the `size` bytes that there are.
     """
+    layout = None
     with open(path, "rb") as file:
         magic = file.read(4)
-        unknown_length = magic in (b"RIFF", b"RIFX", b"RF64", b"BW64") and _check_riff(file, size)
-        if magic == b"OggS":
+        if magic in WAV_MAGIC:
+            try:
+                layout = read_layout(file, size)
+            except WavError as error:
+                raise Reject(str(error)) from None
+        elif magic == b"OggS":
             _check_ogg(file, size)
-    try:
-        sound = soundfile.SoundFile(os.fsencode(path))
-    except TypeError:  # named .raw
-        yield None, _UNKNOWN
-        return
-    except soundfile.LibsndfileError as error:
-        known = magic in (b"RIFF", b"RF64", b"fLaC", b"OggS", b"FORM") and "not recognised" not in str(error)
-        yield None, _message(error) if known else _UNKNOWN
-        return
-    with sound:
-        native = sound.subtype in DALI_FORMATS.get(sound.format, ()) and not unknown_length
-        if native and sound.frames < 2**62:  # a FLAC written to a pipe knows no length, and DALI then decodes nothing
+    with contextlib.ExitStack() as stack:
+        problem, sound = "", None
+        try:
+            sound = stack.enter_context(soundfile.SoundFile(os.fsencode(path)))
+        except TypeError:  # named .raw
+            problem = _UNKNOWN
+        except soundfile.LibsndfileError as error:
+            known = magic in (b"RIFF", b"RF64", b"fLaC", b"OggS", b"FORM") and "not recognised" not in str(error)
+            problem = _message(error) if known else _UNKNOWN
+        is_mended = False
+        if layout is not None and not _sees_all(sound, layout):
+            with contextlib.suppress(soundfile.LibsndfileError):
+                mended = stack.enter_context(soundfile.SoundFile(stack.enter_context(Mended(path, layout))))
+                is_mended = sound is None or _sees_all(mended, layout)
+                sound = mended if is_mended else sound
+        remark = layout.remark if layout is not None else ""
+        is_native = sound is not None and sound.subtype in DALI_FORMATS.get(sound.format, ())
+        # A FLAC written to a pipe knows no length, and DALI then decodes nothing.
+        if is_native and sound.frames < 2**62:
             _check_rate(sound.samplerate)
-            yield sound, ""
+            yield Native(sound, "", is_mended, remark)
         else:
-            yield None, ""
+            yield Native(None, problem, False, remark)
 
 
-def _check_riff(file: BinaryIO, size: int) -> bool:
-    """Rejects a WAV whose `data` chunk claims more than the file holds; True if the samples are there, but the chunk
-    says none.
+def _sees_all(sound: soundfile.SoundFile | None, layout: Layout) -> bool:
+    """Whether libsndfile sees the samples of a WAV where they are; None: it cannot open the file."""
+    if sound is None:
+        return not layout.format_chunk
+    return sound.frames == layout.frames or (layout.frames is None and (sound.frames > 0 or not layout.remark))
 
-    Placeholders that writers to a pipe leave, all ones or about 2^31, mean that the length is unknown: what is there
-    counts.
+
+def decode(path: str, size: int, ear: Ear) -> Iterator[tuple[int, np.ndarray]]:
+    """A file of `size` bytes in blocks: (sample rate in Hz, mean of the channels: int16 [n], or float32 [n] of full
+    scale 1). `ear` hears it all.
+
+    Raises `Reject`, at the end at the latest, if it is not whole and sound.
     """
-    file.seek(0)
-    header = file.read(12).ljust(12, b"\0")
-    order = ">" if header.startswith(b"RIFX") else "<"
-    align, tag, long_size = 0, 0, 0
-    for _ in range(10_000):
-        name, length = struct.unpack(f"{order}4sI", file.read(8).ljust(8, b"\0"))
-        body = file.tell()
-        if name == b"data" or body >= size:
-            break
-        content = file.read(min(length, 24))
-        if name == b"fmt ":
-            tag, channels, _, _, align, bits = struct.unpack(f"{order}HHIIHH", content[:16].ljust(16, b"\0"))
-            if tag in (1, 3, 0xFFFE) and 0 < align < channels * -(-bits // 8):
-                raise Reject(f"contradictory header: {channels} channels of {bits} bits in {align} bytes")
-        elif name == b"ds64":
-            long_size = int.from_bytes(content[8:16], "little")
-        file.seek(body + length + length % 2)
-    if name != b"data":
-        return False  # libsndfile says what is wrong
-    held = size - body
-    if header.startswith((b"RF64", b"BW64")) and length == 0xFFFFFFFF:
-        length, unknown = long_size, long_size >= 2**63
-    else:
-        unknown = 0x7FFF0000 <= length <= 0x80000000 or length >= 0xFFFF0000
-    align = max(align, 1)
-    if length // align > held // align and not unknown:
-        unit, per = ("samples", align) if tag in (1, 3, 6, 7, 0xFFFE) else ("bytes", 1)
-        raise Reject(f"truncated: header says {length // per} {unit}, file holds {held // per}")
-    # Nothing claimed at the end of a RIFF that claims to end here, or anywhere: the writer never came back to fill in
-    # the sizes.
-    riff_end = struct.unpack_from(f"{order}I", header, 4)[0] + 8
-    return length == 0 and held >= align and (riff_end <= body or riff_end >= 0x7FFF0000)
+    with open_native(path, size) as native:
+        ear.header = native.remark
+        if native.sound is not None:
+            sound = native.sound
+            exact = sound.subtype == "PCM_16" and sound.channels == 1
+            for block in native_blocks(sound, "int16" if exact else "float32"):
+                mono = mean_of_channels(block)
+                ear.hear(block, mono if sound.channels > 1 else None)
+                yield sound.samplerate, mono
+            return
+    yield from ffmpeg_blocks(path, native.problem, ear)
 
 
 def _check_ogg(file: BinaryIO, size: int) -> None:
@@ -232,12 +248,13 @@ def _message(error: soundfile.LibsndfileError) -> str:
     return error.error_string.rpartition("rror : ")[2].rstrip(".")
 
 
-def _scan(sound: soundfile.SoundFile) -> tuple[int, float]:
+def _scan(sound: soundfile.SoundFile, ear: Ear) -> tuple[int, float]:
     """Decodes all of a file: (frames, peak), the peak of integer formats being 1."""
     kind = "float32" if sound.format == "OGG" else "int16"
     frames, peak = 0, 1.0 if kind == "int16" else 0.0
     for block in native_blocks(sound, kind):
         frames += len(block)
+        ear.hear(block, mean_of_channels(as_float(block)) if sound.channels > 1 else None)
         if kind == "float32":
             peak = max(peak, float(np.abs(block).max()))
     return frames, peak
@@ -269,18 +286,15 @@ def native_blocks(sound: soundfile.SoundFile, kind: str) -> Iterator[np.ndarray]
         raise Reject("no samples")
 
 
-def _convert(path: str, copy: str, problem: str) -> list[int]:
-    """Writes what FFmpeg decodes of the first audio stream to `copy`: 16 kHz, the mean of the channels, 16-bit FLAC.
-
-    `problem` says why libsndfile could not open the file, "" if it could.
-    """
+def _convert(path: str, size: int, copy: str, ear: Ear) -> list[int]:
+    """Writes what `decode` returns of a file to `copy`: 16 kHz, the mean of the channels, 16-bit FLAC."""
     content = io.BytesIO()
     with soundfile.SoundFile(content, "w", COPY_RATE, 1, "PCM_16", format="FLAC") as flac:
-        for samples in to_int16(ffmpeg_blocks(path, problem), COPY_RATE):
+        for samples in to_int16(decode(path, size, ear), COPY_RATE):
             flac.write(samples)
     content.seek(0)
     with soundfile.SoundFile(content) as flac:  # what could not be written would not show otherwise
-        frames, _ = _scan(flac)
+        frames, _ = _scan(flac, Ear())
     return [frames, COPY_RATE, 1, *_write_copy(copy, content)]
 
 
@@ -299,7 +313,7 @@ def _write_copy(copy: str, content: io.BytesIO) -> tuple[int, int]:
         ) from error
 
 
-def ffmpeg_blocks(path: str, problem: str) -> Iterator[tuple[int, np.ndarray]]:
+def ffmpeg_blocks(path: str, problem: str, ear: Ear) -> Iterator[tuple[int, np.ndarray]]:
     """What FFmpeg decodes of the first audio stream: (rate, mean of the channels, float32 [n], full scale 1).
 
     `problem` says why libsndfile could not open the file, "" if it could. Raises `Reject`, at the end at the latest.
@@ -311,7 +325,7 @@ def ffmpeg_blocks(path: str, problem: str) -> Iterator[tuple[int, np.ndarray]]:
         with av.open(path, container_options=options, metadata_errors="ignore") as container:
             if not container.streams.audio or container.streams.audio[0].codec_context is None:
                 raise Reject("no audio stream that can be decoded")
-            sound = _Sound(container)
+            sound = _Sound(container, ear)
             yield from sound.mono()
             sound.require_whole(path, problem)
     except MemoryError:
@@ -323,8 +337,8 @@ def ffmpeg_blocks(path: str, problem: str) -> Iterator[tuple[int, np.ndarray]]:
 class _Sound:
     """The first audio stream of a container, decoded past errors as players do."""
 
-    def __init__(self, container: Any) -> None:
-        self._container, self._stream = container, container.streams.audio[0]
+    def __init__(self, container: Any, ear: Ear) -> None:
+        self._container, self._stream, self._ear = container, container.streams.audio[0], ear
         self._seconds, self._errors, self._bad = 0.0, 0, 0
 
     def mono(self) -> Iterator[tuple[int, np.ndarray]]:
@@ -352,7 +366,9 @@ class _Sound:
             samples = samples.astype(np.float32) / 2 ** (8 * samples.itemsize - 1) - (samples.dtype.kind == "u")
         self._bad += _check_samples(samples)[1]
         if samples.size and not self._bad:
-            yield rate, samples.mean(axis=0).astype(np.float32, copy=False)
+            mono = samples.mean(axis=0).astype(np.float32, copy=False)
+            self._ear.hear(samples, mono if len(samples) > 1 else None)
+            yield rate, mono
 
     def _frames(self) -> Iterator[Any]:
         import av

@@ -17,6 +17,7 @@ import io
 import json
 import os
 import struct
+import sys
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,7 +35,9 @@ from ssast.engine.files import encode_text
 
 from .clips import Clips
 from .record import split_and_fold
+from .remarks import Remarks
 from .texts import Block, Texts
+from .wav import HEADER_BYTES, wav_header
 
 # What a prepared folder holds; the second as long as it is not finished.
 DESCRIPTION, UNFINISHED, SHARDS, INDEX = "dataset.json", "unfinished.json", "shards", "index"
@@ -45,7 +48,6 @@ NUMBERS = {"shard": "<i4", "offset": "<i8", "size": "<i8", "samples": "<i8", "cr
 NOTED = ("label", "speaker", "split", "source")  # in the .json beside each clip
 TEXTS = ("key", *NOTED)
 END_OF_TAR = bytes(2 * tarfile.BLOCKSIZE)
-_WAV_HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")
 _NPY_HEADER = 128  # bytes, so that it can be written once the number of rows is known
 _LISTED = 20  # faults of one shard that are told one by one
 
@@ -62,10 +64,7 @@ def clip_key(recording: int, piece: int) -> str:
 def encode_audio(samples: np.ndarray, sample_rate: int, codec: str) -> bytes:
     """A WAV file with a header of 44 bytes, or a FLAC file, of int16 [S]."""
     if codec == "wav":
-        data = samples.astype("<i2", copy=False).tobytes()
-        size = len(data)
-        parts = (b"RIFF", 36 + size, b"WAVE", b"fmt ", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16, b"data", size)
-        return _WAV_HEADER.pack(*parts) + data
+        return wav_header(len(samples), sample_rate) + samples.astype("<i2", copy=False).tobytes()
     file = io.BytesIO()
     soundfile.write(file, samples, sample_rate, format="FLAC", subtype="PCM_16")
     return file.getvalue()
@@ -74,8 +73,8 @@ def encode_audio(samples: np.ndarray, sample_rate: int, codec: str) -> bytes:
 def count_samples(content: bytes, codec: str) -> int:
     """Samples that the header of an audio member promises; -1 for another header than `encode_audio` writes."""
     if codec == "wav":
-        known = content.startswith(b"RIFF") and content[36:40] == b"data" and len(content) >= _WAV_HEADER.size
-        return (len(content) - _WAV_HEADER.size) // 2 if known else -1
+        known = content.startswith(b"RIFF") and content[36:40] == b"data" and len(content) >= HEADER_BYTES
+        return (len(content) - HEADER_BYTES) // 2 if known else -1
     return (
         int.from_bytes(content[21:26], "big") & (1 << 36) - 1
         if content.startswith(b"fLaC") and len(content) > 42
@@ -168,6 +167,17 @@ def is_prepared(folder: Path) -> bool:
     if (folder / UNFINISHED).is_file():
         return True
     return (folder / SHARDS).is_dir() and ((folder / DESCRIPTION).is_file() or any((folder / SHARDS).glob("*.tar")))
+
+
+def print_remarks(folder: Path) -> None:
+    """Say on standard error what `ssast prepare` had to remark on the recordings of a folder, a line for each kind."""
+    remarks = Remarks()
+    try:
+        remarks.add_json(json.loads((folder / "stats.json").read_bytes()).get("remarks"))
+    except (OSError, ValueError, AttributeError):
+        return  # nothing that a run needs
+    for line in remarks.lines():
+        print(line, file=sys.stderr)
 
 
 def open_shards(folder: Path) -> Clips:

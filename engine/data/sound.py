@@ -3,8 +3,8 @@ cost of one file.
 
 As a script, `python -P sound.py SETTINGS`, this is such a process. A line of standard input is a job in JSON, [path,
 offset, size] of a whole recording, or [path, offset, size, start, end] in seconds. It is answered by lines of JSON on
-standard output: {"samples": int16 of base64}, as many as it takes, and then {"end": true} or {"reason": why the
-recording is of no use}, or {"fatal": what no other file would change}.
+standard output: {"samples": int16 of base64}, as many as it takes, and then {"end": true, "remarks": lines for people}
+or {"reason": why the recording is of no use}, or {"fatal": what no other file would change}.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from ssast.engine.data.extract import as_file, decode, segment
-from ssast.engine.data.probe import describe, file_status, serve
+from ssast.engine.data.extract import as_file, segment
+from ssast.engine.data.probe import decode, describe, file_status, serve
 from ssast.engine.data.record import Record
+from ssast.engine.data.remarks import Ear, Remarks
 from ssast.engine.data.resample import to_int16
 from ssast.engine.data.workers import Worker
 from ssast.engine.errors import UserError
@@ -75,6 +77,7 @@ def read_recordings(
     """For each recording, in order, its samples: blocks int16 [n], mono, at `sample_rate` Hz. `workers` processes
     decode ahead, little.
 
+    What is worth a remark, such as silence, goes to standard error at the end, a line for each kind.
     A stream is to be read before the next one is asked for; what is left of it is passed over.
 
     Raises:
@@ -86,9 +89,11 @@ def read_recordings(
     arguments = [json.dumps({"sample_rate": sample_rate, "memory": memory})]
     waiting = iter(recordings)
     busy: deque[_Decoder] = deque()
+    remarks = Remarks()
     with contextlib.ExitStack() as stack:
+        stack.callback(lambda: [tqdm.write(line, file=sys.stderr) for line in remarks.lines()])
         for _, recording in zip(range(workers), waiting, strict=False):  # in this order, or it would take one too many
-            busy.append(_Decoder(arguments, timeout_s))
+            busy.append(_Decoder(arguments, timeout_s, remarks))
             stack.callback(busy[-1].close)
             busy[-1].begin(recording)
         while busy:
@@ -104,14 +109,15 @@ def read_recordings(
 class _Decoder:
     """A process, started anew whenever it has ended, and the recording it has in hand."""
 
-    def __init__(self, arguments: list[str], timeout_s: float) -> None:
-        self._arguments, self._timeout_s = arguments, timeout_s
+    def __init__(self, arguments: list[str], timeout_s: float, remarks: Remarks) -> None:
+        self._arguments, self._timeout_s, self._remarks = arguments, timeout_s, remarks
+        self._source = ""
         self._worker: Worker | None = None
         self._problem = ""
         self._is_done = True
 
     def begin(self, recording: Record) -> None:
-        self._problem, self._is_done = "", False
+        self._problem, self._is_done, self._source = "", False, recording.source
         status = file_status(recording.path)
         if isinstance(status, str):
             self._problem = status
@@ -133,6 +139,7 @@ class _Decoder:
                     yield np.frombuffer(base64.b64decode(answer["samples"]), dtype=np.int16)
                     continue
                 self._is_done = True
+                self._remarks.add(self._source, answer.get("remarks", ()))
                 if "fatal" in answer:
                     raise UserError(answer["fatal"])
                 if "reason" in answer:
@@ -173,12 +180,13 @@ class _Decoder:
 
 def _stream(job: Sequence[Any], sample_rate: int, memory: int) -> Iterator[dict[str, Any]]:
     path, offset, size, start, end = (*job, 0.0, math.inf)[:5]
+    ear = Ear()
     try:
         with as_file(path, offset, size, folder=tempfile.gettempdir()) as file:
-            for samples in segment(to_int16(decode(file, size), sample_rate), sample_rate, start, end):
+            for samples in segment(to_int16(decode(file, size, ear), sample_rate), sample_rate, start, end):
                 for first in range(0, len(samples), _BLOCK):
                     yield {"samples": base64.b64encode(samples[first : first + _BLOCK].tobytes()).decode("ascii")}
-        yield {"end": True}
+        yield {"end": True, "remarks": ear.remarks()}
     except ImportError as error:
         yield {"fatal": f"cannot import what decodes audio: {error}"}
     except Exception as error:  # decoders' bindings raise all kinds, and one file must not end the run

@@ -13,7 +13,7 @@ from ssast.engine.data.check import check_clips
 from ssast.engine.data.clips import Clips, Skipped
 from ssast.engine.data.dataset import CONVERTED_RATE, Dataset, cache_folder, clip_statistics, require_whole_files
 from ssast.engine.data.record import KNOWN, Record, unknown_split
-from ssast.engine.data.shards import is_prepared, open_shards
+from ssast.engine.data.shards import is_prepared, open_shards, print_remarks
 from ssast.engine.errors import UserError
 
 from .config import FinetuneConfig, FinetuneDataSection
@@ -83,6 +83,7 @@ def read_task(config: FinetuneConfig) -> LabelledClips:
             for source in sources:
                 if is_prepared(Path(source)):
                     clips = open_shards(Path(source))
+                    print_remarks(Path(source))
                     wrong = next((name for name in set(clips.splits) if name not in KNOWN), None)
                     if wrong is not None and not split:
                         raise unknown_split(wrong, source)

@@ -278,7 +278,10 @@ def test_workers_do_not_load_torch(tmp_path):
     status = os.stat(path)
     line = json.dumps([path, status.st_size, status.st_mtime_ns, str(tmp_path / "copy.flac")]).encode() + b"\n"
     done = subprocess.run(command, input=line, capture_output=True, timeout=30, check=True)
-    assert [json.loads(answer) for answer in done.stdout.splitlines()] == [None, {"sound": [8000, RATE, 1, -1, 0]}]
+    assert [json.loads(answer) for answer in done.stdout.splitlines()] == [
+        None,
+        {"sound": [8000, RATE, 1, -1, 0], "remark": ""},
+    ]
     assert not re.search(rb"\| +(torch|av)$", done.stderr, re.M)
 
 
@@ -408,9 +411,9 @@ def test_verdicts_survive_a_kill(tmp_path):
     """What was decided more than a few seconds before a kill -9 is in the cache."""
     cache = check._Cache(tmp_path / "checked.sqlite")
     cache._committed -= 3
-    cache.put("/a.wav", [1, 2, 3, 4, 5, -1, 0, None])
+    cache.put("/a.wav", [1, 2, 3, 4, 5, -1, 0, None, ""])
     assert list(check._Cache(tmp_path / "checked.sqlite").rows(["/a.wav", "/b.wav"])) == [
-        (1, 2, 3, 4, 5, -1, 0, None),
+        (1, 2, 3, 4, 5, -1, 0, None, ""),
         None,
     ]
 

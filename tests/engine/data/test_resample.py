@@ -10,13 +10,14 @@ import soundfile
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ssast.engine.data import extract, probe
+from ssast.engine.data import probe
 from ssast.engine.data.check import check_clips
 from ssast.engine.data.clips import Clips
 from ssast.engine.data.dataset import clip_statistics
 from ssast.engine.data.decode import AudioDecoder
 from ssast.engine.data.prepare import Settings, prepare
 from ssast.engine.data.record import Record
+from ssast.engine.data.remarks import Ear
 from ssast.engine.data.resample import Span, resampled_length, rounded, to_int16
 from ssast.engine.data.shards import open_shards
 from ssast.engine.data.sound import find_recordings, read_recordings
@@ -73,7 +74,7 @@ def checked(paths: list[Path], cache: Path) -> Clips:
 def inspected(path: Path, folder: Path) -> Clips:
     """As the check has it, without a process of its own."""
     copy = folder / "copy.flac"
-    frames, rate, channels, copy_size, _ = probe._inspect(str(path), path.stat().st_size, str(copy))
+    (frames, rate, channels, copy_size, _), _ = probe._inspect(str(path), path.stat().st_size, str(copy))
     numbers = ([frames], np.array([rate], dtype=np.int32), [channels])
     read, size = (copy, copy_size) if copy_size >= 0 else (path, path.stat().st_size)
     arrays = [np.asarray(column) for column in (*numbers, [size], [0])]
@@ -96,7 +97,7 @@ def loaded(clips: Clips, rate: int, start: int = 0, window: int = 0) -> list[np.
 
 def prepared(path: Path, rate: int) -> np.ndarray:
     """As `ssast prepare` and the reading of `embed` and `predict` have it, in this process."""
-    blocks = to_int16(extract.decode(str(path), path.stat().st_size), rate)
+    blocks = to_int16(probe.decode(str(path), path.stat().st_size, Ear()), rate)
     return np.concatenate([block.copy() for block in blocks])  # the decoder uses its memory again
 
 

@@ -25,11 +25,12 @@ from ssast.engine.config import load_config
 from ssast.engine.data import decode
 from ssast.engine.data.clips import Clips
 from ssast.engine.data.dataset import check_reachable, open_dataset
-from ssast.engine.data.decode import AudioDecoder, wav_header
+from ssast.engine.data.decode import AudioDecoder
 from ssast.engine.data.loader import ClipReader
 from ssast.engine.data.order import SampleOrder
 from ssast.engine.data.shards import open_shards
 from ssast.engine.data.texts import Texts
+from ssast.engine.data.wav import wav_header
 from ssast.engine.errors import UserError
 
 WINDOW, RATE = 4000, 16000
