@@ -415,9 +415,9 @@ package.__path__ = [{folder!r}]
 import numpy as np
 from ssast.engine.data import extract
 decode = extract.decode
-def sabotaged(path, size):
+def sabotaged(path, size, ear):
     name = os.path.basename(path)
-    for samples in decode(path, size):
+    for samples in decode(path, size, ear):
         yield samples  # half a clip has come when it happens
         if "crash" in name:
             os.abort()

@@ -10,8 +10,8 @@ from ssast.engine.data import prepare as prepare_command
 from ssast.engine.data.check import check_clips
 from ssast.engine.data.clips import Clips
 from ssast.engine.data.dataset import clip_statistics
-from ssast.engine.data.record import Record
 from ssast.engine.data.prepare import Settings, prepare
+from ssast.engine.data.record import Record
 from ssast.engine.data.remarks import CANCELLED, FLAT, SILENT, Ear, Remarks
 from ssast.engine.data.shards import open_shards, print_remarks
 from ssast.engine.data.sound import find_recordings, read_recordings

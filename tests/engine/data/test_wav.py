@@ -11,8 +11,8 @@ import soundfile
 
 from ssast.engine.data import probe
 from ssast.engine.data.check import check_clips
-from ssast.engine.data.record import Record
 from ssast.engine.data.prepare import Settings, prepare
+from ssast.engine.data.record import Record
 from ssast.engine.data.remarks import Ear
 from ssast.engine.data.sound import find_recordings, read_recordings
 from ssast.engine.data.wav import HEADER_BYTES, WavError, read_layout, wav_header
