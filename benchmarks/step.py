@@ -28,13 +28,12 @@ from ssast.engine.distributed.ranks import Ranks, join_ranks
 from ssast.engine.errors import UserError, first_line
 from ssast.engine.model.adapt import build_model
 from ssast.engine.model.cost import flops_per_clip
-from ssast.engine.training.trainer import Trainer
 
 from .deadline import Deadline, DeadlinePassed
 from .machine import device_columns, environment_columns, peak_tflops
 from .rows import RESULTS, Row, Sink, read_rows
 from .throughput.baseline_race import baseline_runner
-from .throughput.measure import LOUDNESS, in_memory, nothing_to_read, run_steps, time_steps, undisturbed
+from .throughput.measure import LOUDNESS, in_memory, nothing_to_read, pretrainer, run_steps, time_steps, undisturbed
 from .throughput.step_baselines import step_baselines
 
 FILE = RESULTS / "step.csv"
@@ -120,21 +119,17 @@ class StepBench:
         return self._as_row(config, case, clips, seconds, described, peak if seconds else None, note)
 
     def _engine(self, config: Config) -> Measured:
-        trainer = Trainer(
-            config, nothing_to_read(config), build_model(config.architecture, config.run.seed), self.ranks
-        )
-        trainer.choose_attention()
+        trainer = pretrainer(config, nothing_to_read(config), self.ranks)
         if config.step.attention == "auto":
-            self._attention = trainer.attention
+            self._attention = trainer.training_step.attention
         batches = iter(in_memory(trainer, self.ranks.device))
         try:
             run_steps(trainer, batches, WARM_UP)
             self._forget_peak()
             seconds, _ = run_steps(trainer, batches, self.steps)
-            return seconds, trainer.describe_step(), trainer.micro_batch
+            return seconds, trainer.training_step.describe(), trainer.training_step.micro_batch
         finally:
-            if config.step.engine == "deepspeed":
-                trainer.engine.destroy()  # its hooks and buffers would outlive it
+            trainer.engine.release()
 
     def _forget_peak(self) -> None:
         if self.ranks.device.type == "cuda":

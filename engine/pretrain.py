@@ -27,6 +27,7 @@ from .training.runlog import read_rows
 if TYPE_CHECKING:
     from .data.dataset import Dataset
     from .distributed.interrupt import StopRequest
+    from .training.schedule import Progress
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,9 +42,9 @@ def _start(arguments: argparse.Namespace) -> int:
     ranks = count_ranks(arguments.ranks) if place is None else place.world_size
     config.batch_sizes(ranks)
     if arguments.dry_run:
-        from .training.trainer import check_deepspeed_section
+        from .training.backends import choose_backend
 
-        check_deepspeed_section(config)
+        choose_backend(config.step.engine).check(config)
         print(describe_run(config, ranks))
         return 0
     if place is None:
@@ -63,11 +64,13 @@ def run(config: Config) -> int:
 def _train(config: Config, stop_request: StopRequest) -> int:
     from .data.dataset import check_reachable, open_dataset
     from .training.auto_batch import find_auto_batch, with_micro_batch
-    from .training.trainer import Trainer, check_deepspeed_section
+    from .training.backends import choose_backend
+    from .training.pretraining import Pretraining
+    from .training.trainer import Trainer
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     ranks = join_ranks(config.step.engine)
-    check_deepspeed_section(config)
+    choose_backend(config.step.engine).check(config)
     if config.run.deterministic:
         be_deterministic()
     if ranks.once(lambda: is_finished(config)):
@@ -85,13 +88,12 @@ def _train(config: Config, stop_request: StopRequest) -> int:
             found = find_auto_batch(config, ranks)
             if ranks.is_first:
                 print(found)
-            trainer = Trainer(with_micro_batch(config, found, ranks.world_size), data, model, ranks)
-        else:
-            trainer = Trainer(config, data, model, ranks)
+            config = with_micro_batch(config, found, ranks.world_size)
+        trainer = Trainer(config, data, model, ranks, Pretraining(config, data, ranks))
         with stop_request:
             done = trainer.train(stop_request)
         if ranks.is_first:
-            _finish(config, data, trainer.step, done)
+            _finish(config, data, trainer.progress, done)
     return 0
 
 
@@ -144,19 +146,17 @@ def describe_run(config: Config, world_size: int = 1) -> str:
     return "\n".join(lines)
 
 
-def _finish(config: Config, data: Dataset, step: int, done: bool) -> None:
+def _finish(config: Config, data: Dataset, progress: Progress, done: bool) -> None:
     from .report.run import write_report
     from .training.preview import write_preview
 
-    write_preview(config, data, config.run_dir, step)
+    write_preview(config, data, config.run_dir, progress.step)
     report = write_report(config.run_dir)
     if done:
-        print(f"finished {step} steps; report: {report}")
+        print(f"finished {progress.step} steps; report: {report}")
     else:
-        print(
-            f"stopped at step {step} of {config.train.steps}, saved; run the same command to go on; report so far: "
-            f"{report}"
-        )
+        where = progress.at(progress.step)
+        print(f"stopped at {where}, saved; run the same command to go on; report so far: {report}")
 
 
 def _status_after_stop(config: Config) -> int:

@@ -28,7 +28,8 @@ from ssast.engine.errors import UserError
 from ssast.engine.files import write_whole
 from ssast.engine.model.adapt import build_model
 from ssast.engine.process import leave
-from ssast.engine.training.trainer import Clock, Trainer
+from ssast.engine.training.pretraining import Pretraining
+from ssast.engine.training.trainer import Trainer
 
 from .measure import in_memory, nothing_to_read, time_steps, undisturbed
 from .step_baselines import StepBaseline, step_baselines
@@ -85,8 +86,7 @@ def main(argv: list[str] | None = None) -> int:
             config = undisturbed(config, Path(folder))
             data, model = nothing_to_read(config), build_model(config.architecture, config.run.seed)
             baselines = step_baselines(config, model, ranks.device, mean=data.mean, std=data.std, names=arguments.names)
-            trainer = Trainer(config, data, model, ranks)
-            trainer.choose_attention()
+            trainer = Trainer(config, data, model, ranks, Pretraining(config, data, ranks))
             waveforms = in_memory(trainer, torch.device("cpu")).waveforms
             runners = [_ours(trainer)] + [baseline_runner(each, waveforms, ranks.device) for each in baselines]
             write_whole(arguments.out, json.dumps(race(runners)))
@@ -97,9 +97,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _ours(trainer: Trainer) -> Runner:
-    batches, clock = iter(in_memory(trainer, torch.device("cpu"))), Clock(trainer.clips_per_step, 1.0)
+    batches, clock = iter(in_memory(trainer, torch.device("cpu"))), trainer.new_clock()
     runner = Runner(
-        "this engine", "", trainer.clips_per_step, lambda: trainer.run_step(batches, clock), trainer.ranks.device
+        "this engine", "", trainer.training_step.clips, lambda: trainer.run_step(batches, clock), trainer.ranks.device
     )
     time_steps(runner.step, WARM_UP, runner.device)
     return runner

@@ -35,7 +35,8 @@ from ssast.engine.model.adapt import build_model
 from ssast.engine.model.cost import FLOP_FORMULA, flops_per_clip
 from ssast.engine.process import leave
 from ssast.engine.training.auto_batch import activation_bytes, find_auto_batch, with_micro_batch
-from ssast.engine.training.trainer import Clock, Trainer
+from ssast.engine.training.pretraining import Pretraining
+from ssast.engine.training.trainer import Trainer
 from ssast.kernels import NUM_PREFIX
 
 from .ceilings import ceiling_rates
@@ -74,8 +75,7 @@ def measure(config: Config, ranks: Ranks, arguments: argparse.Namespace, folder:
         config = with_micro_batch(config, fitting, ranks.world_size)
     config = undisturbed(config, folder)
     data = ranks.once(lambda: open_dataset(config)) if feeds_from_files else nothing_to_read(config)
-    trainer = Trainer(config, data, build_model(config.architecture, config.run.seed), ranks)
-    trainer.choose_attention()
+    trainer = pretrainer(config, data, ranks)
     memory = in_memory(trainer, ranks.device if not feeds_from_files else torch.device("cpu"))
     loader = trainer.train_loader() if feeds_from_files else None
     batches = loader or iter(memory)
@@ -100,9 +100,11 @@ def measure(config: Config, ranks: Ranks, arguments: argparse.Namespace, folder:
     resident = in_memory(trainer, ranks.device)
     run_steps(trainer, iter(resident), 2)
     seconds, _ = run_steps(trainer, iter(resident), arguments.steps)
-    ceilings = {"model only": {"clips_per_s": trainer.clips_per_step * len(seconds) / sum(seconds)}}
+    ceilings = {"model only": {"clips_per_s": trainer.training_step.clips * len(seconds) / sum(seconds)}}
     if feeds_from_files:
-        ceilings["loader only"] = {"clips_per_s": drain_loader(trainer, arguments.steps * trainer.accumulation)}
+        ceilings["loader only"] = {
+            "clips_per_s": drain_loader(trainer, arguments.steps * trainer.training_step.accumulation)
+        }
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()  # what the steps have left, the ceilings may use
     rates = ceiling_rates(ranks.device)
@@ -136,9 +138,15 @@ def measure(config: Config, ranks: Ranks, arguments: argparse.Namespace, folder:
     }
 
 
+def pretrainer(config: Config, data: Dataset, ranks: Ranks) -> Trainer:
+    """Of a fresh model."""
+    model = build_model(config.architecture, config.run.seed)
+    return Trainer(config, data, model, ranks, Pretraining(config, data, ranks))
+
+
 def run_steps(trainer: Trainer, batches: Iterator[Batch], count: int) -> tuple[list[float], list[float]]:
     """(seconds of each step, seconds that the host waited for data in each)."""
-    clock, waits = Clock(trainer.clips_per_step, 1.0), [0.0]
+    clock, waits = trainer.new_clock(), [0.0]
 
     def step() -> None:
         trainer.run_step(batches, clock)
@@ -177,7 +185,7 @@ def trace_steps(trainer: Trainer, batches: Iterator[Batch], folder: Path) -> Pat
         schedule=schedule,
         on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
     ) as profiler:
-        clock = Clock(trainer.clips_per_step, 1.0)
+        clock = trainer.new_clock()
         for _ in range(1 + TRACED_STEPS):  # one after another as in training: no wait for the device between them
             trainer.run_step(batches, clock)
             profiler.step()
@@ -195,7 +203,7 @@ def drain_loader(trainer: Trainer, count: int) -> float:
         began = time.perf_counter()
         for _ in range(count):
             next(loader)
-        rate = count * trainer.micro_batch / (time.perf_counter() - began)
+        rate = count * trainer.training_step.micro_batch / (time.perf_counter() - began)
     finally:
         loader.close()
     total = torch.tensor([rate], device=trainer.ranks.device)
@@ -233,7 +241,7 @@ def memory_split(trainer: Trainer) -> dict[str, Any]:
     plain = build_model(trainer.config.architecture)
     plain.checkpoint_activations(trainer.config.step.activation_checkpointing)
     one, two = (activation_bytes(plain, trainer.config, trainer.ranks.device, clips) for clips in (1, 2))
-    activations = one + (two - one) * (trainer.micro_batch - 1)
+    activations = one + (two - one) * (trainer.training_step.micro_batch - 1)
     split = {
         "parameters": parameters,
         "gradients": gradients,
@@ -251,20 +259,20 @@ def memory_split(trainer: Trainer) -> dict[str, Any]:
 def describe(trainer: Trainer, feeds_from_files: bool) -> dict[str, Any]:
     """What was measured, as the report shows it."""
     config, shape = trainer.config, trainer.config.architecture
-    step = trainer.describe_step()
+    step = trainer.training_step.describe()
     grid, patch = shape.grid, shape.patch_shape
     return {
         "device": trainer.ranks.device.type,
         "device_name": device_name(trainer.ranks.device),
         "world_size": trainer.ranks.world_size,
         "model": f"{config.model.size}, depth {shape.depth}, {grid[0]} x {grid[1]} patches of {patch[0]} x {patch[1]}",
-        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trainer.engine.module.parameters()),
+        "parameters": trainer.engine.num_parameters(),
         "tokens": NUM_PREFIX + shape.num_patches,
         "num_masked": config.mask.num_masked,
         "seconds_per_clip": config.num_samples / config.data.sample_rate,
-        "micro_batch": trainer.micro_batch,
-        "accumulation": trainer.accumulation,
-        "clips_per_step": trainer.clips_per_step,
+        "micro_batch": trainer.training_step.micro_batch,
+        "accumulation": trainer.training_step.accumulation,
+        "clips_per_step": trainer.training_step.clips,
         "source": "audio files" if feeds_from_files else "noise, in memory",
         **{key: value for key, value in step.items() if key != "mlp"},
         "fp8_mlp": config.step.fp8_mlp,
@@ -288,19 +296,19 @@ class InMemory:
 def in_memory(trainer: Trainer, device: torch.device) -> InMemory:
     """Noise of the run's shape on the device, the same for each rank and seed."""
     generator = torch.Generator().manual_seed(trainer.config.run.seed + trainer.ranks.rank)
-    shape = (trainer.micro_batch, trainer.config.num_samples)
+    shape = (trainer.training_step.micro_batch, trainer.config.num_samples)
     waveforms = [
         (LOUDNESS * torch.randn(shape, generator=generator)).round().clamp(-32768, 32767).to(torch.int16)
         for _ in range(BATCHES_IN_MEMORY)
     ]
-    lengths = torch.full((trainer.micro_batch,), trainer.config.num_samples)
+    lengths = torch.full((trainer.training_step.micro_batch,), trainer.config.num_samples)
     if device.type == "cuda":
         waveforms, lengths = [waveform.to(device) for waveform in waveforms], lengths.to(device)
     elif (
         trainer.ranks.device.type == "cuda"
     ):  # pinned, as the loader's batches are: other copies would wait for the device
         waveforms, lengths = [waveform.pin_memory() for waveform in waveforms], lengths.pin_memory()
-    return InMemory(waveforms, lengths, trainer.micro_batch * trainer.ranks.world_size)
+    return InMemory(waveforms, lengths, trainer.training_step.micro_batch * trainer.ranks.world_size)
 
 
 def nothing_to_read(config: Config) -> Dataset:

@@ -39,10 +39,11 @@ from ssast.engine.model.config import WIDTHS, ModelCard, ModelConfig
 from ssast.engine.model.ssast import SSAST
 from ssast.engine.model.weights import WEIGHTS_FILE, load_model, save_model
 from ssast.engine.process import leave
+from ssast.engine.training.backends import choose_backend
 from ssast.engine.training.checkpoint import checkpoint_steps
 from ssast.engine.training.rundir import check_run_dir, locked, measured_statistics, prepare_run_dir
 from ssast.engine.training.runlog import read_rows
-from ssast.engine.training.trainer import Trainer, check_deepspeed_section
+from ssast.engine.training.trainer import Trainer
 
 from .config import SCRATCH, FinetuneConfig
 from .dataset import LabelledClips, TaskData, open_task, read_task
@@ -87,7 +88,7 @@ def _start(arguments: argparse.Namespace) -> int:
     ranks = count_ranks(arguments.ranks) if place is None else place.world_size
     config.batch_sizes(ranks)
     if arguments.dry_run:
-        check_deepspeed_section(config)
+        choose_backend(config.step.engine).check(config)
         print(dump_config(config).rstrip())
         return 0
     if place is None and ranks > 1:
@@ -113,7 +114,7 @@ def run_all(config: FinetuneConfig, arms: list[Arm], seeds: int, stop_request: S
             "augment.mixup: clips are mixed within a micro-batch, which has one clip here; make it larger, or set "
             "mixup to 0"
         )
-    check_deepspeed_section(config)
+    choose_backend(config.step.engine).check(config)
     read = ranks.once(lambda: read_task(config))
     runs = list(plan(config, arms, seeds, read))
     ranks.once(lambda: _check_folds(runs, read))

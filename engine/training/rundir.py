@@ -18,16 +18,17 @@ from ssast.engine.environment import describe_environment, source_diff
 from ssast.engine.errors import UserError
 from ssast.engine.files import PROFILE_FOLDER, write_whole
 
-from .checkpoint import checkpoint_steps, remove_incomplete
+from .checkpoint import checkpoint_steps, read_state, remove_incomplete
+from .schedule import Progress
 
 if TYPE_CHECKING:
     from ssast.engine.data.dataset import Dataset
 
 # What may differ between the config of a run folder and that of the command that goes on with it.
 _MAY_CHANGE = """
-run.name run.folder run.wandb train.steps train.log_every train.keep_last data.num_threads data.prefetch data.cache_dir
-data.max_bad_fraction step.compile step.compile_mode step.activation_checkpointing deepspeed.steps_per_print
-deepspeed.wall_clock_breakdown
+run.name run.folder run.wandb train.steps train.minutes train.log_every train.keep_last data.num_threads data.prefetch
+data.cache_dir data.max_bad_fraction step.compile step.compile_mode step.activation_checkpointing
+deepspeed.steps_per_print deepspeed.wall_clock_breakdown
 """
 LOCK_FILE = ".lock"
 LOCK_PATIENCE_S = 60.0
@@ -77,7 +78,10 @@ def is_finished(config: RunConfig) -> bool:
     """Whether the run folder holds all the steps of this config. Raises UserError if it holds something else."""
     check_run_dir(config)
     steps = checkpoint_steps(config.run_dir)
-    return bool(steps) and steps[-1] >= config.train.steps and (config.run_dir / "report.html").is_file()
+    if not steps or not (config.run_dir / "report.html").is_file():
+        return False
+    seconds = read_state(config.run_dir, steps[-1]).get("seconds", 0.0)
+    return Progress(config.train, steps[-1], seconds).is_done
 
 
 @contextlib.contextmanager

@@ -50,13 +50,14 @@ class RunLog:
         if self._wandb is not None and numbers:
             self._wandb.log(numbers, step=step)
 
-    def progress(self, step: int, total: int, **shown: str) -> None:
+    def progress(self, step: int, where: str, *, is_last: bool, **shown: str) -> None:
+        """Move the bar or, where there is none, now and then print a line that begins with `where`."""
         self._bar.update(step - self._bar.n)
         self._bar.set_postfix(shown, refresh=False)
         now = time.monotonic()
-        if self._plain and (now - self._last_line > SECONDS_BETWEEN_LINES or step == total):
+        if self._plain and (now - self._last_line > SECONDS_BETWEEN_LINES or is_last):
             self._last_line = now
-            print(f"step {step}/{total}  " + "  ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
+            print(f"{where}  " + "  ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
 
     def say(self, text: str) -> None:
         """A line for the person watching, which does not tear the bar."""

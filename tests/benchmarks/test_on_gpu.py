@@ -13,6 +13,7 @@ from ssast.benchmarks.throughput.measure import (
     in_memory,
     memory_split,
     nothing_to_read,
+    pretrainer,
     run_steps,
     trace_steps,
     undisturbed,
@@ -20,8 +21,6 @@ from ssast.benchmarks.throughput.measure import (
 from ssast.benchmarks.throughput.timeline import busy_seconds, read_trace, step_parts, top_kernels
 from ssast.engine.config import load_config
 from ssast.engine.distributed.ranks import Ranks
-from ssast.engine.model.adapt import build_model
-from ssast.engine.training.trainer import Clock, Trainer
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("SSAST_TEST_DEVICE") != "cuda", reason="needs a GPU and SSAST_TEST_DEVICE=cuda"
@@ -53,28 +52,26 @@ def trainer(tmp_path):
     ranks = Ranks(0, 1, torch.device("cuda", 0), dist.new_group(backend="gloo"))
     settings = ["step.engine=ddp", "deepspeed.bf16.enabled=true", "data.mean=-4", "data.std=4"]
     config = undisturbed(load_config("demo", settings), tmp_path)
-    yield Trainer(config, nothing_to_read(config), build_model(config.architecture), ranks)
+    yield pretrainer(config, nothing_to_read(config), ranks)
     dist.destroy_process_group()
 
 
 def test_a_step_compiles_once_learns_and_never_waits_for_the_device(trainer):
-    trainer.choose_attention()
     batches = iter(in_memory(trainer, trainer.ranks.device))
     run_steps(trainer, batches, 4)
-    first = trainer.run_step(batches, Clock(trainer.clips_per_step, 1.0)).losses["loss"]
+    first = trainer.run_step(batches, trainer.new_clock()).losses["loss"]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        clock = Clock(trainer.clips_per_step, 1.0)
+        clock = trainer.new_clock()
         for _ in range(20):
             metrics = trainer.run_step(batches, clock)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert trainer.compiled.startswith("encoder") and metrics.losses["loss"] < first
+    assert trainer.training_step.describe()["compile"].startswith("encoder") and metrics.losses["loss"] < first
 
 
 def test_a_trace_of_the_gpu_accounts_for_the_whole_step(trainer, tmp_path):
-    trainer.choose_attention()
     batches = iter(in_memory(trainer, torch.device("cpu")))
     run_steps(trainer, batches, 4)
     trace = read_trace(trace_steps(trainer, batches, tmp_path))
@@ -90,7 +87,6 @@ def test_a_trace_of_the_gpu_accounts_for_the_whole_step(trainer, tmp_path):
 
 
 def test_memory_on_the_gpu_adds_up_to_the_peak(trainer):
-    trainer.choose_attention()
     torch.cuda.reset_peak_memory_stats()
     run_steps(trainer, iter(in_memory(trainer, torch.device("cpu"))), 4)
     split = memory_split(trainer)

@@ -1,6 +1,4 @@
-"""What the trainer asks of DeepSpeed's engine, done by plain PyTorch: no ZeRO, the same weights and optimizer state on
-every rank.
-"""
+"""Plain PyTorch: no ZeRO, the same weights and optimizer state on every rank."""
 
 from __future__ import annotations
 
@@ -11,9 +9,36 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from ssast.engine.config import RunConfig
 from ssast.engine.model.ssast import SSAST
 
 _FILE = "plain_engine.pt"
+
+
+def describe(config: RunConfig) -> str:
+    return "plain PyTorch, DDP"
+
+
+def check(config: RunConfig) -> None:
+    """Of the deepspeed section it reads nothing that the config has not checked."""
+
+
+def loadable(run_dir: Path, step: int, *, saved_ranks: int, ranks: int, zero_stage: int) -> str:
+    """A checkpoint as it is: all ranks hold the same."""
+    return f"step-{step}"
+
+
+def build(
+    model: SSAST,
+    optimizer: torch.optim.Optimizer,
+    config: RunConfig,
+    *,
+    accumulation: int,
+    all_used: bool,
+    is_converted: bool,
+) -> PlainEngine:
+    clipping = config.deepspeed.get("gradient_clipping", 0.0)
+    return PlainEngine(model, optimizer, accumulation=accumulation, clipping=clipping, all_used=all_used)
 
 
 class PlainEngine:
@@ -39,31 +64,27 @@ class PlainEngine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._parallel is None or not self.module.training:
             return self.module(*args, **kwargs)
-        self._parallel.require_backward_grad_sync = self.is_gradient_accumulation_boundary()
+        self._parallel.require_backward_grad_sync = self._ends_step()
         return self._parallel(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
         (loss / self.accumulation).backward()
 
-    def step(self) -> None:
-        """At the last micro-batch of a step: clip, update, clear."""
-        is_boundary = self.is_gradient_accumulation_boundary()
+    def step(self) -> torch.Tensor | None:
+        ends_step = self._ends_step()
         self._micro_steps += 1
-        if not is_boundary:
-            return
+        if not ends_step:
+            return self._norm
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         self._norm = torch.nn.utils.get_total_norm(gradients)
         if self.clipping:
             torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self.clipping, self._norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self._parallel is None)  # bucket views stay where they are
-
-    def is_gradient_accumulation_boundary(self) -> bool:
-        return (self._micro_steps + 1) % self.accumulation == 0
-
-    def get_global_grad_norm(self) -> torch.Tensor | None:
-        """Of the last step, before clipping."""
         return self._norm
+
+    def _ends_step(self) -> bool:
+        return (self._micro_steps + 1) % self.accumulation == 0
 
     def train(self, mode: bool = True) -> None:
         self.module.train(mode)
@@ -71,19 +92,29 @@ class PlainEngine:
     def eval(self) -> None:
         self.module.eval()
 
-    def save_checkpoint(self, folder: str, tag: str, client_state: dict[str, Any], save_latest: bool = False) -> None:
-        """On rank 0, as all ranks hold the same. The arguments are DeepSpeed's."""
+    def save(self, folder: Path, name: str, state: dict[str, Any]) -> None:
+        """On rank 0, as all ranks hold the same."""
         if dist.get_rank() == 0:
-            path = Path(folder) / tag
+            path = folder / name
             path.mkdir(parents=True, exist_ok=True)
             torch.save({"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}, path / _FILE)
 
-    def load_checkpoint(self, folder: str, tag: str) -> tuple[str | None, dict[str, Any]]:
-        """Weights and optimizer state; the path that was read, None if this engine has not written it."""
-        path = Path(folder) / tag / _FILE
+    def load(self, folder: Path, name: str) -> bool:
+        path = folder / name / _FILE
         if not path.is_file():
-            return None, {}
+            return False
         state = torch.load(path, map_location="cpu", weights_only=True)
         self.module.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        return str(path), {}
+        return True
+
+    def full_weights(self) -> dict[str, torch.Tensor] | None:
+        if dist.get_rank() != 0:
+            return None
+        return {name: value.detach().float().cpu().clone() for name, value in self.module.named_parameters()}
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    def release(self) -> None:
+        """Nothing outlives it."""
