@@ -7,6 +7,7 @@ import torch
 
 from ssast.engine.config import load_config
 from ssast.engine.data.dataset import _picked, open_dataset
+from ssast.engine.data.prepare import main as prepare
 from ssast.engine.errors import UserError
 from ssast.kernels import fbank
 
@@ -117,3 +118,35 @@ def test_measured_clips_follow_the_weights_of_their_data_sets():
     assert np.bincount(datasets[picked]).tolist() == [128, 128, 256]
     assert len(np.unique(picked[datasets[picked] == 1])) == 10, "all of a small data set, repeatedly, as in training"
     assert np.bincount(datasets[_picked(datasets, None)]).tolist() == pytest.approx([339, 3, 170], abs=1)
+
+
+@pytest.mark.parametrize("form", ["m.csv", "folder", "shards"])
+def test_clips_marked_for_test_are_never_trained_on(audio, form):
+    """In whatever spelling, from a table, from folders, or after `ssast prepare`."""
+    names = ["train", "Training", " test", "testing", "eval", "Evaluation", "val", "dev", "validation", ""]
+    source = audio / "m.csv"
+    rows = [f"audio/{number:02}.flac,{names[number % 10]}" for number in range(20)]
+    source.write_text("\n".join(["path,split", *rows]))
+    if form == "folder":
+        source = audio / "by_folder"
+        for number in range(20):
+            folder = source / (names[number % 10].strip() or "noise")
+            folder.mkdir(parents=True, exist_ok=True)
+            (audio / "audio" / f"{number:02}.flac").rename(folder / f"{number:02}.flac")
+    if form == "shards":
+        assert prepare([str(source), "--out", str(audio / "prepared"), "--workers", "1"]) == 0
+        source = audio / "prepared"
+    data = open_dataset(config(audio, f"data.train={source}"))
+    train, valid = ([int(path[-7:-5]) % 10 for path in clips.sources] for clips in data.parts())
+    assert set(train) == {0, 1, 9} and set(valid) == {6, 7, 8}
+    assert len(train) == 6 and len(valid) == 6
+
+
+def test_splits_and_parts_that_cannot_be_trained_on_are_errors(audio):
+    table = audio / "audio" / "m.csv"
+    table.write_text("path,split\n00.flac,train\n01.flac,tset\n")
+    with pytest.raises(UserError, match=r"m\.csv: .*01\.flac: split 'tset' is none of train, training; valid"):
+        open_dataset(config(audio, f"data.train={table}"))
+    table.write_text("path,start,end\n00.flac,0,0.2\n01.flac,0.1,0.3\n")
+    with pytest.raises(UserError, match=r"start and end .*cut them by ssast prepare"):
+        open_dataset(config(audio, f"data.train={table}"))
