@@ -73,7 +73,8 @@ def embed(
     Args:
         waveform: [S] one clip; [B, S] a batch of mono clips; [B, C, S] a batch of clips of C channels; or a list of
             clips [S] or [C, S], of any lengths. One stereo clip [2, S] must therefore be given as `[clip]`: by itself
-            it is a batch of two. Integers of their type's full scale, or float of full scale 1.
+            it is a batch of two. Float of full scale 1, int8 or
+            int16; wider integers only where they are plainly of 32 bits: those of 16 or 24 bits are refused.
         sample_rate: of `waveform`, in Hz; resampled to the model's, channels averaged.
         layer: None: after the final norm; 0: the embedded patches; 1 to depth: after that block; negative: from the
             last block back.

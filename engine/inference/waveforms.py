@@ -30,28 +30,58 @@ def as_clips(waveform: Waveform | Sequence[Waveform], sample_rate: int, wanted_r
             raise ValueError(f"a waveform must be [S], [B, S] or [B, C, S], not of shape {tuple(waveform.shape)}")
         if waveform.ndim > 1 and waveform.shape[-1] <= MOST_CHANNELS < waveform.shape[-2]:
             raise ValueError(f"samples come last, [B, S] or [B, C, S]: this is of shape {tuple(waveform.shape)}")
-        clips = [waveform] if waveform.ndim == 1 else list(waveform)
+        samples = _as_float(waveform, "the waveform")  # of one scale, whichever clip is the loudest
+        clips = [samples] if samples.ndim == 1 else list(samples)
     else:
-        clips = list(waveform)
+        clips = [_as_float(clip, f"clip {number}") for number, clip in enumerate(waveform)]
     if not clips:
         raise ValueError("no clips were given")
     return [_as_clip(clip, number, sample_rate, wanted_rate) for number, clip in enumerate(clips)]
 
 
-def _as_clip(clip: Waveform, number: int, sample_rate: int, wanted_rate: int) -> np.ndarray:
-    samples = (
-        clip.detach().cpu().float().numpy()
-        if _is_float(clip)
-        else np.asarray(clip.cpu() if torch.is_tensor(clip) else clip)
+def _as_float(waveform: Waveform, name: str) -> np.ndarray:
+    """Samples as float32 or float64 of full scale 1, whatever their shape.
+
+    Raises:
+        ValueError: a type that is no sound, or integers whose full scale is not plain.
+    """
+    if isinstance(waveform, torch.Tensor):
+        waveform = waveform.detach().cpu()
+        # NumPy does not have all of torch's types
+        samples = waveform.float().numpy() if waveform.is_floating_point() else waveform.numpy()
+    else:
+        samples = np.asarray(waveform)
+    if samples.dtype.kind == "i":
+        return samples.astype(np.float32) / np.float32(_full_scale(samples, name))
+    if samples.dtype.kind != "f":
+        raise ValueError(f"{name}: samples must be float or signed integers, not {samples.dtype}")
+    return samples
+
+
+def _full_scale(samples: np.ndarray, name: str) -> float:
+    """Of 8- and 16-bit integers that of their type. Wider ones often hold samples of 16 or 24 bits, so theirs is that
+    of 32 bits where only 32 bits can hold what is there, and nothing where it might be another.
+
+    Raises:
+        ValueError: it might be another.
+    """
+    if samples.dtype.itemsize <= 2:
+        return -float(np.iinfo(samples.dtype).min)
+    peak = max(int(samples.max(initial=0)), -int(samples.min(initial=0)))
+    if peak == 0 or 1 << 23 < peak <= 1 << 31:
+        return float(1 << 31)
+    bits = "16, 24 or 32" if peak <= 1 << 15 else "24 or 32" if peak <= 1 << 23 else "more than 32"
+    raise ValueError(
+        f"{name}: {samples.dtype} samples of peak {peak} may be of {bits} bits, so their full scale is not plain: give "
+        "int16, or floats divided by their full scale (32768 for 16 bits, 2147483648 for 32)"
     )
+
+
+def _as_clip(samples: np.ndarray, number: int, sample_rate: int, wanted_rate: int) -> np.ndarray:
     if samples.ndim not in (1, 2):
         raise ValueError(f"clip {number} must be [S] or [C, S], not of shape {samples.shape}")
     if samples.ndim == 2 and not 1 <= len(samples) <= MOST_CHANNELS:
         raise ValueError(f"clip {number} of shape {samples.shape} has {len(samples)} channels: they come first, [C, S]")
-    if samples.dtype.kind == "i":
-        samples = samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
-    elif samples.dtype.kind != "f":
-        raise ValueError(f"clip {number}: samples must be float or signed integers, not {samples.dtype}")
     mono = samples.astype(np.float32) if samples.ndim == 1 else samples.mean(axis=0, dtype=np.float32)
     peak = float(np.abs(mono).max(initial=0.0))
     if not np.isfinite(peak):
@@ -64,8 +94,3 @@ def _as_clip(clip: Waveform, number: int, sample_rate: int, wanted_rate: int) ->
     if sample_rate == wanted_rate or not len(mono):
         return mono
     return soxr.resample(mono, sample_rate, wanted_rate, quality=QUALITY)
-
-
-def _is_float(clip: Waveform) -> bool:
-    """Whether it is a floating tensor, of which some types are unknown to NumPy."""
-    return torch.is_tensor(clip) and clip.is_floating_point()

@@ -25,6 +25,7 @@ from ssast.engine.inference.model import AudioModel
 from ssast.engine.model.config import ModelCard, ModelConfig
 from ssast.engine.model.ssast import SSAST
 from ssast.engine.model.tensors import check_weights
+from ssast.engine.model.weights import hf_model_type
 
 from .graph import FromWaveform, check_equal, example
 
@@ -92,6 +93,7 @@ def from_hf(folder: str | os.PathLike[str]) -> AudioModel:
         raise UserError(
             f"{folder}: not a Hugging Face AST folder (no config.json with model_type {MODEL_TYPE!r} in it)"
         )
+    _check_labels(folder)
     try:
         with _quiet():
             theirs, extractor = _load(folder)
@@ -135,11 +137,23 @@ def from_hf(folder: str | os.PathLike[str]) -> AudioModel:
 
 def is_hf_folder(folder: Path) -> bool:
     """Whether `from_hf` can be asked to read it."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") in (MODEL_TYPE, MEAN_POOL_TYPE)
+    return hf_model_type(folder) in (MODEL_TYPE, MEAN_POOL_TYPE)
+
+
+def _check_labels(folder: Path) -> None:
+    """Raises UserError for an `id2label` that leaves out a class, whose names would move to other classes."""
+    names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label")
+    if names is None:
+        return
+    if not isinstance(names, dict) or not all(str(number).isdecimal() for number in names):
+        raise UserError(f"{folder}/config.json: id2label must map the numbers of classes to their names")
+    numbers = {int(number) for number in names}
+    missing = sorted(set(range(max(numbers, default=-1) + 1)) - numbers) if len(numbers) < 1 << 20 else []
+    if missing:
+        raise UserError(
+            f"{folder}/config.json: id2label names {len(numbers)} classes up to number {max(numbers)}, but not number "
+            f"{', '.join(map(str, missing[:5]))}: number all classes from 0 without a gap"
+        )
 
 
 def _require_transformers() -> None:

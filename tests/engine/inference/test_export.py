@@ -230,6 +230,12 @@ def test_models_made_by_transformers_are_read(tmp_path):
         features = torch.randn(2, 98, 128, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             torch.testing.assert_close(model.classify(features), theirs(features).logits, atol=STOCK_CLASS, rtol=0)
+    described = tmp_path / "theirs" / "config.json"
+    whole = json.loads(described.read_text())
+    described.write_text(json.dumps(whole | {"id2label": {"0": "a", "1": "b", "3": "c"}}))
+    with pytest.raises(UserError, match="but not number 2: number all classes"):
+        from_hf(tmp_path / "theirs")
+    described.write_text(json.dumps(whole))
     (tmp_path / "theirs" / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="transformers cannot load it"):
         from_hf(tmp_path / "theirs")
