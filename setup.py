@@ -32,6 +32,7 @@ setup(
         "deepspeed>=0.19.8",
         "nvidia-dali-cuda130>=2.4.0; platform_system == 'Linux'",
         "nvidia-ml-py>=12.535",
+        "filelock>=3.12",
         "numpy<2.5",
         "psutil>=5.9",
         "pydantic>=2.7",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from ssast.engine.config import RunConfig, differences, dump_config
@@ -92,26 +91,22 @@ def locked(run_dir: Path) -> Iterator[None]:
         UserError: another process holds it for longer than ranks need that save and leave because their launcher was
             killed.
     """
+    lock = FileLock(run_dir / LOCK_FILE)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = open(run_dir / LOCK_FILE, "w")  # noqa: SIM115 - closed below
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"waiting for another process that is training in {run_dir}", flush=True)
+            lock.acquire(timeout=LOCK_PATIENCE_S, poll_interval=0.5)
+    except Timeout:
+        raise UserError(f"{run_dir}: another process is training in this run folder") from None
     except OSError as error:
-        raise UserError(f"{run_dir}: the run folder cannot be made: {error.strerror}") from None
-    deadline = time.monotonic() + LOCK_PATIENCE_S
-    waiting = False
-    with file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not waiting:
-                    print(f"waiting for another process that is training in {run_dir}", flush=True)
-                waiting = True
-                if time.monotonic() > deadline:
-                    raise UserError(f"{run_dir}: another process is training in this run folder") from None
-                time.sleep(0.5)
+        raise UserError(f"{run_dir}: the run folder cannot be made or locked: {error.strerror}") from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def measured_statistics(config: RunConfig) -> tuple[float, float] | None:
