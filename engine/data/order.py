@@ -12,11 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ssast.engine.random_streams import Stream, key_of
 from ssast.kernels.random import below, philox
 
 BLOCK = 1000
-_STREAM_CROP = 0x63726F70  # any constants that no other use of the seed shares
-_STREAM_BLOCK, _STREAM_SET, _STREAM_DRAW = 0x626C6F63, 0x73657400, 0x64726177
 
 
 class SampleOrder:
@@ -38,7 +37,7 @@ class SampleOrder:
         """
         clip, epoch = torch.from_numpy(index), torch.from_numpy(epochs)
         zero = torch.zeros_like(clip)
-        word = philox(self.seed, clip & 0xFFFFFFFF, clip >> 32, epoch, zero + _STREAM_CROP)[0]
+        word = philox(self.seed, clip & 0xFFFFFFFF, clip >> 32, epoch, zero + Stream.CROP)[0]
         return below(word, torch.from_numpy(np.maximum(lengths - window, 0)) + 1).numpy()
 
 
@@ -53,7 +52,7 @@ class MixedOrder(SampleOrder):
         super().__init__(sum(sizes), seed)
         self.shares = block_shares(weights)
         self._first = np.cumsum([0, *sizes[:-1]])
-        self._sets = [_Passes(size, seed, _STREAM_SET + number) for number, size in enumerate(sizes)]
+        self._sets = [_Passes(size, seed, Stream.ORDER_SET + number) for number, size in enumerate(sizes)]
 
     def clips_at(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         blocks, places = np.divmod(np.arange(first, first + count, dtype=np.int64), BLOCK)
@@ -86,7 +85,7 @@ class WeightedOrder(SampleOrder):
     def clips_at(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         place = torch.arange(first, first + count, dtype=torch.int64)
         zero = torch.zeros_like(place)
-        high, low, *_ = philox(self.seed, place & 0xFFFFFFFF, place >> 32, zero, zero + _STREAM_DRAW)
+        high, low, *_ = philox(self.seed, place & 0xFFFFFFFF, place >> 32, zero, zero + Stream.DRAW)
         share = (high.numpy().astype(np.float64) * 2.0**32 + low.numpy()) * 2.0**-64
         # rounding may take a share to 1, beyond the last clip
         index = np.minimum(np.searchsorted(self._edges, share, side="right"), self.num_clips - 1)
@@ -114,7 +113,7 @@ def block_shares(weights: Sequence[float]) -> np.ndarray:
 class _Passes:
     """Goes through `num_clips` clips again and again, in another order each time."""
 
-    def __init__(self, num_clips: int, seed: int, stream: int = 0) -> None:
+    def __init__(self, num_clips: int, seed: int, stream: int = Stream.ORDER) -> None:
         self._num_clips = num_clips
         # two, since a batch may end one pass and begin the next; of many small ones none is worth keeping
         self._permutation = functools.lru_cache(maxsize=2)(
@@ -134,7 +133,7 @@ class _Passes:
 @functools.lru_cache(maxsize=16)
 def _block(shares: tuple[int, ...], seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
     """(data set, how many of its positions come before in the block) at each place of a block, int64 [1000]."""
-    sets = _generator(seed, block, _STREAM_BLOCK).permutation(np.repeat(np.arange(len(shares)), shares))
+    sets = _generator(seed, block, Stream.ORDER_BLOCK).permutation(np.repeat(np.arange(len(shares)), shares))
     turns = np.empty_like(sets)
     for number, share in enumerate(shares):
         turns[sets == number] = np.arange(share)
@@ -143,4 +142,4 @@ def _block(shares: tuple[int, ...], seed: int, block: int) -> tuple[np.ndarray, 
 
 def _generator(seed: int, number: int, stream: int) -> np.random.Generator:
     """Streams lie above the seeds, which have 32 bits."""
-    return np.random.Generator(np.random.Philox(key=[seed + (stream << 32), number]))
+    return np.random.Generator(np.random.Philox(key=[key_of(seed, stream), number]))

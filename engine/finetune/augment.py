@@ -11,17 +11,11 @@ from __future__ import annotations
 
 import torch
 
+from ssast.engine.random_streams import Stream
 from ssast.kernels.random import below, philox
 
 FULL_SCALE = 32768.0  # of int16
 BETA = 10  # both parameters of the Beta distribution that mixing shares are drawn from
-# any constants that no other use of the seed shares
-_STREAM_MIX, _STREAM_SHARE, _STREAM_MASK = (
-    0x6D697875,
-    0x73686172,
-    0x73706563,
-)
-_STREAM_NOISE, _STREAM_ROLL = 0x6E6F6973, 0x726F6C6C
 
 
 def mixup(
@@ -50,7 +44,7 @@ def mixup(
     if rate == 0 or batch < 2:
         return scaled, lengths, targets
     clip = _clips(batch, offset, scaled.device)
-    chance, other, _, _ = _words(seed, clip, 1, _STREAM_MIX)  # each [B, 1]
+    chance, other, _, _ = _words(seed, clip, 1, Stream.MIXUP_PARTNER)  # each [B, 1]
     is_mixed = chance < round(rate * 2**32)  # [B, 1]
     partner = (torch.arange(batch, device=clip.device) + 1 + below(other[:, 0], batch - 1)) % batch
     share = beta_shares(seed, clip)[:, None]  # [B, 1]
@@ -72,7 +66,7 @@ def beta_shares(seed: int, clip: torch.Tensor) -> torch.Tensor:
     """float32 [B] from Beta(10, 10), which is the distribution of the 10th smallest of 19 even numbers between 0 and
     1.
     """
-    words = torch.stack(_words(seed, clip, 5, _STREAM_SHARE), dim=2).flatten(1)[:, : 2 * BETA - 1]  # [B, 19]
+    words = torch.stack(_words(seed, clip, 5, Stream.MIXUP_FRACTION), dim=2).flatten(1)[:, : 2 * BETA - 1]  # [B, 19]
     return ((words.sort(dim=1).values[:, BETA - 1].double() + 0.5) / 2**32).float()
 
 
@@ -111,7 +105,7 @@ def spec_augment(
             f"masks of up to {freq_mask} bins and {time_mask} frames do not fit features of {bins} bins, {frames} "
             "frames"
         )
-    words = _words(seed, _clips(batch, offset, features.device), 1, _STREAM_MASK)  # four [B, 1]
+    words = _words(seed, _clips(batch, offset, features.device), 1, Stream.SPEC_AUGMENT_BANDS)  # four [B, 1]
     sizes = torch.full_like(words[0], frames) if lengths is None else lengths[:, None].to(torch.int64)
     bands = _span(words[0], words[1], torch.full_like(sizes, freq_mask), torch.full_like(sizes, bins), bins)  # [B, F]
     stretches = _span(words[2], words[3], sizes.clamp(max=time_mask), sizes, frames)  # [B, T]
@@ -143,11 +137,11 @@ def noise_and_roll(
     """
     batch, frames, bins = features.shape
     clip = _clips(batch, offset, features.device)
-    amplitude, shift, _, _ = _words(seed, clip, 1, _STREAM_ROLL)  # each [B, 1]
+    amplitude, shift, _, _ = _words(seed, clip, 1, Stream.ROLL)  # each [B, 1]
     added = features
     if noise:
         # [B, at least T * F / 2]
-        words = torch.stack(_words(seed, clip, -(-frames * bins // 8), _STREAM_NOISE), dim=2).flatten(1)
+        words = torch.stack(_words(seed, clip, -(-frames * bins // 8), Stream.NOISE_VALUES), dim=2).flatten(1)
         # 16 bits are plenty for noise
         halves = torch.stack([words & 0xFFFF, words >> 16], dim=2).flatten(1)[:, : frames * bins]
         even = (halves.float() / 2**16).view(batch, frames, bins)

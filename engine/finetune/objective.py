@@ -14,6 +14,7 @@ from ssast.engine.data.loader import Batch
 from ssast.engine.distributed.ranks import Ranks
 from ssast.engine.model.front_end import FrontEnd
 from ssast.engine.model.ssast import SSAST
+from ssast.engine.random_streams import Stream, key_of
 from ssast.engine.spans import span
 from ssast.engine.training.objective import ModelEngine
 
@@ -22,7 +23,6 @@ from .config import FinetuneConfig
 from .dataset import TaskData
 from .metrics import class_metrics
 
-_MIX_SEED, _MASK_SEED, _NOISE_SEED = 4, 5, 6  # streams of the run's seed
 HEAD = ("classifier", "layer_weights")
 
 
@@ -47,16 +47,21 @@ class FineTuning:
         with span("fbank"):
             if augment.mixup:
                 waveform, lengths, targets = mixup(
-                    waveform, lengths, targets, augment.mixup, (_MIX_SEED << 32) + seed, offset
+                    waveform, lengths, targets, augment.mixup, key_of(seed, Stream.MIXUP), offset
                 )
             features = self.features(waveform, lengths)
             if augment.freq_mask or augment.time_mask:
                 silence = -self.data.mean / (2 * self.data.std)  # the official loader masks with 0 before it normalises
                 features = spec_augment(
-                    features, augment.freq_mask, augment.time_mask, (_MASK_SEED << 32) + seed, offset, value=silence
+                    features,
+                    augment.freq_mask,
+                    augment.time_mask,
+                    key_of(seed, Stream.SPEC_AUGMENT),
+                    offset,
+                    value=silence,
                 )
             if augment.noise:
-                features = noise_and_roll(features, seed=(_NOISE_SEED << 32) + seed, offset=offset)
+                features = noise_and_roll(features, seed=key_of(seed, Stream.NOISE), offset=offset)
         logits = self.logits(engine, features)
         with span("heads + loss"):
             return (classification_loss(logits, targets, self.config.loss),)

@@ -26,11 +26,11 @@ import torch
 
 from ssast.engine.data.record import SPLITS, find_split, unknown_split
 from ssast.engine.errors import UserError
+from ssast.engine.random_streams import Stream
 from ssast.kernels.random import philox
 
 Group = Literal["recording", "speaker"]
 _SEVERAL = (",",)  # the stratum of all clips with more than one label
-_STREAM_FEW = 0x66657700  # any constant that no other use of the seed shares
 _ESC50_NAME = re.compile(r"[1-9]-(\d+)-[A-Z]-\d+\.\w+")  # fold, recording, take, class
 
 
@@ -281,7 +281,7 @@ def few(clips: np.ndarray, labels: Sequence[tuple[str, ...]], per_class: int, se
             raise UserError(f"{per_class} clips a class are asked for, but {label!r} has {len(numbers)} training clips")
     number = torch.from_numpy(np.ascontiguousarray(clips, dtype=np.int64))
     zero = torch.zeros_like(number)
-    words = philox(seed, number & 0xFFFFFFFF, number >> 32, zero, zero + _STREAM_FEW)[0].tolist()
+    words = philox(seed, number & 0xFFFFFFFF, number >> 32, zero, zero + Stream.FEW_CLIPS)[0].tolist()
     rank = dict(zip(clips.tolist(), words, strict=True))
     picked = {
         number for numbers in members.values() for number in sorted(numbers, key=lambda n: (rank[n], n))[:per_class]

@@ -14,6 +14,7 @@ from ssast.engine.data.loader import Batch
 from ssast.engine.distributed.ranks import Ranks
 from ssast.engine.model.config import LossConfig, ModelCard
 from ssast.engine.model.front_end import FrontEnd
+from ssast.engine.random_streams import Stream, key_of
 from ssast.engine.spans import span
 from ssast.kernels import sample_patch_mask
 
@@ -21,9 +22,6 @@ from .objective import ModelEngine
 
 if TYPE_CHECKING:
     from ssast.engine.model.ssast import SSAST
-
-# Streams of the run's seed: masks in training, their second mask where there are two, and masks in validation.
-_MASK_SEED, _RECON_MASK_SEED, _VALID_SEED = 1, 2, 3
 
 
 class Pretraining:
@@ -48,10 +46,10 @@ class Pretraining:
             dtype = torch.bfloat16 if config.bf16 else torch.float32
             patches = self.front_end.features(waveform, lengths, dtype=dtype, patch=self.patch_shape)  # [B, P, K]
         with span("mask + embed"):
-            mask = self._mask(batch, _VALID_SEED if validation else _MASK_SEED, validation)
+            mask = self._mask(batch, Stream.VALIDATION_MASK if validation else Stream.MASK, validation)
             recon_mask = None
             if config.objective.masks == "separate" and not validation:
-                recon_mask = self._mask(batch, _RECON_MASK_SEED, validation)
+                recon_mask = self._mask(batch, Stream.RECONSTRUCTION_MASK, validation)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.uses_autocast):
             return engine(lambda model: model.pretrain_patches(patches, mask, recon_mask, self.loss))
 
@@ -85,7 +83,7 @@ class Pretraining:
     def parameter_groups(self, model: SSAST) -> list[dict[str, Any]]:
         return [{"params": list(model.parameters()), "lr_scale": 1.0}]
 
-    def _mask(self, batch: Batch, stream: int, validation: bool) -> torch.Tensor:
+    def _mask(self, batch: Batch, stream: Stream, validation: bool) -> torch.Tensor:
         config = self.config
         return sample_patch_mask(
             batch.waveform.shape[0],
@@ -93,7 +91,7 @@ class Pretraining:
             num_masked=config.valid_num_masked if validation else config.mask.num_masked,
             cluster=config.mask.cluster,
             algorithm=config.mask.algorithm,
-            seed=(stream << 32) + config.run.seed,
+            seed=key_of(config.run.seed, stream),
             offset=batch.position,
             device=self.device,
         )
