@@ -127,6 +127,13 @@ class ModelSection(Section):
     """10 ms each."""
     num_mel_bins: int = Field(128, ge=1)
     """Of the filter bank; all published models have 128."""
+    encoder_tokens: Literal["all", "visible"] = "all"
+    """all: the encoder reads mask tokens, too, as the paper's does. visible: it reads visible patches only, and a small
+    decoder puts mask tokens in after it (MAE-AST): two to four times the clips a second (docs/training.md)."""
+    decoder_depth: int = Field(2, ge=1)
+    """Blocks of the decoder of `encoder_tokens: visible`."""
+    decoder_width: int | None = Field(None, ge=HEAD_DIM, multiple_of=HEAD_DIM)
+    """Its width; null: the encoder's."""
     init_from: PathText | None = None
     """Continue from these weights: an official `.pth`, a `.safetensors`, or a run folder."""
 
@@ -146,6 +153,9 @@ def _architecture(section: ModelSection) -> ModelConfig:
         input_frames=section.input_frames,
         patch_shape=section.patch_shape,
         stride=section.patch_shape,
+        encoder_tokens=section.encoder_tokens,
+        decoder_depth=section.decoder_depth,
+        decoder_width=section.decoder_width,
     )
 
 

@@ -8,15 +8,16 @@ import argparse
 import contextlib
 import sys
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .config import Config, dump_config, list_presets, load_config
 from .distributed.launch import count_ranks, launch, one_line_errors, supervised
 from .distributed.ranks import be_deterministic, join_ranks, place_in_world
 from .errors import UserError
-from .model.adapt import build_model, resize
+from .model.adapt import build_model, resize, unshared_parts
 from .model.config import ModelCard
-from .model.cost import FLOP_FORMULA, count_parameters, flops_per_clip, memory_estimate
+from .model.cost import count_parameters, flop_formula, flops_per_clip, memory_estimate, stacks
 from .model.ssast import SSAST
 from .model.weights import load_model
 from .process import leave
@@ -79,7 +80,9 @@ def _train(config: Config, stop_request: StopRequest) -> int:
         return 0
     data = ranks.once(lambda: open_dataset(config, measured_statistics(config)))
     check_reachable(data)
-    model = build_model(config.architecture) if checkpoint_steps(config.run_dir) else start_model(config)
+    resumes = bool(checkpoint_steps(config.run_dir))
+    say = print if ranks.is_first else lambda text: None
+    model = build_model(config.architecture) if resumes else start_model(config, say)
     model.card = ModelCard(config.data.sample_rate, data.mean, data.std)
     with contextlib.ExitStack() as held:
         ranks.once(lambda: held.enter_context(locked(config.run_dir)))
@@ -97,8 +100,13 @@ def _train(config: Config, stop_request: StopRequest) -> int:
     return 0
 
 
-def start_model(config: Config) -> SSAST:
-    """A fresh model, or the weights of `model.init_from` fitted to this config's input."""
+def start_model(config: Config, say: Callable[[str], object] = print) -> SSAST:
+    """A fresh model, or the weights of `model.init_from` fitted to this config's input and kind of model; `say` is told
+    which of its parts are fresh, and which of the file's are left behind.
+
+    Raises:
+        UserError: weights that do not fit.
+    """
     wanted = config.architecture
     if config.model.init_from is None:
         return build_model(wanted, config.run.seed)
@@ -108,9 +116,17 @@ def start_model(config: Config) -> SSAST:
             f"{config.model.init_from}: is a fine-tuned model without pretraining heads; it cannot be pretrained on"
         )
     try:
-        return resize(model, wanted)
+        started = resize(model, wanted)
     except ValueError as error:
         raise UserError(f"{config.model.init_from}: does not fit model.*: {error} (file: {model.config})") from None
+    fresh, left = unshared_parts(started, model), unshared_parts(model, started)
+    if fresh or left:
+        kinds = f"encoder_tokens {model.config.encoder_tokens} -> {wanted.encoder_tokens}"
+        say(
+            f"{config.model.init_from}: the encoder's weights are taken ({kinds}); freshly initialised: "
+            f"{', '.join(fresh) or 'nothing'}; left behind: {', '.join(left) or 'nothing'}"
+        )
+    return started
 
 
 def describe_run(config: Config, world_size: int = 1) -> str:
@@ -123,6 +139,7 @@ def describe_run(config: Config, world_size: int = 1) -> str:
     memory = memory_estimate(
         model_config,
         parameters,
+        num_masked=config.mask.num_masked,
         micro_batch=micro_batch,
         bf16=config.bf16,
         stage=config.zero_stage,
@@ -136,14 +153,22 @@ def describe_run(config: Config, world_size: int = 1) -> str:
         f"tokens          {model_config.num_patches + 2} ({grid[0]}x{grid[1]} patches + 2), {config.mask.num_masked} "
         "masked, "
         f"{config.valid_num_masked} in validation",
+        f"blocks          {describe_stacks(config)}",
         f"window          {config.num_samples} samples, {config.num_samples / config.data.sample_rate:.2f} s",
         f"FLOPs per clip  forward {flops.forward / 1e9:.2f} G, training {flops.train / 1e9:.2f} G",
-        f"                {FLOP_FORMULA}",
+        f"                {flop_formula(model_config)}",
         f"memory          {sum(memory.values()) / 2**30:.2f} GiB on each of {world_size} device(s), "
         f"micro-batch {micro_batch} x {accumulation}: "
         + ", ".join(f"{name} {value / 2**30:.2f}" for name, value in memory.items()),
     ]
     return "\n".join(lines)
+
+
+def describe_stacks(config: Config) -> str:
+    """The transformer blocks that a clip passes through, and how many of its tokens each of them reads."""
+    names = ("encoder", "decoder")
+    parts = zip(names, stacks(config.architecture, config.mask.num_masked), strict=False)
+    return ", ".join(f"{name} {part.depth} of width {part.width} on {part.tokens} tokens" for name, part in parts)
 
 
 def _finish(config: Config, data: Dataset, progress: Progress, done: bool) -> None:

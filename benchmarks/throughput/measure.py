@@ -32,7 +32,7 @@ from ssast.engine.distributed.ranks import Ranks, join_ranks, speaks_for_its_nod
 from ssast.engine.errors import UserError
 from ssast.engine.files import write_whole
 from ssast.engine.model.adapt import build_model
-from ssast.engine.model.cost import FLOP_FORMULA, flops_per_clip
+from ssast.engine.model.cost import flop_formula, flops_per_clip
 from ssast.engine.process import leave
 from ssast.engine.training.auto_batch import activation_bytes, find_auto_batch, with_micro_batch
 from ssast.engine.training.pretraining import Pretraining
@@ -117,7 +117,7 @@ def measure(config: Config, ranks: Ranks, arguments: argparse.Namespace, folder:
         **measured,
         "config": asked.model_dump(mode="json"),
         "gpu": gpu_facts(ranks.device),
-        "flops": {"formula": FLOP_FORMULA, "forward_per_clip": flops.forward, "train_per_clip": flops.train},
+        "flops": {"formula": flop_formula(shape), "forward_per_clip": flops.forward, "train_per_clip": flops.train},
         "peak": peak_tflops(ranks.device),
         "ceiling_rates": rates,
         "parts": {"steps": parts.steps, "step_seconds": parts.step_seconds, "seconds": parts.seconds},
@@ -265,7 +265,8 @@ def describe(trainer: Trainer, feeds_from_files: bool) -> dict[str, Any]:
         "device": trainer.ranks.device.type,
         "device_name": device_name(trainer.ranks.device),
         "world_size": trainer.ranks.world_size,
-        "model": f"{config.model.size}, depth {shape.depth}, {grid[0]} x {grid[1]} patches of {patch[0]} x {patch[1]}",
+        "model": f"{config.model.size}, depth {shape.depth}, {grid[0]} x {grid[1]} patches of {patch[0]} x {patch[1]}"
+        + (f", decoder {shape.decoder_depth} x {shape.head_width}" if shape.has_decoder else ""),
         "parameters": trainer.engine.num_parameters(),
         "tokens": NUM_PREFIX + shape.num_patches,
         "num_masked": config.mask.num_masked,

@@ -71,7 +71,7 @@ def hidden_states(model: SSAST, features: torch.Tensor) -> Iterator[torch.Tensor
     """[B, T, F] -> [B, 2 + P, D] for each layer: 0, the embedded patches; i from 1 to depth, what block i gives, before
     the final norm.
     """
-    x = model.embedding(patchify(features, model.config.patch_shape, model.config.stride))
+    x, _ = model.embedding(patchify(features, model.config.patch_shape, model.config.stride))
     yield x
     for block in model.blocks:
         x = block(x)

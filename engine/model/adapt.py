@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 from torch import nn
@@ -30,17 +31,21 @@ def init_classifier(model: SSAST, generator: torch.Generator | None = None) -> N
 def _init_parameter(name: str, parameter: torch.Tensor, config: ModelConfig, generator: torch.Generator | None) -> None:
     if "norm" in name or name.startswith("classifier.0"):
         parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-    elif name in ("embedding.position", "embedding.prefix") or (name.startswith("blocks") and name.endswith("weight")):
+    elif name.endswith((".position", ".prefix")) or ("blocks." in name and name.endswith("weight")):
         nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
     elif name == "layer_weights":
         parameter.zero_()  # equal shares
-    elif name == "embedding.mask_token":
+    elif name.endswith(".mask_token"):
         # Xavier normal of a [1, 1, D] tensor
-        parameter.normal_(0.0, math.sqrt(1.0 / config.width), generator=generator)
-    elif name.startswith("blocks"):
+        parameter.normal_(0.0, math.sqrt(1.0 / parameter.numel()), generator=generator)
+    elif "blocks." in name:
         parameter.zero_()
     else:  # PyTorch's default of Linear and Conv2d
-        fan_in = config.patch_values if name.startswith("embedding") else config.width
+        fan_in = {
+            "embedding": config.patch_values,
+            "class_head": config.head_width,
+            "recon_head": config.head_width,
+        }.get(name.split(".")[0], config.width)
         bound = 1.0 / math.sqrt(fan_in)
         parameter.uniform_(-bound, bound, generator=generator)
 
@@ -53,8 +58,8 @@ def build_model(config: ModelConfig, seed: int = 0) -> SSAST:
 
 
 def resize(model: SSAST, config: ModelConfig, position_resize: str = "exact") -> SSAST:
-    """The same weights in a model for another input size, stride or set of heads; heads that `model` lacks stay freshly
-    initialised.
+    """The same weights in a model for another input size, stride, decoder or set of heads. What `model` lacks of the
+    decoder and heads, or has in another shape, stays freshly initialised (`unshared_parts` names it).
 
     Raises:
         ValueError: a change that weights cannot follow (width, depth, patch shape), or an unknown `position_resize`.
@@ -68,13 +73,26 @@ def resize(model: SSAST, config: ModelConfig, position_resize: str = "exact") ->
     weights = new.state_dict()
     keeps_classifier = config.num_classes == model.config.num_classes
     for key, value in model.state_dict().items():
-        if key in weights and (keeps_classifier or not key.startswith("classifier")):
+        if key.endswith(".position"):
+            value = resize_position(value, model.config.grid, config.grid, position_resize)
+        fits = key in weights and weights[key].shape == value.shape
+        if fits and (keeps_classifier or not key.startswith("classifier")):
             weights[key] = value
-    weights["embedding.position"] = resize_position(
-        weights["embedding.position"], model.config.grid, config.grid, position_resize
-    )
     new.load_state_dict(weights)
     return new
+
+
+def unshared_parts(model: SSAST, other: SSAST) -> list[str]:
+    """Names of the parts of `model` that `other` lacks or has in another shape; positions fit any grid."""
+    theirs = _shapes(other)
+    names = (name for name, shape in _shapes(model).items() if theirs.get(name) != shape)
+    part = r"embedding\.\w+|\w+" if other.decoder is None else r"embedding\.\w+|decoder\.blocks\.\d+|\w+"
+    return list(dict.fromkeys(re.match(part, name)[0] for name in names))
+
+
+def _shapes(model: SSAST) -> dict[str, torch.Size]:
+    weights = model.state_dict().items()
+    return {name: value.shape[1:] if name.endswith(".position") else value.shape for name, value in weights}
 
 
 def resize_position(

@@ -29,6 +29,14 @@ class ModelConfig:
     pretraining_heads: bool = True
     layer_weights: bool = False
     """Classify a learned weighted sum of what every block gives, as SUPERB does, instead of what the last one gives."""
+    encoder_tokens: str = "all"
+    """What the encoder reads in pretraining. all: every token, mask tokens among them (SSAST); visible: the tokens of
+    visible patches, and a decoder puts mask tokens in before the heads (MAE-AST). A model without pretraining heads has
+    no decoder; this then says how its encoder was pretrained."""
+    decoder_depth: int = 2
+    """Blocks of the decoder."""
+    decoder_width: int | None = None
+    """None: the encoder's. Heads are as wide as the encoder's."""
 
     def __post_init__(self) -> None:
         least = {"width": 1, "depth": 0, "heads": 1, "mlp_ratio": 1, "num_classes": 1}
@@ -37,6 +45,16 @@ class ModelConfig:
                 raise ValueError(f"{name} must be at least {value}, not {number}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
+        if self.encoder_tokens not in ("all", "visible"):
+            raise ValueError(f"encoder_tokens must be 'all' or 'visible', not {self.encoder_tokens!r}")
+        if self.has_decoder and self.decoder_depth < 1:
+            raise ValueError(
+                f"decoder_depth {self.decoder_depth}: mask tokens need at least one block to learn of the visible ones"
+            )
+        if self.has_decoder and (self.head_width < 1 or self.head_width % (self.width // self.heads)):
+            raise ValueError(
+                f"decoder_width {self.head_width} is not a multiple of {self.width // self.heads}, the width of a head"
+            )
         if min(self.stride) < 1 or min(self.patch_shape) < 1:
             raise ValueError(f"patch shape {self.patch_shape} and stride {self.stride} must be at least 1")
         if self.num_mel_bins < self.patch_shape[0] or self.input_frames < self.patch_shape[1]:
@@ -49,6 +67,20 @@ class ModelConfig:
                 f"patches must hold {PATCH_VALUES} values to be pretrained on, {self.patch_shape} holds "
                 f"{self.patch_values}"
             )
+
+    @property
+    def has_decoder(self) -> bool:
+        return self.pretraining_heads and self.encoder_tokens == "visible"
+
+    @property
+    def head_width(self) -> int:
+        """Width of the tokens that the pretraining heads read."""
+        return (self.decoder_width or self.width) if self.has_decoder else self.width
+
+    @property
+    def decoder_heads(self) -> int:
+        """Attention heads of the decoder."""
+        return self.head_width // (self.width // self.heads)
 
     @property
     def patch_values(self) -> int:

@@ -2,8 +2,8 @@
 fine-tuning.
 
 Shapes: B clips, T frames, F mel bins, f x t patch grid, P = f * t patches, K = 256 values of a patch, M masked patches,
-D width, H heads, N = 2 + P tokens, C classes. Patch p = frequency index * t + time index; tokens are [cls, dist,
-patches...].
+V = P - M visible ones, D width, D' width of the decoder, H heads, N = 2 + P tokens, C classes. Patch p = frequency
+index * t + time index; tokens are [cls, dist, patches...].
 """
 
 from __future__ import annotations
@@ -18,7 +18,18 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ssast.engine.spans import span
-from ssast.kernels import NUM_PREFIX, MSPMLoss, attention, embed_patches, found_patches, fp8_linear, mspm_loss, patchify
+from ssast.kernels import (
+    NUM_PREFIX,
+    MSPMLoss,
+    attention,
+    embed_patches,
+    embed_visible_patches,
+    found_patches,
+    fp8_linear,
+    insert_mask_tokens,
+    mspm_loss,
+    patchify,
+)
 
 from .config import PATCH_VALUES, LossConfig, ModelCard, ModelConfig
 from .front_end import FrontEnd
@@ -47,7 +58,7 @@ _keep_products = functools.partial(create_selective_checkpoint_contexts, _is_kep
 
 
 class PatchEmbedding(nn.Module):
-    """Holds what `embed_patches` needs."""
+    """Holds what `embed_patches` needs, or where there is a decoder `embed_visible_patches`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -56,10 +67,18 @@ class PatchEmbedding(nn.Module):
         self.bias = nn.Parameter(torch.empty(width))
         self.position = nn.Parameter(torch.empty(NUM_PREFIX + config.num_patches, width))
         self.prefix = nn.Parameter(torch.empty(NUM_PREFIX, width))
-        self.mask_token = nn.Parameter(torch.empty(width)) if config.pretraining_heads else None
+        has_mask_token = config.pretraining_heads and not config.has_decoder
+        self.mask_token = nn.Parameter(torch.empty(width)) if has_mask_token else None
+        self.visible_only = config.has_decoder
 
-    def forward(self, patches: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        return embed_patches(patches, self.weight, self.bias, self.position, self.prefix, self.mask_token, mask)
+    def forward(
+        self, patches: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, P, K] -> tokens [B, 2 + P, D] and None; of visible patches only: tokens [B, 2 + V, D] and slot [B, P]."""
+        if mask is not None and self.visible_only:
+            return embed_visible_patches(patches, self.weight, self.bias, self.position, self.prefix, mask)
+        tokens = embed_patches(patches, self.weight, self.bias, self.position, self.prefix, self.mask_token, mask)
+        return tokens, None
 
 
 class Attention(nn.Module):
@@ -98,12 +117,12 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.width, eps=1e-6)
-        self.attn = Attention(config.width, config.heads)
-        self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
-        self.mlp = MLP(config.width, config.mlp_ratio * config.width)
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLP(width, mlp_ratio * width)
         self.activation_checkpointing = "none"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -117,6 +136,30 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class Decoder(nn.Module):
+    """From the encoder's visible tokens to whole clips: a linear map, mask tokens where patches are masked, positions
+    once more, a few blocks and a norm (He et al. 2021, section 3; MAE-AST, Baade, Peng and Harwath 2022).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.head_width
+        self.embed = nn.Linear(config.width, width)
+        self.mask_token = nn.Parameter(torch.empty(width))
+        self.position = nn.Parameter(torch.empty(NUM_PREFIX + config.num_patches, width))
+        self.blocks = nn.ModuleList(
+            Block(width, config.decoder_heads, config.mlp_ratio) for _ in range(config.decoder_depth)
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, encoded: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        """[B, 2 + V, D], [B, P] as `embed_visible_patches` gives it -> [B, 2 + P, D']."""
+        x = insert_mask_tokens(self.embed(encoded), self.mask_token, self.position, slot)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
 class SSAST(nn.Module):
     """The whole model."""
 
@@ -127,11 +170,12 @@ class SSAST(nn.Module):
         # tensors of an official file that no computation uses, kept for writing it back
         self.unused: dict[str, torch.Tensor] = {}
         self.embedding = PatchEmbedding(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.decoder = Decoder(config) if config.has_decoder else None
         if config.pretraining_heads:
-            self.class_head = _two_layers(config.width)
-            self.recon_head = _two_layers(config.width)
+            self.class_head = _two_layers(config.head_width)
+            self.recon_head = _two_layers(config.head_width)
         if config.num_classes is not None:
             self.classifier = nn.Sequential(
                 nn.LayerNorm(config.width, eps=1e-5), nn.Linear(config.width, config.num_classes)
@@ -154,12 +198,12 @@ class SSAST(nn.Module):
 
     def encode(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """[B, T, F] normalised log-mel -> [B, 2 + P, D] tokens after the final norm; `mask` [B, M] patch numbers to
-        hide.
+        hide. A model of `encoder_tokens` "visible" gives no tokens for hidden patches: [B, 2 + V, D].
 
         Raises:
             ValueError: features of another size than the model was built for.
         """
-        return self._encode_patches(self._patchify(features), mask)
+        return self._encode_patches(self._patchify(features), mask)[0]
 
     def pretrain(
         self,
@@ -227,7 +271,7 @@ class SSAST(nn.Module):
         """
         self._check_pretraining()
         patches = self._patchify(features)
-        tokens = self._masked_tokens(patches, mask)
+        tokens = gather_rows(self._predictor_tokens(patches, mask), mask + NUM_PREFIX)  # [B, M, D']
         canvas = torch.full_like(patches, float("nan"))
         canvas.scatter_(1, mask[..., None].expand(-1, -1, patches.shape[2]), self.recon_head(tokens).to(patches.dtype))
         found = found_patches(self.class_head(tokens).to(patches.dtype), patches, mask=mask, softmax_over=softmax_over)
@@ -260,21 +304,29 @@ class SSAST(nn.Module):
         return patchify(features, self.config.patch_shape, self.config.stride)
 
     def _masked_loss(self, patches: torch.Tensor, mask: torch.Tensor, loss: LossConfig) -> MSPMLoss:
-        tokens = self._encode_patches(patches, mask)
+        tokens = self._predictor_tokens(patches, mask)
         with span("heads + loss"):
             return self._heads_and_loss(tokens, patches, mask, loss)
 
-    def _encode_patches(self, patches: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def _encode_patches(
+        self, patches: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The encoder's tokens, and the slots that the embedding gave."""
         with span("mask + embed"):
-            x = self.embedding(patches, mask)
+            x, slot = self.embedding(patches, mask)
         with span("encoder forward"):
-            return self._encoder(x)
+            return self._encoder(x), slot
 
-    def _masked_tokens(self, patches: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return gather_rows(self._encode_patches(patches, mask), mask + NUM_PREFIX)  # [B, M, D]
+    def _predictor_tokens(self, patches: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """[B, P, K], [B, M] -> [B, 2 + P, D']: what the heads pick the masked patches from."""
+        x, slot = self._encode_patches(patches, mask)
+        if self.decoder is None:
+            return x
+        with span("decoder forward"):
+            return self.decoder(x, slot)
 
     def _weighted_layers(self, patches: torch.Tensor) -> torch.Tensor:  # [B, P, K] -> [B, N, D]
-        x = self.embedding(patches)
+        x, _ = self.embedding(patches)
         shares = self.layer_weights.softmax(dim=0)
         total = shares[0] * x
         for share, block in zip(shares[1:], self.blocks, strict=True):
@@ -282,7 +334,7 @@ class SSAST(nn.Module):
             total = total + share * x
         return total
 
-    # --- the two parts that torch.compile is given --------------------------------------------------------------------
+    # --- the parts that torch.compile is given, beside the decoder ----------------------------------------------------
 
     def _encoder(self, x: torch.Tensor) -> torch.Tensor:  # [B, N, D] -> [B, N, D]
         for block in self.blocks:
@@ -291,12 +343,12 @@ class SSAST(nn.Module):
 
     def _heads_and_loss(
         self,
-        tokens: torch.Tensor,  # [B, N, D]
+        tokens: torch.Tensor,  # [B, N, D']
         patches: torch.Tensor,
         mask: torch.Tensor,
         loss: LossConfig,
     ) -> MSPMLoss:
-        masked = gather_rows(tokens, mask + NUM_PREFIX)  # [B, M, D]
+        masked = gather_rows(tokens, mask + NUM_PREFIX)  # [B, M, D']
         class_pred = self.class_head(masked) if loss.objective != "generative" else None
         recon_pred = self.recon_head(masked) if loss.objective != "discriminative" else None
         return mspm_loss(
@@ -308,11 +360,14 @@ class SSAST(nn.Module):
             recon_weight=loss.recon_weight,
         )
 
+    def _all_blocks(self) -> list[Block]:
+        return [*self.blocks, *(self.decoder.blocks if self.decoder is not None else ())]
+
     def checkpoint_activations(self, kind: str) -> None:
         """What the backward pass computes again: "none", "selective" (all of a block but its products and attention),
         or "block" (all).
         """
-        for block in self.blocks:
+        for block in self._all_blocks():
             block.activation_checkpointing = kind
 
     def use_fp8(self) -> None:
@@ -322,13 +377,15 @@ class SSAST(nn.Module):
                 module.fp8 = True
 
     def compile_regions(self, regions: str, **options: Any) -> None:
-        """Have torch.compile make the encoder one graph ("encoder"), or each block ("blocks": equal, they share the
-        code of one), and heads and loss another. `options` are torch.compile's.
+        """Have torch.compile make the encoder one graph and the decoder another ("encoder"), or each block ("blocks":
+        equal, they share the code of one), and heads and loss one more. `options` are torch.compile's.
         """
         if regions == "encoder":
             self._encoder = torch.compile(self._encoder, **options)
+            if self.decoder is not None:
+                self.decoder.compile(**options)
         else:
-            for block in self.blocks:
+            for block in self._all_blocks():
                 block.compile(**options)
         self._heads_and_loss = torch.compile(self._heads_and_loss, **options)
 

@@ -65,6 +65,7 @@ def largest_micro_batch(config: Config, ranks: Ranks) -> int:
     state = memory_estimate(
         config.architecture,
         parameters,
+        num_masked=config.mask.num_masked,
         micro_batch=0,
         bf16=config.bf16,
         stage=config.zero_stage,
