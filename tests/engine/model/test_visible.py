@@ -61,9 +61,7 @@ def block(w: dict[str, torch.Tensor], name: str, x: torch.Tensor, heads: int) ->
 
 def cut(features: torch.Tensor) -> torch.Tensor:
     """[T, F] -> [P, 256]: patch = row of mel * 4 + column of time; value = mel * 16 + frame."""
-    tiles = [
-        features[16 * t : 16 * t + 16, 16 * f : 16 * f + 16].T.reshape(256) for f in range(2) for t in range(4)
-    ]
+    tiles = [features[16 * t : 16 * t + 16, 16 * f : 16 * f + 16].T.reshape(256) for f in range(2) for t in range(4)]
     return torch.stack(tiles)
 
 
