@@ -1,0 +1,187 @@
+"""What an encoder of visible patches saves: `python -m ssast.benchmarks.encoder_tokens [--save] [options]`.
+
+`model.encoder_tokens: all` and `visible`, the latter with a decoder of the encoder's width and one of half of it, train
+on the same noise from memory with the same objective and optimizer, each in a process of its own. They take turns, one
+step at a time while the others wait, so that the machine is the same to all. A row for each says clips/s, the peak of
+its memory, and how many times as fast as `all` it is: as measured, turn by turn, and as the model's operations
+(engine/model/cost.py) would have it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import sys
+import tempfile
+import warnings
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from ssast.engine.config import Config, load_config
+from ssast.engine.errors import UserError
+from ssast.engine.model.config import HEAD_DIM, WIDTHS
+from ssast.engine.model.cost import count_parameters, flops_per_clip
+
+from .machine import environment_columns
+from .rows import RESULTS, Row, Sink
+from .turns import FEWEST_TURNS, compare_turns, take_turns
+
+FILE = RESULTS / "encoder_tokens.csv"
+WARM_UP = 2  # steps; by then the optimizer's state and every buffer exist
+
+
+def variants(size: str) -> dict[str, tuple[str, ...]]:
+    """Settings by name; the first is what the others are compared with."""
+    visible = "model.encoder_tokens=visible"
+    return {
+        "all": ("model.encoder_tokens=all",),
+        "visible": (visible,),
+        "visible, half-width decoder": (visible, f"model.decoder_width={_half(size)}"),
+    }
+
+
+def _half(size: str) -> int:
+    """Of the encoder's width, or as near as whole attention heads of 64 come to it from above."""
+    return -(-WIDTHS[size] // (2 * HEAD_DIM)) * HEAD_DIM
+
+
+def config_of(size: str, batch: int, settings: tuple[str, ...], overrides: list[str]) -> Config:
+    """The published preset of that size in fp32 on one process, with those settings."""
+    fixed = [
+        "step.engine=ddp",
+        "deepspeed.bf16.enabled=false",
+        f"deepspeed.train_batch_size={batch}",
+        f"deepspeed.train_micro_batch_size_per_gpu={batch}",
+        "deepspeed.gradient_accumulation_steps=1",
+    ]
+    return load_config(f"ssast-{size}-patch-400", [*fixed, *settings, *overrides])
+
+
+def _child(pipe: Connection, config: Config, folder: str) -> None:
+    """Builds a trainer, then computes a step whenever told to and says how long it took; at last its memory."""
+    from ssast.engine.distributed.ranks import join_ranks
+    from ssast.engine.model.adapt import build_model
+    from ssast.engine.training.trainer import Trainer
+
+    from .throughput.measure import in_memory, nothing_to_read, run_steps, undisturbed
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    ranks = join_ranks(config.step.engine)
+    config = undisturbed(config, Path(folder))
+    before = _peak_bytes()
+    model = build_model(config.architecture, config.run.seed)
+    parameters = count_parameters(model)
+    trainer = Trainer(config, nothing_to_read(config), model, ranks)
+    batches = iter(in_memory(trainer, ranks.device))
+    run_steps(trainer, batches, WARM_UP)
+    pipe.send(parameters)
+    while pipe.recv():
+        seconds, _ = run_steps(trainer, batches, 1)
+        pipe.send(seconds[0])
+    pipe.send(_peak_bytes() - before)
+
+
+def _peak_bytes() -> int:
+    """Resident memory of this process at its highest."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure(size: str, batch: int, turns: int, overrides: list[str]) -> list[Row]:
+    """A row for each variant."""
+    context = multiprocessing.get_context("spawn")
+    configs = {name: config_of(size, batch, each, overrides) for name, each in variants(size).items()}
+    pipes, processes, parameters = [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for config in configs.values():
+                pipe, other = context.Pipe()
+                process = context.Process(target=_child, args=(other, config, folder), daemon=True)
+                process.start()
+                other.close()  # so that the end of the child is the end of the pipe
+                pipes.append(pipe)
+                processes.append(process)
+                parameters.append(pipe.recv())
+
+            def step(pipe: Connection, turn: int) -> float:
+                pipe.send(True)
+                return pipe.recv()
+
+            seconds = take_turns(pipes, turns, step)
+            peaks = []
+            for pipe in pipes:
+                pipe.send(False)
+                peaks.append(pipe.recv())
+        finally:
+            for process in processes:
+                process.terminate()
+                process.join()
+    rates = [[batch / each for each in found] for found in seconds]
+    rows = []
+    for number, (name, config) in enumerate(configs.items()):
+        model, masked = config.architecture, config.mask.num_masked
+        first = next(iter(configs.values()))
+        flops, reference = flops_per_clip(model, masked), flops_per_clip(first.architecture, masked)
+        verdict = compare_turns(rates[0], rates[number]) if number else None
+        rows.append(
+            {
+                "size": size,
+                "variant": name,
+                "decoder": f"{model.decoder_depth} x {model.head_width}" if model.has_decoder else "",
+                "parameters": parameters[number],
+                "batch": batch,
+                "patches": model.num_patches,
+                "masked": masked,
+                "objective": config.objective.name,
+                "turns": turns,
+                "clips_per_s": round(statistics.median(rates[number]), 4),
+                "step_s": round(statistics.median(seconds[number]), 4),
+                "peak_gib": round(peaks[number] / 2**30, 3),
+                "gflop_per_clip": round(flops.train / 1e9, 3),
+                "gflop_per_s": round(flops.train / 1e9 * statistics.median(rates[number]), 1),
+                "times": round(1 + verdict.change, 3) if verdict else 1.0,
+                "times_low": round(1 + verdict.low, 3) if verdict else 1.0,
+                "times_high": round(1 + verdict.high, 3) if verdict else 1.0,
+                "times_by_flop": round(reference.train / flops.train, 3),
+                **environment_columns(),
+            }
+        )
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m ssast.benchmarks.encoder_tokens", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings of all of them")
+    parser.add_argument("--sizes", nargs="+", choices=list(WIDTHS), default=["tiny", "base"])
+    parser.add_argument("--batch", type=int, default=8, help="clips of a step")
+    parser.add_argument("--turns", type=int, default=5, help="steps that each of them is timed for")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--save", action="store_const", dest="out", const=FILE, help=f"add rows to results/{FILE.name}")
+    group.add_argument("--out", type=Path, help="CSV to add the rows to")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.turns < FEWEST_TURNS:
+        parser.error(f"--turns {arguments.turns}: at least {FEWEST_TURNS}, or nothing can be said")
+    sink = Sink(arguments.out)
+    try:
+        for size in arguments.sizes:
+            for row in measure(size, arguments.batch, arguments.turns, arguments.overrides):
+                print(
+                    f"{size:6}{row['variant']:28} {row['clips_per_s']:9.3f} clips/s {row['peak_gib']:6.2f} GiB  "
+                    f"{row['times']:.2f} x [{row['times_low']:.2f}, {row['times_high']:.2f}], by operations "
+                    f"{row['times_by_flop']:.2f} x",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                sink.add(row)
+    except UserError as error:
+        print(f"ssast: {error}", file=sys.stderr)
+        return error.exit_code
+    sink.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
