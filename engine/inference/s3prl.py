@@ -69,9 +69,8 @@ class UpstreamExpert(nn.Module):
             raise UserError(f"{ckpt}: is for {self.model.card.sample_rate} Hz; s3prl gives {SAMPLE_RATE} Hz")
         self.frequency, self.windows_at_once = frequency, windows_at_once
         for name, parameter in self.model.named_parameters():
-            if name.startswith(("class_head", "recon_head", "classifier", "layer_weights")) or name.endswith(
-                "mask_token"
-            ):
+            unused = ("decoder", "class_head", "recon_head", "classifier", "layer_weights")
+            if name.startswith(unused) or name.endswith("mask_token"):
                 parameter.requires_grad_(False)  # no hidden state depends on them
 
     def get_downsample_rates(self, key: str | None = None) -> int:

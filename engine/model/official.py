@@ -80,6 +80,8 @@ def _official_config(
     blocks = {match[1] for key in tensors if (match := re.match(r"v\.blocks\.(\d+)\.", key))}
     patch_shape = tuple(tensors["v.patch_embed.proj.weight"].shape[2:])
     pretraining = "p_input_tdim" in tensors
+    # the encoder of a model that was pretrained on visible patches only: `to_official` leaves its decoder out
+    is_encoder = pretraining and not any(key.startswith(("mask_embed", "cpredlayer", "gpredlayer")) for key in tensors)
     if heads is None and width % HEAD_DIM:
         raise UserError(
             f"{file}: width {width} is no multiple of {HEAD_DIM}, so the number of attention heads must be given "
@@ -99,7 +101,8 @@ def _official_config(
         patch_shape=patch_shape,
         stride=own_stride,
         num_classes=tensors["mlp_head.1.weight"].shape[0] if "mlp_head.1.weight" in tensors else None,
-        pretraining_heads=pretraining,
+        pretraining_heads=pretraining and not is_encoder,
+        encoder_tokens="visible" if is_encoder else "all",
     )
     position = tensors["v.pos_embed"]
     if position.shape != (1, NUM_PREFIX + config.num_patches, width):  # before anything of that size is made
@@ -158,7 +161,11 @@ def from_official(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def to_official(model: SSAST, prefix: str = "module.") -> dict[str, torch.Tensor]:
-    """The official state dict, in the order in which the official code writes it."""
+    """The official state dict, in the order in which the official code writes it.
+
+    A model of `encoder_tokens` "visible" goes in without its decoder and heads, which the official code has no names
+    for: its fine-tuning reads the encoder and does not miss the rest.
+    """
     config, weights = model.config, {key: value.detach().cpu() for key, value in model.state_dict().items()}
     if config.layer_weights:
         raise UserError("the official format holds no classifier over weighted layers; keep it as safetensors")
@@ -168,9 +175,12 @@ def to_official(model: SSAST, prefix: str = "module.") -> dict[str, torch.Tensor
             "(num_classes=...)"
         )
     tensors: dict[str, torch.Tensor] = {}
-    if config.pretraining_heads:
+    is_visible = config.encoder_tokens == "visible"
+    is_encoder = is_visible and config.num_classes is None and config.stride == config.patch_shape
+    if config.pretraining_heads or is_encoder:
         tensors["p_input_fdim"] = torch.tensor(config.num_mel_bins)
         tensors["p_input_tdim"] = torch.tensor(config.input_frames)
+    if config.pretraining_heads and not config.has_decoder:
         tensors["mask_embed"] = weights["embedding.mask_token"][None, None]
     tensors["v.cls_token"] = weights["embedding.prefix"][None, :1]
     tensors["v.pos_embed"] = weights["embedding.position"][None]
@@ -181,7 +191,8 @@ def to_official(model: SSAST, prefix: str = "module.") -> dict[str, torch.Tensor
     for key in UNUSED_OFFICIAL:
         shape = (UNUSED_CLASSES, config.width) if key.endswith("weight") else (UNUSED_CLASSES,)
         tensors[key] = model.unused.get(key, torch.zeros(shape))
-    for ours, theirs in (("class_head.", "cpredlayer."), ("recon_head.", "gpredlayer."), ("classifier.", "mlp_head.")):
+    parts = (("class_head.", "cpredlayer."), ("recon_head.", "gpredlayer."), ("classifier.", "mlp_head."))
+    for ours, theirs in parts[2:] if config.has_decoder else parts:
         tensors |= {theirs + key.removeprefix(ours): value for key, value in weights.items() if key.startswith(ours)}
     # views would be saved with all their storage
     return {prefix + key: value.clone() for key, value in tensors.items()}

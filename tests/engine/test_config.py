@@ -17,6 +17,7 @@ PUBLISHED = {
     "ssast-base-frame-400": (88_763_346, (1, 512), 400),
     "ssast-base-frame-250": (88_763_346, (1, 512), 250),
 }
+VISIBLE = ("tiny-patch", "small-patch", "base-patch", "base-frame")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -34,9 +35,22 @@ def test_presets_are_the_published_models(name):
 
 
 def test_every_preset_is_listed_and_valid():
-    assert set(list_presets()) == {*PUBLISHED, "demo"}
+    assert set(list_presets()) == {*PUBLISHED, *(f"ssast-{name}-400-visible" for name in VISIBLE), "demo"}
     for name in list_presets():
         assert load_config(name, ["data.train=/audio"]).data.train == ["/audio"]
+
+
+@pytest.mark.parametrize("name", VISIBLE)
+def test_presets_of_visible_encoders_differ_in_one_thing(name):
+    whole, visible = (load_config(f"ssast-{name}-400{suffix}").model_dump() for suffix in ("", "-visible"))
+    assert [key for key, *_ in differences(whole, visible)] == ["model.encoder_tokens", "run.name"]
+
+
+def test_a_dry_run_tells_both_kinds_apart():
+    whole, visible = (describe_run(load_config(f"ssast-base-patch-400{suffix}")) for suffix in ("", "-visible"))
+    assert "encoder 12 of width 768 on 514 tokens\n" in whole and "training 295.78 G" in whole
+    assert "encoder 12 of width 768 on 114 tokens, decoder 2 of width 768 on 514 tokens\n" in visible
+    assert "training 112.61 G" in visible and "(decoder)" in visible
 
 
 def test_resolved_config_reads_back_the_same(tmp_path):
@@ -61,6 +75,9 @@ def test_validation_masks_the_papers_share():
             "unknown key deepspeed.zero_optimisation; did you mean deepspeed.zero_optimization?",
         ),
         ("mask.num_masked=128", "mask.num_masked: 128 of 128 patches (8x16); at most 127"),
+        ("model.decoder_depth=0", "model.decoder_depth: Input should be greater than or equal to 1, not 0"),
+        ("model.decoder_width=100", "model.decoder_width: Input should be a multiple of 64, not 100"),
+        ("model.encoder_tokens=some", "model.encoder_tokens: Input should be 'all' or 'visible', not 'some'"),
         ("mask.num_masked=0", "mask.num_masked: Input should be greater than or equal to 1, not 0"),
         ("model.input_frames=250", "model.input_frames: 250 is not a multiple of the patch's 16 frames"),
         ("model.num_mel_bins=120", "model.num_mel_bins: 120 is not a multiple of the patch's 16 mel bins"),

@@ -44,7 +44,8 @@ def export_model(model: SSAST, out: str | os.PathLike[str], to: str | None = Non
         force: replace what is there. A folder is replaced only if it holds nothing but an earlier export.
 
     Returns:
-        What was written, and how closely it was found to compute what the model does, for people.
+        What was written, how closely it was found to compute what the model does, and which kind of pretraining its
+        encoder had, for people.
 
     Raises:
         UserError: an unknown format, something there already, a model that the format cannot hold, a library that is
@@ -61,7 +62,7 @@ def export_model(model: SSAST, out: str | os.PathLike[str], to: str | None = Non
         raise UserError(f"{out}: is a file; hf is a folder")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        return WRITERS[to](model, out)
+        return f"{WRITERS[to](model, out)}; encoder_tokens: {model.config.encoder_tokens}"
     except Exception as error:
         if isinstance(error, UserError) or not is_write_error(error):
             raise
@@ -83,10 +84,12 @@ def _write_official(model: SSAST, out: Path) -> str:
     if model.config.layer_weights:
         raise UserError("the official format knows no learned weights of layers; use safetensors, onnx or torch-export")
     save_model(model, out, format="official")
+    if model.config.has_decoder:
+        log.warning("%s: the official code knows no decoder; the file holds the encoder alone, for fine-tuning", out)
     lost = [name for name, default in vars(ModelCard()).items() if getattr(model.card, name) != default]
     if lost:
         log.warning("%s: the official format has no place for %s of the model card", out, ", ".join(lost))
-    return f"{out}: official checkpoint, all weights as they are"
+    return f"{out}: official checkpoint, {'the encoder' if model.config.has_decoder else 'all'} weights as they are"
 
 
 def _write_hf(model: SSAST, out: Path) -> str:

@@ -42,10 +42,11 @@ class FromWaveform(nn.Module):
     """
 
     def __init__(self, model: SSAST) -> None:
-        """A clean copy: float32, on the CPU, nothing compiled."""
+        """A clean copy: float32, on the CPU, nothing compiled, without decoder and heads of pretraining."""
         super().__init__()
-        self.model = SSAST(model.config, model.card)
-        self.model.load_state_dict({name: value.detach().cpu().float() for name, value in model.state_dict().items()})
+        self.model = SSAST(dataclasses.replace(model.config, pretraining_heads=False), model.card)
+        used, weights = self.model.state_dict(), model.state_dict()
+        self.model.load_state_dict({name: weights[name].detach().cpu().float() for name in used})
         self.eval()
 
     @property

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import ASTFeatureExtractor, PreTrainedModel
 
 MODEL_TYPE, MEAN_POOL_TYPE = "audio-spectrogram-transformer", "ssast"
+ENCODER_TOKENS = "pretraining_encoder_tokens"  # in config.json; transformers has no use for it, readers have
 CODE_FILE = "hf_mean_pool.py"
 FILES = {"config.json", "model.safetensors", "preprocessor_config.json", CODE_FILE}
 EXTRACTOR_RATE = 16000  # Hz
@@ -119,6 +120,7 @@ def from_hf(folder: str | os.PathLike[str]) -> AudioModel:
             stride=(config.frequency_stride, config.time_stride),
             num_classes=config.num_labels if is_classifier else None,
             pretraining_heads=False,
+            encoder_tokens=getattr(config, ENCODER_TOKENS, "all"),
         ),
         ModelCard(
             sample_rate=extractor.sampling_rate,
@@ -240,6 +242,7 @@ def _config(model: SSAST) -> dict[str, Any]:
         "time_stride": config.stride[1],
         "max_length": config.input_frames,
         "num_mel_bins": config.num_mel_bins,
+        ENCODER_TOKENS: config.encoder_tokens,
     }
     if config.num_classes is not None:
         labels = card.labels or _nameless(config.num_classes)

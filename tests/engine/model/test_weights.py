@@ -16,6 +16,7 @@ from ssast.kernels import patchify
 
 PATCH = ModelConfig(width=128, heads=2, depth=2, input_frames=64)
 FRAME = ModelConfig(width=128, heads=2, depth=2, input_frames=64, patch_shape=(128, 2), stride=(128, 2))
+VISIBLE = replace(PATCH, encoder_tokens="visible", decoder_width=64)
 
 
 def official(tmp_path, config=PATCH, **changes):
@@ -34,7 +35,8 @@ def official(tmp_path, config=PATCH, **changes):
 
 
 @pytest.mark.parametrize(
-    "config", [PATCH, FRAME, ModelConfig(width=128, heads=4, num_classes=3, pretraining_heads=False, stride=(10, 10))]
+    "config",
+    [PATCH, FRAME, VISIBLE, ModelConfig(width=128, heads=4, num_classes=3, pretraining_heads=False, stride=(10, 10))],
 )
 def test_safetensors_round_trip(tmp_path, config):
     model = build_model(config, seed=4)
@@ -44,6 +46,20 @@ def test_safetensors_round_trip(tmp_path, config):
     for key, value in model.state_dict().items():
         assert again.state_dict()[key].equal(value), key
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_visible_model_goes_into_an_official_file_as_its_encoder(tmp_path):
+    """With the input it was trained on, which the official fine-tuning asks for; it comes back as what it is."""
+    model = build_model(VISIBLE, seed=4)
+    save_model(model, tmp_path / "m.pth", format="official")
+    tensors = torch.load(tmp_path / "m.pth", weights_only=True)
+    assert int(tensors["module.p_input_tdim"]) == 64 and not [key for key in tensors if "pred" in key or "mask" in key]
+    again = load_model(tmp_path / "m.pth")
+    assert again.config == replace(VISIBLE, pretraining_heads=False, decoder_width=None) and again.decoder is None
+    features = torch.randn(2, 64, 128)
+    assert torch.equal(again.encode(features), model.encode(features))
+    tuned = load_model(tmp_path / "m.pth", num_classes=3)
+    assert tuned.config.encoder_tokens == "visible" and tuned.classify(features).shape == (2, 3)
 
 
 def test_the_card_goes_with_the_weights(tmp_path):
