@@ -98,6 +98,7 @@ ENGINES = {
     **{f"zero{stage}": f"deepspeed.zero_optimization.stage={stage}" for stage in range(4)},
     "ddp": "step.engine=ddp",
 }
+VISIBLE = ("model.encoder_tokens=visible", "model.decoder_depth=1", "model.decoder_width=64", "train.steps=6")
 KINDS = [(engine, precision) for engine in ENGINES for precision in ("fp32", "bf16")]
 
 
@@ -131,6 +132,18 @@ def runs(tmp_path_factory, corpus) -> Runs:
     two += [runs.interrupted("fewer-ddp", "ddp-fp32", 4)]
     one += [runs.job("fewer-ddp", "step.engine=ddp", "deepspeed.bf16.enabled=False")]
     one += [runs.job("compiled", "step.compile=encoder", "deepspeed.zero_optimization.stage=1")]
+    for engine, override in ENGINES.items():
+        two += [runs.job(f"visible-{engine}", *VISIBLE, override)]
+    two += [
+        runs.interrupted("visible-again", "visible-zero3", 4),
+        runs.job("visible-again", *VISIBLE, ENGINES["zero3"]),
+    ]
+    two += [runs.job("visible-separate", *VISIBLE, "objective.masks=separate")]
+    two += [runs.interrupted("visible-fewer", "visible-zero1", 4)]
+    one += [runs.job("visible-fewer", *VISIBLE, ENGINES["zero1"])]
+    one += [runs.job("visible-one", *VISIBLE, ENGINES["zero1"], "deepspeed.train_micro_batch_size_per_gpu=4")]
+    one += [runs.job("visible-bf16", *VISIBLE, ENGINES["zero1"], "deepspeed.bf16.enabled=True")]
+    one += [runs.job("visible-continued", *VISIBLE, f"model.init_from={runs.folder / 'zero1-fp32'}", "train.steps=4")]
     two += [runs.job("plateau", "train.plateau_patience=0")]
     two += [runs.job("two-accumulate", "deepspeed.train_micro_batch_size_per_gpu=2")]
     for precision in ("fp32", "bf16"):
@@ -288,6 +301,28 @@ def test_objectives(runs):
     assert separate[0][2] == pytest.approx(shared[0][2], abs=1e-5) and separate[0][3] != shared[0][3]
     best = json.loads((runs.folder / "objective-generative" / "checkpoints" / "best" / "best.json").read_text())
     assert best["metric"] == "mse"
+
+
+def test_visible_encoders_train_the_same_way(runs):
+    """fp32: ZeRO stages, plain PyTorch, an interruption and one rank with accumulation, all to the bit."""
+    whole = runs.losses("visible-zero0")
+    assert len(whole) == 6 and whole[-1][1] < whole[0][1]
+    for name in ("zero1", "zero2", "zero3", "ddp", "again", "one"):
+        assert runs.losses(f"visible-{name}") == whole, name
+    assert runs.losses("visible-again", "valid") == runs.losses("visible-zero3", "valid")
+    assert [row["step"] for row in runs.rows("visible-again", "event") if row["event"] == "resume"] == [4]
+    for name, tolerance in (("fewer", 1e-5), ("bf16", 2e-2)):
+        for ours, theirs in zip(runs.losses(f"visible-{name}"), whole, strict=True):
+            assert ours[1] == pytest.approx(theirs[1], rel=tolerance), name
+    separate = runs.losses("visible-separate")
+    assert separate[0][2] == pytest.approx(whole[0][2], abs=1e-5) and separate[0][3] != whole[0][3]
+
+
+def test_a_visible_run_starts_from_an_ssast_checkpoint(runs):
+    """Its encoder is the trained one, its decoder is not: what it says at first is no better than a fresh model's."""
+    ours, theirs = (load_model(runs.folder / name) for name in ("visible-continued", "zero1-fp32"))
+    moved = (ours.embedding.weight - theirs.embedding.weight).abs().max()
+    assert 0 < moved < 0.01 and ours.decoder is not None and theirs.decoder is None
 
 
 def test_frame_model_trains(runs):
