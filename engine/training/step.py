@@ -15,6 +15,7 @@ from ssast.engine.config import RunConfig
 from ssast.engine.data.loader import Batch
 from ssast.engine.distributed.ranks import Ranks
 from ssast.engine.errors import UserError, first_line
+from ssast.engine.model.cost import main_attention
 from ssast.engine.model.ssast import SSAST
 from ssast.engine.spans import span
 from ssast.kernels import AttentionChoice, choose_attention, fp8_obstacle, use_attention
@@ -124,7 +125,8 @@ class TrainingStep:
             name = resume_from.state.get("attention")
         if name in (None, "auto"):
             name = "torch" if config.run.deterministic else None
-        shape = (self.micro_batch, model.heads, 2 + model.num_patches, model.width // model.heads)
+        heads, tokens = main_attention(model, config.mask.num_masked if model.has_decoder else 0)
+        shape = (self.micro_batch, heads, tokens, model.width // model.heads)
 
         def choose() -> AttentionChoice:
             try:
