@@ -1,6 +1,9 @@
-"""Does pretraining help? `python -m ssast.benchmarks.study AUDIO [--scale large]` pretrains on all clips that no task
-tests on, and then trains every task of configs/study from scratch and from the pretrained weights, with equal budgets,
-few labels and all, several seeds.
+"""Does pretraining help, and which? `python -m ssast.benchmarks.study AUDIO [--arms scratch all visible] [--scale
+large]` pretrains a model for each arm on all clips that no task tests on, and then trains every task of configs/study
+from scratch and from the pretrained weights, with equal budgets, few labels and all, several seeds.
+
+Arms: "all" and "visible" are pretrained with that `model.encoder_tokens`, "visible-half" with a decoder of half the
+width. `--equal clips` gives them the same steps, `--equal time` the same minutes.
 
 AUDIO holds `manifests/NAME.csv` with columns path (relative to AUDIO), label, speaker and split; NAME of a task is in
 TASKS. A row for each task, amount of labels and arm goes to results/study.csv.
@@ -35,7 +38,13 @@ FILE = RESULTS / "study.csv"
 CONFIGS = Path(configs.__path__[0]) / "study"
 UNLABELED = ("esc10", "esc50_fold4", "fsdd", "nemo", "wakeword", "speech", "music_misc")
 """Manifests that are pretrained on, less the clips marked for validation or test."""
-ARMS = ("scratch", "pretrained")
+ARMS: dict[str, tuple[str, ...] | None] = {
+    "scratch": None,
+    "all": (),
+    "visible": ("model.encoder_tokens=visible",),
+    "visible-half": ("model.encoder_tokens=visible", "model.decoder_width=128"),
+}
+"""Settings of pretraining; None: there is none."""
 PER_CLASS = 5
 """Training clips of each class where labels are few."""
 # What --scale adds to (pretraining, tasks).
@@ -82,6 +91,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ssast.benchmarks.study", description=__doc__, epilog=manifests)
     parser.add_argument("audio", type=Path)
     parser.add_argument("--scale", choices=SCALES, default="small", help="large: for a GPU")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["scratch", "all"])
+    parser.add_argument(
+        "--equal", choices=("clips", "time"), default="clips", help="what every arm's pretraining has as much of"
+    )
+    parser.add_argument("--minutes", type=float, default=10.0, help="of pretraining, where time is equal")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else 2, help="comparisons at a time")
@@ -97,6 +111,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=FILE, help="CSV to add the rows to")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of the tasks")
     arguments = parser.parse_intermixed_args(argv)
+    if "scratch" not in arguments.arms or len(set(arguments.arms)) < 2:
+        parser.error("--arms: needs scratch, which gains are counted from, and another")
     try:
         run_study(arguments)
     except UserError as error:
@@ -108,28 +124,28 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_study(arguments: argparse.Namespace) -> None:
-    """Pretrain, train every task in both ways, and add the rows.
+    """Pretrain each arm, train every task from each, and add the rows.
 
     Raises:
         UserError: manifests are missing, or a run is not finished.
         subprocess.CalledProcessError: a run failed.
     """
-    work, (for_pretraining, for_tasks) = arguments.work / arguments.scale, SCALES[arguments.scale]
+    work = arguments.work / arguments.scale / f"equal-{arguments.equal}"
+    for_pretraining, for_tasks = SCALES[arguments.scale]
+    if arguments.equal == "time":
+        unset = (f"train.{key}=null" for key in ("steps", "warmup_steps", "valid_every", "checkpoint_every"))
+        for_pretraining = [*for_pretraining, *unset, f"train.minutes={arguments.minutes}"]
     clips = write_manifests(arguments.audio.resolve(), work / "manifests")
     ranks = ["--ranks", str(arguments.ranks)]
     unlabeled = work / "manifests" / "unlabeled.txt"
     all_ranks = ["--ranks", str(arguments.ranks * arguments.jobs)]
-    _ssast(
-        "pretrain",
-        CONFIGS / "pretrain.yaml",
-        *all_ranks,
-        f"data.train={unlabeled}",
-        f"run.folder={work}",
-        *for_pretraining,
-    )
-    pretrained = work / "pretrain"
-    seconds = trained_seconds(pretrained)
-    print(f"pretrained on {clips} clips in {seconds / 60:.1f} min")
+    pretrained = {arm: work / f"pretrain-{arm}" for arm in arguments.arms if ARMS[arm] is not None}
+    for arm, folder in pretrained.items():
+        given = [f"data.train={unlabeled}", f"run.folder={work}", f"run.name={folder.name}"]
+        _ssast("pretrain", CONFIGS / "pretrain.yaml", *all_ranks, *given, *for_pretraining, *ARMS[arm])
+    budgets = {arm: pretraining_budget(folder) for arm, folder in pretrained.items()}
+    for arm, budget in budgets.items():
+        print(f"{arm}: pretrained on {budget['pretraining_samples']} clips in {budget['pretraining_s'] / 60:.1f} min")
     jobs = [(task, labels) for task in TASKS if task.name in arguments.tasks for labels in ("few", "all")]
 
     def compare(job: tuple[Task, str]) -> list[dict[str, Any]]:
@@ -137,10 +153,11 @@ def run_study(arguments: argparse.Namespace) -> None:
         folder = work / f"{task.name}-{labels}"
         settings = [f"data.train={work / 'manifests' / task.name}.csv", f"run.folder={work}", f"run.name={folder.name}"]
         settings += [f"task.per_class={PER_CLASS}"] if labels == "few" else []
-        arms = ["--seeds", str(arguments.seeds), "--compare", f"{ARMS[0]}=none", f"{ARMS[1]}={pretrained}"]
+        named = [f"{arm}={pretrained.get(arm, 'none')}" for arm in arguments.arms]
+        arms = ["--seeds", str(arguments.seeds), "--compare", *named]
         _ssast("finetune", CONFIGS / f"{task.name}.yaml", *ranks, *settings, *for_tasks, *arguments.overrides, *arms)
         rows = list(measured(task, labels, folder))
-        if [row["runs"] for row in rows] != [arguments.seeds] * len(ARMS):
+        if [row["runs"] for row in rows] != [arguments.seeds] * len(arguments.arms):
             raise UserError(
                 f"{folder}: is not finished, or holds other runs; run the same command again, or in another --work"
             )
@@ -148,15 +165,18 @@ def run_study(arguments: argparse.Namespace) -> None:
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         compared = list(pool.map(compare, jobs))
+    seconds = sum(budget["pretraining_s"] for budget in budgets.values())
     minutes = (seconds + sum(trained_seconds(path.parent) for path in work.rglob(RESULTS_FILE)) / arguments.jobs) / 60
-    environment = json.loads((pretrained / "environment.json").read_text(encoding="utf-8"))
+    first = next(iter(pretrained.values()))
+    environment = json.loads((first / "environment.json").read_text(encoding="utf-8"))
     # that ran, not that reads
     commit = {"commit": (environment["git_commit"] or "")[:12] + ("+" if environment["git_dirty"] else "")}
     for row in (row for rows in compared for row in rows):
         settings = {
             "scale": arguments.scale,
+            "equal": arguments.equal,
             "pretraining_clips": clips,
-            "pretraining_s": round(seconds),
+            **budgets.get(row["arm"], {"pretraining_samples": 0, "pretraining_s": 0}),
             "training_min": round(minutes, 1),
         }
         append_row(
@@ -164,6 +184,12 @@ def run_study(arguments: argparse.Namespace) -> None:
             {**row, **settings, "overrides": " ".join(arguments.overrides), **environment_columns(), **commit},
         )
     print(f"{minutes:.1f} min of training; the rows are in {arguments.out}")
+
+
+def pretraining_budget(run_dir: Path) -> dict[str, int]:
+    """What a finished run spent: clips that it was shown, and seconds."""
+    rows = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["kind"] == "train"]
+    return {"pretraining_samples": rows[-1]["samples"], "pretraining_s": round(trained_seconds(run_dir))}
 
 
 def trained_seconds(run_dir: Path) -> float:

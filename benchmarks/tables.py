@@ -287,12 +287,14 @@ def _loader_cell(row: Row) -> str:
 
 
 def study_table() -> str:
-    """The last study of each scale: every task, few labels and all, from scratch and pretrained."""
+    """The last study of each scale and kind of equal budget: every task, few labels and all, from scratch and from each
+    kind of pretraining.
+    """
     file = RESULTS / "study.csv"
     rows = read_rows(file) if file.exists() else []
     tables = []
-    for scale in dict.fromkeys(row["scale"] for row in rows):
-        group = [row for row in rows if row["scale"] == scale]
+    for kind in dict.fromkeys((row["scale"], row["equal"]) for row in rows):
+        group = [row for row in rows if (row["scale"], row["equal"]) == kind]
         last = [
             row for row in group if (row["date"], row["training_min"]) == (group[-1]["date"], group[-1]["training_min"])
         ]
@@ -301,36 +303,80 @@ def study_table() -> str:
 
 
 def _study_lines(rows: list[Row]) -> str:
+    arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm != "scratch"]
     lines = [
-        "| task | kind | clips trained on | tested | from scratch | pretrained | relative gain |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        f"| task | kind | clips trained on | tested | from scratch | {' | '.join(arms)} | relative gains |",
+        "|---|---|---:|---:|---:|" + "---:|" * len(arms) + "---:|",
     ]
-    gains: dict[str, list[float]] = {}
+    gains: dict[tuple[str, str], list[float]] = {}
     for labels in ("few", "all"):
         for task in dict.fromkeys(row["task"] for row in rows):
-            scratch, pretrained = (
-                next(row for row in rows if (row["task"], row["labels"], row["arm"]) == (task, labels, arm))
-                for arm in ("scratch", "pretrained")
-            )
-            gains.setdefault(labels, []).append(float(pretrained["relative_gain"] or "nan"))
-            cells = [
-                f"{100 * float(row['mean']):.1f}%"
-                + (f" ± {100 * float(row['deviation']):.1f}" if row["deviation"] else "")
-                for row in (scratch, pretrained)
-            ]
+            of_arm = {row["arm"]: row for row in rows if (row["task"], row["labels"]) == (task, labels)}
+            for arm in arms:
+                gains.setdefault((labels, arm), []).append(float(of_arm[arm]["relative_gain"] or "nan"))
+            scratch, cells = of_arm["scratch"], [_study_cell(of_arm[arm]) for arm in ("scratch", *arms)]
             counts = f"{scratch['train_clips']} ({labels}) | {scratch['test_clips']}"
-            lines.append(f"| {task} | {scratch['kind']} | {counts} | {' | '.join(cells)} | {gains[labels][-1]:+.0%} |")
+            last = ", ".join(f"{gains[labels, arm][-1]:+.0%}" for arm in arms)
+            lines.append(f"| {task} | {scratch['kind']} | {counts} | {' | '.join(cells)} | {last} |")
     first = rows[0]
-    means = ", ".join(f"{statistics.mean(values):+.0%} with {labels} labels" for labels, values in gains.items())
+    means = "; ".join(
+        f"{arm} "
+        + ", ".join(f"{statistics.mean(gains[labels, arm]):+.0%} with {labels} labels" for labels in ("few", "all"))
+        for arm in arms
+    )
+    budgets = ", ".join(
+        f"{arm} {int(row['pretraining_samples']):,} times in {float(row['pretraining_s']) / 60:.0f} min"
+        for arm in arms
+        for row in (next(row for row in rows if row["arm"] == arm),)
+    )
     lines += [
         "",
         f"Accuracy, mean and deviation over {first['runs']} seeds; the mean of the relative gains is {means}. "
-        "Pretrained on "
-        f"{first['pretraining_clips']} clips for {float(first['pretraining_s']) / 60:.0f} min, all training together "
-        "took "
-        f"{float(first['training_min']):.0f} min on {first['cores']} cores of {first['device']}; torch "
-        f"{first['torch']}, "
-        f"commit {first['commit']}, {first['date']}.",
+        f"Pretrained on {first['pretraining_clips']} clips with equal {first['equal']}: {budgets}. All training "
+        f"together took {float(first['training_min']):.0f} min on {first['cores']} cores of {first['device']}; torch "
+        f"{first['torch']}, commit {first['commit']}, {first['date']}.",
+    ]
+    return "\n".join(lines)
+
+
+def _study_cell(row: Row) -> str:
+    deviation = f" ± {100 * float(row['deviation']):.1f}" if row["deviation"] else ""
+    return f"{100 * float(row['mean']):.1f}%{deviation}"
+
+
+def encoder_tokens_table() -> str:
+    """results/encoder_tokens.csv: of each size the last run, the variants beside SSAST's own encoder."""
+    file = RESULTS / "encoder_tokens.csv"
+    rows = read_rows(file) if file.exists() else []
+    if not rows:
+        return UNMEASURED
+    lines = [
+        "| model | encoder reads | decoder | clips/s | x `all`, measured | by operations | GFLOP/s | peak memory |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for size in dict.fromkeys(row["size"] for row in rows):
+        found = [row for row in rows if row["size"] == size]
+        found = found[max(number for number, row in enumerate(found) if row["variant"] == "all") :]
+        for row in found:
+            interval = f"**{float(row['times']):.2f}** [{float(row['times_low']):.2f}, {float(row['times_high']):.2f}]"
+            cells = (
+                size,
+                row["variant"].split(",")[0],
+                row["decoder"] or "none",
+                f"{float(row['clips_per_s']):.3g}",
+                interval if row["decoder"] else "1",
+                f"{float(row['times_by_flop']):.2f}",
+                f"{float(row['gflop_per_s']):.0f}",
+                f"{float(row['peak_gib']):.2f} GiB",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    last = rows[-1]
+    lines += [
+        "",
+        f"Steps of {last['batch']} clips in fp32, {last['masked']} of {last['patches']} patches masked, "
+        f"{last['objective']} objective, {last['turns']} turns; the measured ratio is the mean over turns with its 95% "
+        f"interval. Peak memory is what the process took beyond its libraries. {last['cores']} cores of "
+        f"{last['device']}, torch {last['torch']}, commit {last['commit']}, {last['date']}.",
     ]
     return "\n".join(lines)
 
@@ -344,6 +390,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "headline": headline_table,
     "loader": loader_table,
     "study": study_table,
+    "encoder_tokens": encoder_tokens_table,
 }
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 
