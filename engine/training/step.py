@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ssast.engine.config import RunConfig
+from ssast.engine.config import Config, RunConfig
 from ssast.engine.data.loader import Batch
 from ssast.engine.distributed.ranks import Ranks
 from ssast.engine.errors import UserError, first_line
@@ -125,7 +125,7 @@ class TrainingStep:
             name = resume_from.state.get("attention")
         if name in (None, "auto"):
             name = "torch" if config.run.deterministic else None
-        heads, tokens = main_attention(model, config.mask.num_masked if model.has_decoder else 0)
+        heads, tokens = main_attention(model, config.mask.num_masked if isinstance(config, Config) else 0)
         shape = (self.micro_batch, heads, tokens, model.width // model.heads)
 
         def choose() -> AttentionChoice:
