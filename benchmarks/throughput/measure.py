@@ -320,7 +320,7 @@ def nothing_to_read(config: Config) -> Dataset:
 
     from ssast.engine.model.config import PAPER_MEAN, PAPER_STD
 
-    none = Clips([], [], [], [], *(np.zeros(0, dtype) for dtype in (np.int64, np.int32, np.int32, np.int64, np.int64)))
+    none = Clips([], [], [], [], *(np.zeros(0, dtype) for dtype in (np.int64, np.int32, np.int32, np.int64)))
     mean = PAPER_MEAN if isinstance(config.data.mean, str) else config.data.mean
     std = PAPER_STD if isinstance(config.data.std, str) else config.data.std
     return Dataset(none, none, [], mean, std, [])

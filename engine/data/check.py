@@ -124,7 +124,7 @@ def check_clips(
     print(*told.lines("clips"), sep="\n", end="\n" if told.lines() else "", file=sys.stderr)
 
     # From paths to entries, which may name one path many times.
-    size, mtime_ns, frames, rate, channels, copy_size, copy_mtime_ns = np.ascontiguousarray(table.T)
+    size, _, frames, rate, channels, copy_size, _ = np.ascontiguousarray(table.T)
     needed = np.ceil(min_seconds * rate - 1e-6).astype(np.int64)
     for i in np.flatnonzero(frames < needed).tolist():
         reasons.setdefault(i, f"too short: {frames[i]} samples, one frame needs {needed[i]}")
@@ -143,7 +143,6 @@ def check_clips(
         sample_rates=rate[rows].astype(np.int32),
         channels=channels[rows].astype(np.int32),
         sizes=np.where(copied, copy_size, size)[rows],
-        mtimes_ns=np.where(copied, copy_mtime_ns, mtime_ns)[rows],
     ), skipped
 
 

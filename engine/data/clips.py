@@ -22,7 +22,7 @@ class Clips:
     `paths` is what to open: the file itself, its converted copy, or a shard that holds many; `sources` what it was made
     from. From byte `offsets` int64 [N] on (0: the clip is the whole file; nothing in a shard begins there), `sizes`
     int64 [N] bytes are an audio file, of `frames` int64 [N] samples per channel at `sample_rates` int32 [N] Hz and
-    `channels` int32 [N]. `mtimes_ns` int64 [N] is the time of a plain file when it was checked, 0 in shards. `datasets`
+    `channels` int32 [N]. `datasets`
     int32 [N] numbers the entries of a list of data sets. `labels` are texts as `record.split_labels` reads them,
     `splits` train, valid, test or "". Lists are taken for texts; offsets, speakers, data sets and folds may be left
     out.
@@ -36,7 +36,6 @@ class Clips:
     sample_rates: np.ndarray
     channels: np.ndarray
     sizes: np.ndarray
-    mtimes_ns: np.ndarray
     offsets: np.ndarray = field(default=None)  # type: ignore[assignment]
     speakers: Texts = field(default=None)  # type: ignore[assignment]
     datasets: np.ndarray = field(default=None)  # type: ignore[assignment]

@@ -206,7 +206,7 @@ def _checked(sources: list[str], data: DataSection) -> tuple[Clips, list[Skipped
     if entries:
         plain, skipped = check_clips(entries, cache_dir=cache_folder(data), min_seconds=data.min_seconds)
     else:
-        plain, skipped = Clips([], [], [], [], *np.zeros((5, 0), dtype=np.int64)), []
+        plain, skipped = Clips([], [], [], [], *np.zeros((4, 0), dtype=np.int64)), []
     unusable = {item.path for item in skipped}
     of_source = np.repeat(np.arange(len(manifests)), [len(manifest) for manifest in manifests.values()])
     of_source = of_source[[entry.path not in unusable for entry in entries]]

@@ -10,7 +10,7 @@ from typing import TextIO
 
 from ssast.engine.errors import UserError
 
-from .manifest import Columns, json_lines
+from .manifest import LABEL_COLUMNS, Columns, json_lines
 from .names import bare_name, is_hidden
 from .record import Record, find_fold, find_split
 from .table import open_text, read_table
@@ -203,6 +203,9 @@ def _metadata_rows(path: str, file: TextIO, remarks: list[str]) -> Iterator[Reco
     if not columns.has_path:
         remarks.append(f"{path} is not read: it has no column file_name, its columns are {', '.join(header)}")
         return
+    if not columns.has_label:
+        known = ", ".join(LABEL_COLUMNS)
+        remarks.append(f"{path} has no labels: none of its columns {', '.join(header)} is one of {known}")
     for number, row in rows:
         yield columns.record(dict(zip(header, row, strict=True)), base, f"{path}, line {number}")
 

@@ -7,18 +7,19 @@ import os
 import re
 import unicodedata
 
-_SYSTEM = frozenset(
+_SYSTEM = frozenset(("system volume information", "network trash folder", "temporary items")) | frozenset(
     """
-    __macosx|@eadir|thumbs.db|desktop.ini|lost+found|#recycle|$recycle.bin|system volume information
-    """.strip().split("|")
+    __macosx @eadir @tmp @recycle #recycle #snapshot $recycle.bin lost+found thumbs.db ehthumbs.db desktop.ini
+    __pycache__
+    """.split()
 )
 
 
 def is_hidden(name: str) -> bool:
-    """Whether the name of a file or a folder is that of something hidden or of the system: it begins with a dot, or
-    is one that macOS, Windows, network storages or notebooks leave beside data.
+    """Whether the name of a file or a folder is that of something hidden or of the system: it begins with a dot, ends
+    with the tilde of an editor's copy, or is one that macOS, Windows or network storages leave beside data.
     """
-    return (name.startswith(".") and name not in (".", "..")) or name.lower() in _SYSTEM
+    return (name.startswith(".") and name not in (".", "..")) or name.endswith("~") or name.lower() in _SYSTEM
 
 
 def bare_name(text: str) -> str:
@@ -30,7 +31,7 @@ def bare_name(text: str) -> str:
 
 
 def unicode_twin(path: str) -> str | None:
-    """A file whose path is the same text in another Unicode form, as macOS and Linux write accents; None if there is
+    """A file or folder whose path is the same text in another Unicode form, as macOS and Linux write accents; None for
     none.
     """
     if path.isascii():
@@ -73,7 +74,7 @@ def _twin(path: str, key: object) -> str | None:
             if not exact:
                 return None
         place = exact
-    return place if os.path.isfile(place) else None
+    return place if os.path.exists(place) else None
 
 
 @functools.lru_cache(maxsize=64)

@@ -218,7 +218,6 @@ def open_shards(folder: Path) -> Clips:
         sample_rates=np.broadcast_to(np.int32(description.sample_rate), count),
         channels=np.broadcast_to(np.int32(1), count),
         sizes=sizes,
-        mtimes_ns=np.broadcast_to(np.int64(0), count),
         offsets=offsets,
         folds=folds,
     )

@@ -17,7 +17,7 @@ from .clips import Clips
 from .folder import Listing, by_folders, list_folder, read_metadata
 from .layouts import LAYOUTS, speech_commands_12
 from .manifest import EXTENSIONS, read_manifest
-from .names import missing_file
+from .names import missing_file, unicode_twin
 from .record import KNOWN, Record, unknown_split
 from .shards import is_prepared, open_shards
 from .tars import read_tar
@@ -80,6 +80,8 @@ def read_source(source: str, layout: str = "auto", *, classes: bool = False, cac
         UserError: there is nothing of the kind, no clip in it, or it contradicts itself.
     """
     path = os.path.abspath(source)
+    if not os.path.exists(path):
+        path = unicode_twin(path) or path
     if os.path.isdir(path):
         if layout == "auto" and is_prepared(Path(path)):
             return Source(source, "prepared", clips=open_shards(Path(path)))

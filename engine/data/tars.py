@@ -92,6 +92,8 @@ def _paired(path: str, names: list[str], notes: dict[str, dict[str, str]]) -> di
     """The name of the notes that belong to each member; audio without notes is left out."""
     stems = {name: _parted(_plain(name))[0] for name in names}
     paired = {name: stem for name, stem in stems.items() if stem in notes}
+    # a.wav.json is that of a.wav alone, a.json also that of a.flac
+    paired |= {name: _plain(name) for name in names if _plain(name) in notes}
     taken = set(paired.values())
     users: dict[str, str] = {}
     for name, stem in stems.items():

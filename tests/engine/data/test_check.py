@@ -183,10 +183,6 @@ def test_columns_order_duplicates_and_subsets(tmp_path):
     assert clips.sample_rates.tolist() == [44_100, RATE, 44_100] and clips.sample_rates.dtype == np.int32
     assert clips.channels.tolist() == [2, 1, 2] and clips.channels.dtype == np.int32
     assert clips.sizes.tolist() == [os.path.getsize(path) for path in clips.paths] and clips.sizes.dtype == np.int64
-    assert (
-        clips.mtimes_ns.tolist() == [os.stat(path).st_mtime_ns for path in clips.paths]
-        and clips.mtimes_ns.dtype == np.int64
-    )
     assert len(clips) == 3 and clips.hours == pytest.approx(0.7 / 3600)
     assert clips.subset(np.array([2, 1])).labels == ["dog", ""] and clips.subset(np.array([2, 1])).frames.tolist() == [
         4410,
@@ -370,7 +366,7 @@ def test_cache(tmp_path, monkeypatch):
     again = run(tmp_path, good, bad, soft)
     assert len(decoded) == 3, "nothing is decoded twice"
     assert again[1] == first[1] and again[0].paths == first[0].paths
-    for column in ("frames", "sample_rates", "channels", "sizes", "mtimes_ns"):
+    for column in ("frames", "sample_rates", "channels", "sizes"):
         np.testing.assert_array_equal(getattr(again[0], column), getattr(first[0], column))
     os.utime(good, ns=(0, 5))
     wav(bad)

@@ -113,6 +113,11 @@ def test_a_note_that_two_clips_may_have_is_an_error(tmp_path):
     assert labels(read_source(own)) == {"g.wav": ("x",), "g.1.wav": ()}
 
 
+def test_a_note_may_be_named_after_the_whole_name(tmp_path):
+    members = {"a.wav": b"a", "a.wav.json": b'{"label": "dog"}', "a.flac": b"a", "a.flac.cls": b"cat"}
+    assert labels(read_source(tar(tmp_path / "a.tar", **members))) == {"a.wav": ("dog",), "a.flac": ("cat",)}
+
+
 def test_hidden_members_are_no_clips_and_leading_dots_no_names(tmp_path):
     members = {"./x.wav": b"a", "./x.cls": b"dog", "._x.wav": b"a", "__MACOSX/x.wav": b"a", "._x.cls": b"\0\1"}
     source = read_source(tar(tmp_path / "a.tar", **members))
@@ -231,9 +236,10 @@ def test_only_the_named_part_of_a_file_is_used(tmp_path):
 def test_what_is_hidden_is_no_clip_and_counted(tmp_path):
     touch(tmp_path, "dog/1.wav", "cat/2.wav", "dog/.ipynb_checkpoints/1.wav", ".Trash-1000/files/3.wav", "@eaDir/1.wav")
     touch(tmp_path, "__MACOSX/dog/._1.wav", "dog/._1.wav", "lost+found/x.wav", "#recycle/y.wav", "Thumbs.db")
+    touch(tmp_path, "dog/1.wav~", "$RECYCLE.BIN/z.wav")
     source = read_source(str(tmp_path), classes=True)
     assert by_name(source.records, tmp_path) == {"dog/1.wav": (("dog",), "", ""), "cat/2.wav": (("cat",), "", "")}
-    assert source.remarks == ["8 hidden or system files and folders passed over"]
+    assert source.remarks == ["10 hidden or system files and folders passed over"]
     (tmp_path / "list.txt").write_text("dog/1.wav\ndog/._1.wav\n./.Trash-1000/files/3.wav\n")
     listed = read_source(str(tmp_path / "list.txt"))
     assert [r.path for r in listed.records] == [f"{tmp_path}/dog/1.wav"]
@@ -318,7 +324,10 @@ def test_names_in_another_unicode_form_are_read(tmp_path):
     touch(tmp_path, unicodedata.normalize("NFD", f"é/{name}"))
     path = table(tmp_path, "m.csv", unicodedata.normalize("NFC", f"path\né/{name}\n"))
     (record,) = read_source(path).records
-    assert record.path == unicodedata.normalize("NFD", f"{tmp_path}/é/{name}")
+    there = unicodedata.normalize("NFD", f"{tmp_path}/é/{name}")
+    assert record.path == there
+    assert [r.path for r in read_source(unicodedata.normalize("NFC", there)).records] == [there]
+    assert [r.path for r in read_source(f"{tmp_path}/é").records] == [there]
 
 
 @pytest.mark.parametrize(
