@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -59,11 +60,11 @@ def read_manifest(path: str) -> Manifest:
         ".lst": _read_list,
     }
     manifest = Manifest()
-    hidden = 0
+    hidden, base = 0, os.path.dirname(path)
     try:
         with open_text(path) as file:
             for record in readers[os.path.splitext(path)[1].lower()](path, file, manifest):
-                if _is_hidden_entry(record.path, os.path.dirname(path)):
+                if _is_hidden_entry(record.path, base):
                     hidden += 1
                 else:
                     manifest.records.append(record)
@@ -80,8 +81,13 @@ def read_manifest(path: str) -> Manifest:
 
 def _is_hidden_entry(path: str, base: str) -> bool:
     """Whether a clip of a manifest is none: by its own name, or that of a folder between it and the manifest."""
-    inside = path[len(base) + 1 :] if path.startswith(f"{base}/") else os.path.basename(path)
-    return any(map(is_hidden, inside.replace("\\", "/").split("/")))
+    folder, _, name = path.rpartition("/")
+    return is_hidden(name.rpartition("\\")[2]) or _is_hidden_folder(folder, base)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _is_hidden_folder(folder: str, base: str) -> bool:
+    return folder.startswith(f"{base}/") and any(map(is_hidden, folder[len(base) + 1 :].replace("\\", "/").split("/")))
 
 
 class Columns:
@@ -123,6 +129,7 @@ class Columns:
                     f"{where}: the column {first[name]} is not read: parts of files are named in seconds, by columns "
                     "start and end, or offset and duration; convert it, or rename it if it says something else"
                 )
+        self._has_spans = not self._of.keys().isdisjoint(("start", "end", "duration"))
         self.has_path = "path" in self._of
         self.has_label = "label" in self._of
         self.unread = [name for name in given if name not in self._of.values()]
@@ -138,22 +145,16 @@ class Columns:
         if not isinstance(path, str) or not path:
             raise UserError(f"{where}: the path is missing")
         split, fold = split_and_fold(_text(values.get("split")))
-        fold = _text(values.get("fold")) or fold
-        start, end = _segment(values, where)
-        return Record(
-            clip_path(base, path),
-            _labels(values.get("label")),
-            split,
-            _text(values.get("speaker")),
-            find_fold(fold) or fold,
-            start=start,
-            end=end,
-        )
+        named = _text(values.get("fold"))
+        fold = (find_fold(named) or named) if named else fold
+        start, end = _segment(values, where) if self._has_spans else (0.0, math.inf)
+        labels, speaker = _labels(values.get("label")), _text(values.get("speaker"))
+        return Record(clip_path(base, path), labels, split, speaker, fold, start=start, end=end)
 
 
 def clip_path(base: str, name: str) -> str:
     """The absolute path of a clip that a manifest in the folder `base` names; in the Unicode form that is there."""
-    path = os.path.join(base, name)
+    path = name if name.startswith("/") else f"{base}/{name}"
     if "//" in path or "/./" in path:
         path = re.sub(r"/(\./|/)+", "/", path)
     if not path.isascii() and not os.path.lexists(path):

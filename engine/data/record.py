@@ -4,6 +4,7 @@ are written as text.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable
@@ -89,6 +90,7 @@ def find_fold(text: str) -> str:
     return named[1] if named else ""
 
 
+@functools.lru_cache(maxsize=1024)
 def split_and_fold(text: str) -> tuple[str, str]:
     """(split, fold) of a text that names one of both. A text that names neither stays as it is: what makes use of a
     split refuses it (`unknown_split`).
@@ -98,6 +100,7 @@ def split_and_fold(text: str) -> tuple[str, str]:
     return ("", fold) if fold else (text.strip() if split is None else split, "")
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def split_labels(text: str) -> tuple[str, ...]:
     """The labels in a text. A comma separates them, unless it stands between double quotes around a label."""
     if '"' not in text:
