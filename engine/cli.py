@@ -17,11 +17,11 @@ from .process import leave, settle_process
 
 
 def _doctor(argv: list[str]) -> int:
-    from .environment import describe_environment, optional_parts
-
     if argv:
         print("usage: ssast doctor\n\nShow the versions in use and which optional parts are there, or why not.")
         return 0 if argv in (["-h"], ["--help"]) else 2
+    from .environment import describe_environment, optional_parts
+
     described = describe_environment()
     for key in ("platform", "python", "torch", "triton", "deepspeed", "cuda", "devices", "git_commit"):
         print(f"{key:18} {described.get(key)}")
@@ -103,11 +103,11 @@ def _run(argv: list[str]) -> int:
         print("\n".join(f"  {verb:10} {purpose}" for verb, (_, purpose) in verbs().items()))
         print("\n`ssast VERB --help` tells more.")
         return 0 if argv else 2
-    known = VERBS if argv[0] in VERBS else verbs()
-    if argv[0] not in known:
-        print(f"ssast: unknown verb {argv[0]!r}; there are {', '.join(known)}", file=sys.stderr)
+    available = VERBS if argv[0] in VERBS else verbs()
+    if argv[0] not in available:
+        print(f"ssast: unknown verb {argv[0]!r}; there are {', '.join(available)}", file=sys.stderr)
         return 2
-    return known[argv[0]][0](argv[1:])
+    return available[argv[0]][0](argv[1:])
 
 
 def command() -> NoReturn:

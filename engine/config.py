@@ -23,8 +23,8 @@ from .errors import UserError
 from .files import expand_path
 from .model.config import HEAD_DIM, PAPER_MEAN, PAPER_STD, WIDTHS, ModelConfig
 
-# The share of patches that validation always masks: the paper's 400 of 512, whatever number training masks.
-VALID_MASKED_SHARE = 400 / 512
+# The fraction of patches that validation always masks: the paper's 400 of 512, whatever number training masks.
+VALID_MASKED_FRACTION = 400 / 512
 
 Compile = Annotated[
     Literal["auto", "off", "blocks", "encoder"],
@@ -184,9 +184,9 @@ class DataSection(Section):
     train: Paths = []
     """Folders, prepared ones among them, official JSON, CSV/TSV or lists of paths."""
     weights: list[float] | None = None
-    """Of each entry of `train`: the share of the clips read that come from it. null: every clip once an epoch."""
+    """Of each entry of `train`: the fraction of the clips read that come from it. null: every clip once an epoch."""
     valid: Paths = []
-    """Empty: a share of the training clips is held out."""
+    """Empty: a fraction of the training clips is held out."""
     valid_fraction: float = Field(0.02, ge=0, lt=1)
     valid_clips: int = Field(4096, ge=1)
     """At most so many clips are validated on."""
@@ -202,7 +202,7 @@ class DataSection(Section):
     min_seconds: float = Field(0.025, ge=0.025)
     """Shorter clips are skipped; one frame of the filter bank is 25 ms."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    """More clips than this share breaking after the check stops the run; each rank counts its own."""
+    """More clips than this fraction breaking after the check stops the run; each rank counts its own."""
     num_threads: int = Field(4, ge=1)
     """Decoding threads of each rank."""
     prefetch: int = Field(3, ge=1)
@@ -225,7 +225,7 @@ class TrainSection(Section):
     plateau_patience: int = Field(2, ge=0)
     """Validations without improvement that are let pass before the learning rate is multiplied by `plateau_factor`."""
     min_lr_share: float = Field(0.0, ge=0, le=1)
-    """Where the cosine ends, as a share of the learning rate."""
+    """Where the cosine ends, as a fraction of the learning rate."""
     valid_every: int | None = Field(4000, ge=1)
     """Steps between validations; the plateau rule counts validations. null under `minutes`: a tenth of them."""
     checkpoint_every: int | None = Field(1000, ge=1)
@@ -341,7 +341,7 @@ class Config(RunConfig):
     @property
     def valid_num_masked(self) -> int:
         patches = self.architecture.num_patches
-        return max(1, min(round(patches * VALID_MASKED_SHARE), patches - 2))
+        return max(1, min(round(patches * VALID_MASKED_FRACTION), patches - 2))
 
     @model_validator(mode="after")
     def _fits_the_model(self) -> Config:
@@ -420,14 +420,14 @@ def dump_config(config: RunConfig) -> str:
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
     """(dotted key, old value, new value) wherever two resolved configs differ."""
-    found = []
+    changes: list[tuple[str, Any, Any]] = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            found += differences(before, after, f"{prefix}{key}.")
+            changes += differences(before, after, f"{prefix}{key}.")
         elif before != after:
-            found.append((prefix + key, before, after))
-    return found
+            changes.append((prefix + key, before, after))
+    return changes
 
 
 class _DuplicateKeyError(ValueError):

@@ -94,10 +94,10 @@ def optional_parts() -> dict[str, str]:
 
 def _has(module: str, feature: str) -> str:
     try:
-        found: Callable[..., Any] | None = getattr(importlib.import_module(module), feature, None)
+        part: Callable[..., Any] | None = getattr(importlib.import_module(module), feature, None)
     except Exception as error:  # a broken build may raise anything
         return f"no ({first_line(error)})"
-    return "yes" if found is not None else f"no ({module} is installed but has no {feature})"
+    return "yes" if part is not None else f"no ({module} is installed but has no {feature})"
 
 
 def _version(package: str) -> str | None:

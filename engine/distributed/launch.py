@@ -49,7 +49,7 @@ def one_line_errors(work: Callable[[], int]) -> int:
 
 
 def supervised(train: Callable[[StopRequest], int]) -> int:
-    """The exit status of `train`, with the errors told that are not of its making.
+    """The exit status of `train`, with errors explained that are not of its making.
 
     Raises:
         UserError: out of GPU memory.
@@ -60,8 +60,7 @@ def supervised(train: Callable[[StopRequest], int]) -> int:
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of GPU memory ({first_line(error)}); a smaller deepspeed.train_micro_batch_size_per_gpu (`ssast "
-            "pretrain --auto-batch` "
-            "finds it) or step.activation_checkpointing=block takes less",
+            "pretrain --auto-batch` finds it) or step.activation_checkpointing=block takes less",
             every_rank=True,
         ) from None
     except RuntimeError as error:

@@ -86,7 +86,7 @@ class TaskSection(Section):
     fold: Annotated[str | None, BeforeValidator(lambda value: str(value) if type(value) is int else value)] = None
     """Only this fold is tested on; null: each in turn."""
     valid_fold: bool = False
-    """Validate on the fold after the tested one; otherwise on nothing, or on the held-out share
+    """Validate on the fold after the tested one; otherwise on nothing, or on the held-out fraction
     `data.valid_fraction`."""
     group: Literal["recording", "speaker"] | None = "recording"
     """What is never both trained and tested on where splits are made here."""

@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from ssast.engine.config import VALID_MASKED_SHARE, differences, dump_config, list_presets, load_config
+from ssast.engine.config import VALID_MASKED_FRACTION, differences, dump_config, list_presets, load_config
 from ssast.engine.errors import UserError
 from ssast.engine.finetune.config import FinetuneConfig
 from ssast.engine.model.adapt import build_model
@@ -61,7 +61,7 @@ def test_resolved_config_reads_back_the_same(tmp_path):
 
 
 def test_validation_masks_the_papers_share():
-    assert round(512 * VALID_MASKED_SHARE) == 400
+    assert round(512 * VALID_MASKED_FRACTION) == 400
     assert load_config("demo", ["mask.num_masked=40"]).valid_num_masked == 100
 
 
