@@ -82,6 +82,9 @@ def open_dataset(config: Config, measured: tuple[float, float] | None = None) ->
     if data.valid:
         valid, valid_skipped = _checked(data.valid, data)
         skipped += valid_skipped
+        valid = valid.subset(~np.isin(valid.splits.hashes(), Texts.from_list(["test"]).hashes()))
+        if not len(valid):
+            raise UserError(f"{', '.join(data.valid)}: all clips are marked for test, none for validation")
         train = _without(train, valid)
     elif len(marked):
         valid = marked

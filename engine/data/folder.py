@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,11 +13,12 @@ from ssast.engine.errors import UserError
 
 from .manifest import LABEL_COLUMNS, Columns, json_lines
 from .names import bare_name, is_hidden
-from .record import Record, find_fold, find_split
+from .record import Record, find_split
 from .table import open_text, read_table
 
 CACHE_FILE = "checked.sqlite"  # beside it, the folder of converted copies is no part of a data set
 CONVERTED = "converted"
+_NUMBERED_FOLD = re.compile(r"fold[ _-]?(\d+)", re.IGNORECASE)
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.tsv")
 """Lists of the files below their folder, as the audio folders of Hugging Face have them."""
 
@@ -130,38 +132,37 @@ def _may_be_clip(path: str) -> bool:
     )
 
 
-def by_folders(names: Sequence[Sequence[str]], where: Sequence[str]) -> list[tuple[tuple[str, ...], str, str]]:
-    """(labels, split, fold) of files by the names of the folders [N][depth] that they lie in, from the outermost on.
+def by_folders(names: Sequence[Sequence[str]]) -> list[tuple[tuple[str, ...], str, str]]:
+    """(labels, split, fold) of files by the names of the folders [N][depth] that they lie in, from the outermost on,
+    without the source itself.
 
     Names of splits and folds are never classes. A class is the outermost folder of the others; where splits lie within
-    one folder that is the same for all files, it is the next one.
-
-    Args:
-        names: of the folders above each file, without the source itself.
-        where: the files' names for people.
-
-    Raises:
-        UserError: folders of two splits or folds, one in the other.
+    one folder that is the same for all files, it is the next one. Folders of two splits, one in the other, give a split
+    that is the name of none.
     """
-    of = {tuple(folders): None for folders in names}
-    marks = {folders: _marks(folders, name) for folders, name in zip(map(tuple, names), where, strict=True)}
-    rests = {folders: [n for n in folders if not find_split(n) and not find_fold(n)] for folders in of}
+    distinct = dict.fromkeys(map(tuple, names))
+    rests = {folders: tuple(n for n in folders if not find_split(n) and not _fold(n)) for folders in distinct}
     wrapped = all(
         len(rest) > 1 and rest[0] == folders[0] and len(rest) < len(folders) for folders, rest in rests.items()
     )
     if wrapped and len({rest[0] for rest in rests.values()}) == 1:
         rests = {folders: rest[1:] for folders, rest in rests.items()}
-    return [(tuple(rests[folders][:1]), *marks[folders]) for folders in map(tuple, names)]
+    said = {folders: (rest[:1], *_split_and_fold(folders)) for folders, rest in rests.items()}
+    return [said[tuple(folders)] for folders in names]
 
 
-def _marks(folders: Sequence[str], where: str) -> tuple[str, str]:
-    """(split, fold) that the names of folders say."""
-    splits = {split for name in folders if (split := find_split(name))}
-    folds = {fold for name in folders if (fold := find_fold(name))}
-    if len(splits) > 1 or len(folds) > 1:
-        both = " and ".join(sorted(splits if len(splits) > 1 else folds))
-        raise UserError(f"{where}: lies in folders of {both}, one in the other; keep one of them in the path")
-    return next(iter(splits), ""), next(iter(folds), "")
+def _split_and_fold(folders: Sequence[str]) -> tuple[str, str]:
+    splits = list(dict.fromkeys(split for name in folders if (split := find_split(name))))
+    folds = list(dict.fromkeys(fold for name in folders if (fold := _fold(name))))
+    if len(folds) > 1:
+        splits, folds = [f"fold{fold}" for fold in folds], []
+    return "/".join(splits), "".join(folds)
+
+
+def _fold(name: str) -> str:
+    """The number of a fold that a folder is named after, "" for none: folder1 is no fold."""
+    numbered = _NUMBERED_FOLD.fullmatch(name.strip())
+    return numbered[1] if numbered else ""
 
 
 def read_metadata(listing: Listing, remarks: list[str]) -> dict[str, list[Record]]:

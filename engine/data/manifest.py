@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from ssast.engine.errors import UserError
 
 from .names import is_hidden, unicode_twin
-from .record import Record, find_fold, split_and_fold, split_labels
+from .record import Record, split_and_fold, split_labels
 from .table import open_text, read_table
 
 EXTENSIONS = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".lst")
@@ -146,7 +146,7 @@ class Columns:
             raise UserError(f"{where}: the path is missing")
         split, fold = split_and_fold(_text(values.get("split")))
         named = _text(values.get("fold"))
-        fold = (find_fold(named) or named) if named else fold
+        fold = re.sub(r"(?i)^fold[ _-]?", "", named) if named else fold
         start, end = _segment(values, where) if self._has_spans else (0.0, math.inf)
         labels, speaker = _labels(values.get("label")), _text(values.get("speaker"))
         return Record(clip_path(base, path), labels, split, speaker, fold, start=start, end=end)

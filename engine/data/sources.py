@@ -147,7 +147,7 @@ def _plain_folder(root: str, listing: Listing, classes: bool, remarks: list[str]
     """Clips with what lists of metadata say of them, and the names of the folders that they lie in."""
     listed = read_metadata(listing, remarks)
     folders = [os.path.relpath(clip, root).split("/")[:-1] for clip in listing.clips]
-    marks = by_folders(folders, listing.clips)
+    marks = by_folders(folders)
     has_labels = any(record.labels for records in listed.values() for record in records)
     rows = []
     for clip, (labels, split, fold) in zip(listing.clips, marks, strict=True):

@@ -72,7 +72,7 @@ def _records(
     if unused:
         first = f"{unused[0]}.{next(iter(notes[unused[0]]))}"
         remarks.append(f"{len(unused)} notes belong to no audio member and are not read, the first is {first}")
-    by_folder = by_folders([_plain(name).split("/")[:-1] for name in names], [f"{path}/{name}" for name in names])
+    by_folder = by_folders([_plain(name).split("/")[:-1] for name in names])
     damaged = 0
     for (name, offset, size), (_, folder_split, folder_fold) in zip(audio, by_folder, strict=True):
         source = f"{path}/{name}"

@@ -142,6 +142,16 @@ def test_clips_marked_for_test_are_never_trained_on(audio, form):
     assert len(train) == 6 and len(valid) == 6
 
 
+def test_clips_marked_for_test_are_not_validated_on_either(audio):
+    table = audio / "audio" / "valid.csv"
+    table.write_text("path,split\n00.flac,\n01.flac,valid\n02.flac,Testing\n03.flac,train\n")
+    data = open_dataset(config(audio, f"data.valid={table}"))
+    assert {source[-7:-5] for source in data.valid.sources} == {"00", "01", "03"} and len(data.train) == 17
+    table.write_text("path,split\n00.flac,test\n")
+    with pytest.raises(UserError, match=r"valid\.csv: all clips are marked for test"):
+        open_dataset(config(audio, f"data.valid={table}"))
+
+
 def test_splits_and_parts_that_cannot_be_trained_on_are_errors(audio):
     table = audio / "audio" / "m.csv"
     table.write_text("path,split\n00.flac,train\n01.flac,tset\n")

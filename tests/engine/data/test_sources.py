@@ -253,6 +253,7 @@ def test_what_is_hidden_is_no_clip_and_counted(tmp_path):
         ("dog/Validation/x.wav", (("dog",), "valid", "")),
         ("dog/fold_3/x.wav", (("dog",), "", "3")),
         ("fold2/eval/dog/deep/x.wav", (("dog",), "test", "2")),
+        ("folder1/x.wav", (("folder1",), "", "")),
     ],
 )
 def test_names_of_splits_and_folds_are_no_classes(tmp_path, name, expected):
@@ -270,7 +271,7 @@ def test_splits_without_classes_or_in_one_another_are_errors(tmp_path):
     touch(tmp_path / "a", "train/x.wav", "test/y.wav")
     assert "in that of no class" in message(read_labelled, [str(tmp_path / "a")])
     touch(tmp_path / "b", "train/dog/x.wav", "train/dog/test/y.wav")
-    assert "lies in folders of test and train" in message(read_labelled, [str(tmp_path / "b")])
+    assert "train/dog/test/y.wav: split 'train/test' is none of train" in message(read_labelled, [str(tmp_path / "b")])
 
 
 def test_metadata_of_audio_folders(tmp_path):
