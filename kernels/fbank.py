@@ -9,6 +9,7 @@ makes it immaterial.
 
 import functools
 import math
+from typing import overload
 
 import torch
 import triton
@@ -31,6 +32,10 @@ def frame_geometry(sample_rate: int) -> tuple[int, int, int]:
     return window, shift, 1 << (window - 1).bit_length()
 
 
+@overload
+def count_frames(samples: int, sample_rate: int) -> int: ...
+@overload
+def count_frames(samples: torch.Tensor, sample_rate: int) -> torch.Tensor: ...
 def count_frames(samples: int | torch.Tensor, sample_rate: int) -> int | torch.Tensor:
     """Whole frames in so many samples."""
     window, shift, _ = frame_geometry(sample_rate)

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,7 @@ def read_recordings(
     workers: int = 1,
     timeout_s: float = TIMEOUT_S,
     memory: int = MEMORY,
-) -> Iterator[Iterator[np.ndarray]]:
+) -> Generator[Iterator[np.ndarray], None, None]:
     """For each recording, in order, its samples: blocks int16 [n], mono, at `sample_rate` Hz. `workers` processes
     decode ahead, little.
 

@@ -96,9 +96,10 @@ def embed(
     require_batch_size(batch_size)
     states = [Steps(model, pool, padding) for _ in clips]
     parts: list[list[torch.Tensor]] = [[] for _ in clips]
-    for event, row in encode_windows(model, clip_events(clips, windows), encode, batch_size):
-        done = states[event.clip].finish() if isinstance(event, End) else states[event.clip].add(event, row)
-        parts[event.clip].append(done if tokens else done.mean(dim=1))
+    for event in encode_windows(model, clip_events(clips, windows), encode, batch_size):
+        clip = event.clip if isinstance(event, End) else event.window.clip
+        done = states[clip].finish() if isinstance(event, End) else states[clip].add(*event)
+        parts[clip].append(done if tokens else done.mean(dim=1))
     found = torch.nn.utils.rnn.pad_sequence([torch.cat(part) for part in parts], batch_first=True)  # [B, G, (f,) D]
     return Embedding(
         clip=torch.stack([state.clip() for state in states]),
@@ -134,9 +135,9 @@ def embed_recordings(
     pool, encode, windows = known_pool(model, pool), layer_encoder(model, layer), embedding_windows(model, hop)
     steps = Steps(model, pool, padding)
     events = encode_recordings(model, recordings, windows, encode, batch_size=batch_size, workers=workers)
-    for event, row in events:
-        if isinstance(event, Window):
-            on_steps(steps.add(event, row))
+    for event in events:
+        if not isinstance(event, End):
+            on_steps(steps.add(*event))
             continue
         if event.error:
             yield event, None
@@ -178,7 +179,7 @@ class Steps:
         values = tokens[NUM_PREFIX:].unflatten(0, (rows, columns)).transpose(0, 1)[:steps]  # [k, f, D]
         self._prefix = self._prefix + steps * tokens[:NUM_PREFIX].mean(dim=0)
         self._prefix_weight += steps
-        done = self._take(window.start // stride - self.count)
+        done = values[:0] if self._held is None else self._take(window.start // stride - self.count)
         overlap = 0 if self._held is None else len(self._held)
         held, shares = values.new_zeros(max(overlap, steps), *values.shape[1:]), values.new_zeros(max(overlap, steps))
         if self._held is not None:
@@ -186,21 +187,23 @@ class Steps:
         held[:steps] += values
         shares[:steps] += 1
         self._held, self._shares = held, shares
-        return values[:0] if done is None else done
+        return done
 
     def finish(self) -> torch.Tensor:
-        """The steps [k, f, D] that are left."""
+        """The steps [k, f, D] that are left, after at least one window."""
+        assert self._held is not None
         return self._take(len(self._held))
 
     def clip(self) -> torch.Tensor:
         """[D] of the whole recording, after `finish`: the mean of all patches, or with `pool` "cls" of the cls and dist
         tokens.
         """
-        return self._prefix / self._prefix_weight if self.pool == "cls" else self._sum.mean(dim=0) / self.count
+        total, count = (self._prefix, self._prefix_weight) if self.pool == "cls" else (self._sum, self.count)
+        assert isinstance(total, torch.Tensor)
+        return total / count if self.pool == "cls" else total.mean(dim=0) / count
 
-    def _take(self, count: int) -> torch.Tensor | None:
-        if self._held is None:
-            return None
+    def _take(self, count: int) -> torch.Tensor:
+        assert self._held is not None
         done = self._held[:count] / self._shares[:count, None, None]
         self._held, self._shares = self._held[count:], self._shares[count:]
         self.count += count
@@ -209,6 +212,8 @@ class Steps:
 
 
 # The command
+
+WRITERS: dict[str, type[NpzWriter] | type[ParquetWriter]] = {".npz": NpzWriter, ".parquet": ParquetWriter}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -232,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     add_embedding_options(parser)
     add_run_options(parser)
     options = parser.parse_args(argv)
-    writer_type = {".npz": NpzWriter, ".parquet": ParquetWriter}.get(options.out.suffix.lower())
+    writer_type = WRITERS.get(options.out.suffix.lower())
     if writer_type is None:
         raise UserError(f"--out {options.out}: expected a name that ends in .npz or .parquet")
     require_new(options.out)

@@ -36,7 +36,7 @@ class _Spool:
         self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
 
     def add(self, rows: np.ndarray) -> None:
-        self.file.write(np.ascontiguousarray(rows, dtype="<f4"))
+        self.file.write(np.ascontiguousarray(rows, dtype="<f4").data)
         self.rows += len(rows)
 
     def keep(self) -> None:

@@ -140,11 +140,11 @@ def _evaluate_classifier(model: SSAST, data: Data, options: argparse.Namespace) 
     scores: dict[int, np.ndarray] = {}
     rejected: list[tuple[str, str]] = []
     parts: list[np.ndarray] = []
-    for event, row in encode_recordings(
+    for event in encode_recordings(
         model, data.recordings, windows, encode, batch_size=options.batch_size, workers=options.workers
     ):
         if not isinstance(event, End):
-            parts.append(row.cpu().numpy())
+            parts.append(event.row.cpu().numpy())
             continue
         if event.error:
             rejected.append((data.sources[event.clip], event.error))
@@ -274,7 +274,7 @@ def _splits(data: Data, options: argparse.Namespace) -> tuple[list[Any], str, st
     made = options.folds
     if made is None and not any(data.splits) and not any(data.folds):
         made = MADE_FOLDS
-    group = options.group or _natural_group(data, made or len(fold_names(data.folds)))
+    group: Any = options.group or _natural_group(data, made or len(fold_names(data.folds)))
     nothing = [""] * len(data.sources)  # folds that are made take the place of what the data say
     columns = (data.splits, data.folds) if made is None else (nothing, nothing)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,12 +24,20 @@ from .windows import End, Window, Windows, read_windows
 BATCH_SIZE = 16
 
 Encoder = Callable[[torch.Tensor], torch.Tensor]
+"""[B, T, F] features to a row [B, ...] for each."""
+
+
+class EncodedWindow(NamedTuple):
+    """A window, and what an encoder made of it: float32, on the model's device."""
+
+    window: Window
+    row: torch.Tensor
 
 
 @torch.no_grad()
 def encode_windows(
     model: SSAST, events: Iterable[Window | End], encode: Encoder, batch_size: int
-) -> Iterator[tuple[Window | End, torch.Tensor | None]]:
+) -> Iterator[EncodedWindow | End]:
     """The events in their order, with each window what `encode` makes of its features: [B, T, F] -> a row of [B, ...]
     in float32.
 
@@ -46,13 +55,11 @@ def encode_windows(
     yield from _encoded(model, waiting, encode)
 
 
-def _encoded(
-    model: SSAST, events: list[Window | End], encode: Encoder
-) -> Iterator[tuple[Window | End, torch.Tensor | None]]:
+def _encoded(model: SSAST, events: list[Window | End], encode: Encoder) -> Iterator[EncodedWindow | End]:
     found = [event for event in events if isinstance(event, Window)]
     rows = iter(encode(features_of(model, [window.samples for window in found])).float() if found else ())
     for event in events:
-        yield event, next(rows) if isinstance(event, Window) else None
+        yield EncodedWindow(event, next(rows)) if isinstance(event, Window) else event
 
 
 def features_of(model: SSAST, clips: Sequence[np.ndarray]) -> torch.Tensor:
@@ -95,11 +102,17 @@ def layer_encoder(model: SSAST, layer: int | None) -> Encoder:
 
 
 def require_batch_size(batch_size: int) -> None:
+    """Raises ValueError for less than one window at a time."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
 
 
 def clip_events(clips: Sequence[np.ndarray], windows: Windows) -> Iterator[Window | End]:
+    """Windows and ends of clips [S] in memory.
+
+    Raises:
+        ValueError: a clip without a whole frame; it is numbered.
+    """
     for number, clip in enumerate(clips):
         for event in read_windows(number, [clip], windows):
             if isinstance(event, End) and event.error:
@@ -109,7 +122,7 @@ def clip_events(clips: Sequence[np.ndarray], windows: Windows) -> Iterator[Windo
 
 def encode_recordings(
     model: SSAST, recordings: Sequence[Record], windows: Windows, encode: Encoder, *, batch_size: int, workers: int
-) -> Iterator[tuple[Window | End, torch.Tensor | None]]:
+) -> Iterator[EncodedWindow | End]:
     """As `encode_windows`, of recordings in files, read as they are needed; `clip` is the number in `recordings`.
 
     Raises:

@@ -36,7 +36,7 @@ from .options import (
     writing,
 )
 from .waveforms import Waveform, as_clips
-from .windows import Window, prediction_windows
+from .windows import End, prediction_windows
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,11 @@ def predict(
     require_batch_size(batch_size)
     rows: list[list[torch.Tensor]] = [[] for _ in clips]
     times: list[list[tuple[float, float]]] = [[] for _ in clips]
-    for event, row in encode_windows(model, clip_events(clips, windows), encode, batch_size):
-        if isinstance(event, Window):
-            rows[event.clip].append(row)
-            times[event.clip].append((windows.seconds(event.start), windows.seconds(event.start + event.frames)))
+    for event in encode_windows(model, clip_events(clips, windows), encode, batch_size):
+        if not isinstance(event, End):
+            window = event.window
+            rows[window.clip].append(event.row)
+            times[window.clip].append((windows.seconds(window.start), windows.seconds(window.start + window.frames)))
     stacked = [torch.stack(part) for part in rows]
     mean = torch.stack([part.mean(dim=0) for part in stacked])
     return Prediction(mean, class_names(model), stacked, [torch.tensor(part) for part in times])
@@ -169,15 +170,11 @@ def main(argv: list[str] | None = None) -> int:
         events = encode_recordings(
             model, recordings, windows, encode, batch_size=options.batch_size, workers=options.workers
         )
-        for event, row in events:
-            if isinstance(event, Window):
-                probabilities.append(row)
-                times.append(
-                    (
-                        windows.seconds(event.start),
-                        windows.seconds(event.start) + len(event.samples) / windows.sample_rate,
-                    )
-                )
+        for event in events:
+            if not isinstance(event, End):
+                start = windows.seconds(event.window.start)
+                probabilities.append(event.row)
+                times.append((start, start + len(event.window.samples) / windows.sample_rate))
                 continue
             path = recordings[event.clip].source
             if event.error:

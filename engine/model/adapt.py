@@ -23,6 +23,7 @@ def init_weights(model: SSAST, generator: torch.Generator | None = None) -> None
 
 
 def init_classifier(model: SSAST, generator: torch.Generator | None = None) -> None:
+    """Initial values of a model's classifier, as `init_weights` gives them."""
     for name, parameter in model.classifier.named_parameters(prefix="classifier"):
         _init_parameter(name, parameter, model.config, generator)
 
@@ -124,9 +125,8 @@ def _resize_axis(image: torch.Tensor, dim: int, length: int) -> torch.Tensor:
     old = image.shape[dim]
     if length <= old:
         return image.narrow(dim, old // 2 - length // 2, length)
-    size = list(image.shape[2:])
-    size[dim - 2] = length
-    return _interpolate(image, tuple(size))
+    size = (length, image.shape[3]) if dim == 2 else (image.shape[2], length)
+    return _interpolate(image, size)
 
 
 def _resize_official(image: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:

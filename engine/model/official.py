@@ -78,7 +78,8 @@ def _official_config(
         )
     width = tensors["v.pos_embed"].shape[-1]
     blocks = {match[1] for key in tensors if (match := re.match(r"v\.blocks\.(\d+)\.", key))}
-    patch_shape = tuple(tensors["v.patch_embed.proj.weight"].shape[2:])
+    patch_bins, patch_frames = tensors["v.patch_embed.proj.weight"].shape[2:]
+    patch_shape = (patch_bins, patch_frames)
     pretraining = "p_input_tdim" in tensors
     # the encoder of a model that was pretrained on visible patches only: `to_official` leaves its decoder out
     is_encoder = pretraining and not any(key.startswith(("mask_embed", "cpredlayer", "gpredlayer")) for key in tensors)

@@ -128,7 +128,7 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
             return self._transform(x)
-        options = {"context_fn": _keep_products} if self.activation_checkpointing == "selective" else {}
+        options: dict[str, Any] = {"context_fn": _keep_products} if self.activation_checkpointing == "selective" else {}
         return checkpoint(self._transform, x, use_reentrant=False, preserve_rng_state=False, **options)
 
     def _transform(self, x: torch.Tensor) -> torch.Tensor:
@@ -381,13 +381,13 @@ class SSAST(nn.Module):
         equal, they share the code of one), and heads and loss one more. `options` are torch.compile's.
         """
         if regions == "encoder":
-            self._encoder = torch.compile(self._encoder, **options)
+            setattr(self, "_encoder", torch.compile(self._encoder, **options))  # noqa: B010 - in place of the method
             if self.decoder is not None:
                 self.decoder.compile(**options)
         else:
             for block in self._all_blocks():
                 block.compile(**options)
-        self._heads_and_loss = torch.compile(self._heads_and_loss, **options)
+        setattr(self, "_heads_and_loss", torch.compile(self._heads_and_loss, **options))  # noqa: B010
 
     def _check_pretraining(self) -> None:
         if not self.config.pretraining_heads:

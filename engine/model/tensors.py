@@ -163,7 +163,7 @@ def _harmless() -> list[Any]:
     from numpy._core import multiarray
 
     kinds = [getattr(np.dtypes, name) for name in np.dtypes.__all__]
-    makers = [multiarray.scalar, multiarray._reconstruct]  # type: ignore[attr-defined]
+    makers = [multiarray.scalar, multiarray._reconstruct]
     of_older_numpy = [(maker, f"numpy.core.multiarray.{maker.__name__}") for maker in makers]
     return [np.dtype, np.ndarray, argparse.Namespace, *makers, *of_older_numpy, *kinds]
 

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -214,9 +214,11 @@ def _read_description(file: Path, metadata: dict[str, str], names: list[str]) ->
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         reason = first_line(error) if not isinstance(error, ValidationError) else _shortly(error)
         raise UserError(f"{file}: its metadata describe no model: {reason}") from None
-    blocks = {match[1] for name in names if (match := re.match(r"blocks\.(\d+)\.", plain_name(name)))}
-    if config.depth != len(blocks):
-        raise UserError(f"{file}: its metadata say {config.depth} blocks, it holds {len(blocks)}")
+    for stack, depth in (("", config.depth), ("decoder.", config.decoder_depth if config.has_decoder else 0)):
+        pattern = re.compile(rf"{re.escape(stack)}blocks\.(\d+)\.")
+        blocks = {match[1] for name in names if (match := pattern.match(plain_name(name)))}
+        if depth != len(blocks):  # before as many are built
+            raise UserError(f"{file}: its metadata say {depth} {stack}blocks, it holds {len(blocks)}")
     if card.labels is not None and len(card.labels) != config.num_classes:
         raise UserError(f"{file}: names {len(card.labels)} classes, its model has {config.num_classes or 0}")
     return config, card
@@ -234,7 +236,7 @@ def _from_json(kind: type[D], text: str) -> D:
     unknown = saved.keys() - {field.name for field in dataclasses.fields(kind)}
     if unknown:
         raise ValueError(f"unknown {sorted(unknown)[0]!r}, perhaps of a later version of this engine")
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
     labels = values.get("labels")
     if labels is not None and not (isinstance(labels, tuple) and all(isinstance(label, str) for label in labels)):
         raise ValueError("labels are no list of texts")
@@ -263,7 +265,7 @@ def hf_model_type(folder: Path) -> str | None:
 def _adapted(
     config: ModelConfig, num_classes: int | None, frames: int | None, stride: tuple[int, int] | None, bins: int | None
 ) -> ModelConfig:
-    changes: dict[str, object] = {}
+    changes: dict[str, Any] = {}
     if num_classes is not None:
         changes.update(num_classes=num_classes, pretraining_heads=False)
     if frames is not None:
@@ -279,4 +281,7 @@ def _adapted(
 
 
 def _pair(stride: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    return (stride, stride) if isinstance(stride, int) else tuple(stride) if stride is not None else None
+    if stride is None or isinstance(stride, int):
+        return None if stride is None else (stride, stride)
+    bins, frames = stride
+    return bins, frames

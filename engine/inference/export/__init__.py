@@ -138,6 +138,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(format="ssast: %(message)s")
     log.setLevel(logging.INFO)  # what was assumed of an official file
+    model: SSAST
     if is_hf_folder(Path(args.model)):
         if args.input_frames or args.stride:
             raise UserError(

@@ -160,10 +160,16 @@ def _to_onnx(module: FromWaveform) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            names = {"input_names": ["waveform", "lengths"], "output_names": module.output_names}
-            proto = torch.onnx.export(
-                _traced(module), dynamo=True, external_data=False, verbose=False, **names
-            ).model_proto
+            program = torch.onnx.export(
+                _traced(module),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+                input_names=["waveform", "lengths"],
+                output_names=module.output_names,
+            )
+            assert program is not None  # it is for dynamo=True
+            proto = program.model_proto
     finally:
         logger.setLevel(level)
     samples = input_samples(module.model)

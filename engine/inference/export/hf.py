@@ -100,7 +100,8 @@ def from_hf(folder: str | os.PathLike[str]) -> AudioModel:
             theirs, extractor = _load(folder)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: transformers cannot load it: {first_line(error)}") from None
-    config, is_classifier = theirs.config, hasattr(theirs, "classifier")
+    config: Any = theirs.config
+    is_classifier = hasattr(theirs, "classifier")
     if (
         config.hidden_act != "gelu"
         or not isinstance(config.patch_size, int)
@@ -108,8 +109,8 @@ def from_hf(folder: str | os.PathLike[str]) -> AudioModel:
     ):
         raise UserError(f"{folder}: has no equal here: activation {config.hidden_act}, patch size {config.patch_size}")
     labels = tuple(config.id2label[number] for number in range(config.num_labels)) if is_classifier else None
-    model = AudioModel(
-        ModelConfig(
+    try:
+        shape = ModelConfig(
             width=config.hidden_size,
             depth=config.num_hidden_layers,
             heads=config.num_attention_heads,
@@ -121,16 +122,18 @@ def from_hf(folder: str | os.PathLike[str]) -> AudioModel:
             num_classes=config.num_labels if is_classifier else None,
             pretraining_heads=False,
             encoder_tokens=getattr(config, ENCODER_TOKENS, "all"),
-        ),
-        ModelCard(
+        )
+        card = ModelCard(
             sample_rate=extractor.sampling_rate,
             mean=extractor.mean if extractor.do_normalize else 0.0,
             std=extractor.std if extractor.do_normalize else 0.5,
             labels=None if labels == _nameless(len(labels or ())) else labels,
             multi_label=config.problem_type == "multi_label_classification",
             pool="cls" if is_classifier and config.model_type == MODEL_TYPE else "mean",
-        ),
-    )
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder}: has no equal here: {first_line(error)}") from None
+    model = AudioModel(shape, card)
     weights = _to_ours(theirs.state_dict(), model.config)
     check_weights(weights, model.state_dict(), folder)
     model.load_state_dict(weights)
@@ -214,13 +217,14 @@ def _build(model: SSAST) -> PreTrainedModel:
     from .hf_mean_pool import SSASTConfig, SSASTForAudioClassification
 
     is_mean = model.config.num_classes is not None and model.card.pool == "mean"
-    config = (SSASTConfig if is_mean else ASTConfig)(**_config(model))
+    theirs: PreTrainedModel
+    config = ASTConfig(**_config(model))
     if model.config.num_classes is None:
         theirs = ASTModel(config)
     elif is_mean:
         SSASTConfig.register_for_auto_class()
         SSASTForAudioClassification.register_for_auto_class("AutoModelForAudioClassification")
-        theirs = SSASTForAudioClassification(config)
+        theirs = SSASTForAudioClassification(SSASTConfig(**_config(model)))
     else:
         theirs = ASTForAudioClassification(config)
     theirs.load_state_dict(_to_theirs(model))
@@ -276,14 +280,11 @@ def _load(folder: Path) -> tuple[PreTrainedModel, ASTFeatureExtractor]:
     from .hf_mean_pool import SSASTForAudioClassification
 
     described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kind: Any = ASTModel
     if described["model_type"] == MEAN_POOL_TYPE:
         kind = SSASTForAudioClassification
-    else:
-        kind = (
-            ASTForAudioClassification
-            if "ASTForAudioClassification" in (described.get("architectures") or ())
-            else ASTModel
-        )
+    elif "ASTForAudioClassification" in (described.get("architectures") or ()):
+        kind = ASTForAudioClassification
     model, report = kind.from_pretrained(folder, local_files_only=True, dtype=torch.float32, output_loading_info=True)
     wrong = [
         f"{problem}: {sorted(map(str, names))[:3]}"

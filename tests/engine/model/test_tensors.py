@@ -165,6 +165,11 @@ CONFIG = {"width": 64, "depth": 2, "heads": 1, "input_frames": 32, "num_mel_bins
         ({"config": json.dumps(CONFIG | {"width": "64"})}, "width: Input should be a valid integer"),
         ({"config": json.dumps(CONFIG | {"heads": 0})}, "heads must be at least 1"),
         ({"config": json.dumps(CONFIG | {"depth": 10**9})}, "say 1000000000 blocks, it holds 2"),
+        (
+            {"config": json.dumps(CONFIG | {"encoder_tokens": "visible", "decoder_depth": 10**9})},
+            r"say 1000000000 decoder\.blocks, it holds 0",
+        ),
+        ({"config": json.dumps(CONFIG | {"encoder_tokens": 3})}, "encoder_tokens"),
         ({"config": json.dumps(CONFIG | {"depth": 1e9})}, "depth: Input should be a valid integer"),
         ({"config": json.dumps(CONFIG | {"depth": -1})}, "depth must be at least 0"),
         ({"config": json.dumps(CONFIG | {"input_frames": 10**15})}, "embedding.position is|describe no model"),
