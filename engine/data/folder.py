@@ -26,7 +26,9 @@ _KNOWN = """
 3gp aac ac3 aif aifc aiff amr ape asf au avi caf flac flv gsm m4a m4b m4v mka mkv mov mp2 mp3 mp4 mpc mpeg
 mpg nist oga ogg ogv opus ra rf64 rm sph spx tta voc w64 wav wave webm wma wmv wv
 """
-AUDIO_EXTENSIONS = frozenset(_KNOWN.split())
+# Samples without a header: no clips, but the check says so of each, where they would else vanish silently.
+HEADERLESS_EXTENSIONS = frozenset("al alaw pcm raw s16 s16le s24le s32le sln ul ulaw vox".split())
+AUDIO_EXTENSIONS = frozenset(_KNOWN.split()) | HEADERLESS_EXTENSIONS
 
 # The starts of audio containers; EBML is Matroska and WebM, 30 26 B2 75 is ASF (wma).
 _MAGIC = (b"RIFF", b"RF64", b"RIFX", b"BW64", b"riff", b"fLaC", b"OggS", b"ID3", b"FORM", b".snd", b"caff", b"NIST_1A")

@@ -56,6 +56,8 @@ _DEMUXERS = (
 )
 _GUESSED_DURATION = {"aac", "ac3", "amr", "dts", "eac3", "loas", "mp3", "mpeg"}  # from the bit rate of the beginning
 _UNKNOWN = "format not recognised"
+# Names of samples without a header; folder.py takes such files for candidates.
+_HEADERLESS = (".al", ".alaw", ".pcm", ".raw", ".s16", ".s16le", ".s24le", ".s32le", ".sln", ".ul", ".ulaw", ".vox")
 _BLOCK = 1 << 16  # samples of all channels that FFmpeg's frames are gathered to
 
 
@@ -330,7 +332,11 @@ def ffmpeg_blocks(path: str, problem: str, ear: Ear) -> Iterator[tuple[int, np.n
             sound.require_whole(path, problem)
     except MemoryError:
         raise
-    except av.FFmpegError as error:
+    except (av.FFmpegError, Reject) as error:
+        if path.lower().endswith(_HEADERLESS):
+            raise Reject("no header says its rate and format: convert it to WAV first") from error
+        if isinstance(error, Reject):
+            raise
         raise Reject(f"not audio: {problem or error.strerror}") from error
 
 
@@ -374,15 +380,34 @@ class _Sound:
         import av
 
         packets = self._container.demux(self._stream)
+        is_first = True
         while True:
             try:
-                yield from next(packets).decode()
+                packet = next(packets)
+                if is_first:
+                    self._skip_all(packet)
+                is_first = False
+                yield from packet.decode()
             except StopIteration:
                 return
             except MemoryError:
                 raise
             except av.FFmpegError:
                 self._errors += 1
+
+    def _skip_all(self, packet: Any) -> None:
+        """Make FFmpeg leave out all of the samples before the beginning of an Opus stream.
+
+        RFC 7845, 5.1: its header counts them at 48 kHz. FFmpeg takes them at the rate that a Matroska track names,
+        which may be that of the recording.
+        """
+        context = self._stream.codec_context
+        header = bytes(context.extradata or b"")
+        is_opus = context.codec.name in ("opus", "libopus") and header.startswith(b"OpusHead") and len(header) >= 19
+        if is_opus and packet.has_sidedata("skip_samples"):
+            skipped = packet.get_sidedata("skip_samples")
+            skipped.update(header[10:12] + bytes(2) + bytes(skipped)[4:])
+            packet.set_sidedata(skipped)
 
     def require_whole(self, path: str, problem: str) -> None:
         """Rejects what was not decoded in full; called at the end."""

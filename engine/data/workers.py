@@ -1,5 +1,10 @@
 """Processes that decode files: supervised from here, they may crash, hang or run out of memory, and it costs one
 file.
+
+Libraries for pools of processes do without one of the three that are needed here: `concurrent.futures` loses the whole
+pool with one process that dies, `pebble` forks or imports the parent's main module (a script on standard input has
+none, and torch takes seconds and hundreds of megabytes), and neither streams many answers to one job, with a limit of
+time from answer to answer.
 """
 
 from __future__ import annotations
