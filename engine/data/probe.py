@@ -398,8 +398,8 @@ class _Sound:
     def _skip_all(self, packet: Any) -> None:
         """Make FFmpeg leave out all of the samples before the beginning of an Opus stream.
 
-        RFC 7845, 5.1: its header counts them at 48 kHz. FFmpeg takes them at the rate that a Matroska track names,
-        which may be that of the recording.
+        RFC 7845, 5.1: its header counts them at 48 kHz. FFmpeg goes by Matroska's CodecDelay instead, which its own
+        muxer once wrote too short for recordings of other rates.
         """
         context = self._stream.codec_context
         header = bytes(context.extradata or b"")
