@@ -112,7 +112,7 @@ def _name(dtype: torch.dtype) -> str:
 def fbank_cases(setting: Setting) -> Iterator[Case]:
     """Filter banks of int16 clips, frames in order and in patch order."""
     B, S = setting.batch or (256 if setting.production else 4), SECONDS * SAMPLE_RATE
-    options = {"num_frames": FRAMES, "mean": MEAN, "std": STD}
+    options: dict[str, Any] = {"num_frames": FRAMES, "mean": MEAN, "std": STD}
 
     def make_inputs(seed: int, sample: torch.dtype = torch.int16) -> dict[str, torch.Tensor]:
         noise = torch.randn(B, S, generator=setting.generator(seed), device=setting.device)
@@ -124,9 +124,7 @@ def fbank_cases(setting: Setting) -> Iterator[Case]:
 
     kinds = [(None, torch.int16), (PATCH, torch.int16)] + ([(PATCH, torch.float32)] if setting.batch else [])
     for patch, sample in kinds:
-        run = functools.partial(
-            fbank, sample_rate=SAMPLE_RATE, num_mel_bins=MEL_BINS, **options, **({"patch": patch} if patch else {})
-        )
+        run = functools.partial(fbank, sample_rate=SAMPLE_RATE, num_mel_bins=MEL_BINS, **options, patch=patch)
 
         full_scale = 32768.0 if sample == torch.int16 else 1.0
 
@@ -337,7 +335,7 @@ def loss_cases(setting: Setting) -> Iterator[Case]:
         def make_inputs(seed: int, B: int = B, gathered: bool = gathered) -> dict[str, torch.Tensor]:
             generator = setting.generator(seed)
             target = setting.draw(generator, B, P if gathered else MASKED, K, scale=0.5)
-            mask = setting.draw_mask(B, seed) if gathered else None
+            mask = setting.draw_mask(B, seed)
             hidden = target.gather(1, mask[..., None].expand(-1, -1, K)) if gathered else target
             inputs = {
                 # near enough to the targets that about half of them are found, as in the middle of training

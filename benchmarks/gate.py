@@ -32,6 +32,7 @@ class Gate:
         self._same_dtype = self._results(reference.run)
         doubles = {name: _to_double(value) for name, value in inputs.items()}
         gradient = None if gradient is None else gradient.double()
+        assert case.exact is not None  # a ceiling, which has none, is not judged
         self._exact = _results(case, case.exact, doubles, gradient)
 
     def _results(self, run: Callable[..., Any]) -> dict[str, torch.Tensor]:
@@ -40,7 +41,8 @@ class Gate:
     def judge(self, provider: Provider) -> dict[str, Verdict]:
         """The verdict for each mode; the provider's own exceptions pass through."""
         judge = provider.judge or self._case.judge
-        outputs, gradients = [], []
+        outputs: list[Verdict] = []
+        gradients: list[Verdict] = []
         for name, actual in self._results(provider.run).items():
             error, allowed = judge(name, actual, self._same_dtype[name], self._exact[name])
             (gradients if name.startswith("gradient") else outputs).append(

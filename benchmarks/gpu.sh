@@ -19,12 +19,12 @@ declare -A LIMIT=([tests]=100 [kernels]=110 [step]=180 [profile]=95)
 if [ -n "${WHEELS:-}" ]; then
     "$PYTHON" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl || exit 2
 fi
+"$PYTHON" -c 'import torch; assert torch.cuda.is_available()' || { echo "gpu.sh: no GPU here" >&2; exit 2; }
 if ! "$PYTHON" -c 'import ssast.kernels' 2>/dev/null; then # not installed: the four rooms as they lie here
     mkdir -p "$OUT/site/ssast"
     for room in engine kernels benchmarks configs; do ln -sfn "$PWD/$room" "$OUT/site/ssast/$room"; done
     export PYTHONPATH="$OUT/site${PYTHONPATH:+:$PYTHONPATH}"
 fi
-"$PYTHON" -c 'import torch; assert torch.cuda.is_available()' || { echo "gpu.sh: no GPU here" >&2; exit 2; }
 ENGINE=deepspeed
 "$PYTHON" -c 'import deepspeed' 2>/dev/null || { ENGINE=ddp; echo "DeepSpeed is not installed: steps run on the plain engine"; }
 "$PYTHON" -c 'import nvidia.dali' 2>/dev/null || echo "DALI is not installed: loader rows are left out, steps are fed from memory"

@@ -128,7 +128,7 @@ def nvml_handle(device: torch.device) -> Iterator[tuple[Any, Any]]:
         return
     try:
         # by its place on the bus: NVML does not heed CUDA_VISIBLE_DEVICES
-        at = torch.cuda.get_device_properties(device)
+        at: Any = torch.cuda.get_device_properties(device)
         bus_id = f"{at.pci_domain_id:08x}:{at.pci_bus_id:02x}:{at.pci_device_id:02x}.0"
         try:
             handle = pynvml.nvmlDeviceGetHandleByPciBusId(bus_id)

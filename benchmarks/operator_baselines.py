@@ -81,7 +81,8 @@ def official_mask(
     """
     patches, clips = grid[0] * grid[1], []
     for _ in range(batch):
-        side, chosen = generator.choice(cluster), set()
+        side = generator.choice(cluster)
+        chosen: set[int] = set()
         while len(chosen) <= num_masked:
             corner = generator.randrange(patches)
             for down in range(side):

@@ -11,6 +11,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -77,8 +78,8 @@ def _bars(operator: str, rows: Sequence[Row]) -> Figure:
     down = math.ceil(len(panels) / across)
     units = [max(_units(panel) for panel in panels[i * across : (i + 1) * across]) for i in range(down)]
     height = ROW_HEIGHT * sum(units) + 0.6 * down + 1.0
-    figure = Figure((8.5 * across**0.6, height), facecolor="white", layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.11, w_pad=0.12)
+    layout = ConstrainedLayoutEngine(h_pad=0.11, w_pad=0.12)
+    figure = Figure((8.5 * across**0.6, height), facecolor="white", layout=layout)
     grid = figure.subplots(down, across, squeeze=False, height_ratios=units)
     colours = _colours(rows)
     for axes, panel in zip(grid.flat, panels, strict=False):
@@ -113,7 +114,7 @@ def _panel(axes: Axes, rows: Sequence[Row], colours: dict[str, str]) -> None:
             low, middle, high = (float(row[name]) for name in ("p20_ms", "p50_ms", "p80_ms"))
             axes.barh(position, middle - left, left=left, height=0.8, color=colours[row["provider"]])
             axes.plot([low, high], [position, position], color=LIGHT.ink, linewidth=1.1, solid_capstyle="butt")
-            place = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": LIGHT.ink}
+            place: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": LIGHT.ink}
             axes.annotate(_duration(middle), (max(high, middle), position), (5, 0), **place)
             ticks.append((position, f"{row['provider']}  ·  {mode}"))
             position += 1
@@ -159,7 +160,7 @@ def _roofline(rows: Sequence[Row], ceilings: dict[str, Row]) -> Figure:
         ha="right",
         fontsize=8,
     )
-    slope = {
+    slope: dict[str, Any] = {
         "rotation": math.degrees(math.atan(bandwidth)),
         "rotation_mode": "anchor",
         "transform_rotates_text": True,
@@ -180,7 +181,7 @@ def _roofline(rows: Sequence[Row], ceilings: dict[str, Row]) -> Figure:
             zorder=3,
         )
     for label, x, y in _labels(points):
-        place = {
+        place: dict[str, Any] = {
             "textcoords": "offset points",
             "rotation": 90,
             "ha": "center",

@@ -69,7 +69,8 @@ def emulate(waveform: torch.Tensor, parts: Parts) -> torch.Tensor:
     for basis in (angle.cos().float(), angle.sin().float()):
         left, right = parts(frames * scale), parts(basis)
         order = [(i, j) for i in range(len(left)) for j in range(len(right)) if i + j < len(left)]
-        power = power + sum(left[i] @ right[j] for i, j in reversed(order)).square()  # small products first
+        products = torch.stack([left[i] @ right[j] for i, j in reversed(order)])  # small ones first
+        power = power + sum(products[1:], products[0]).square()
     mel = power / scale.square() @ mel_filters(128, length, 16000).float().T
     return mel.clamp_min(LOG_FLOOR).log()
 

@@ -101,11 +101,13 @@ class StepBench:
     def row(self, case: StepCase) -> Row:
         """The case's row; "note" says why it has no figures, if it has none."""
         attention = [f"step.attention={self._attention}"] if self._attention else []
-        config = load_config(self.config, [*self.overrides, *attention, *case.settings])
+        config: Config = load_config(self.config, [*self.overrides, *attention, *case.settings])
         sizes = {"train_micro_batch_size_per_gpu": case.micro_batch, "gradient_accumulation_steps": 1}
         kept = {key: value for key, value in config.deepspeed.items() if key != "train_batch_size"}
         config = undisturbed(config.model_copy(update={"deepspeed": kept | sizes}), self.folder)
-        seconds, described, clips, note = [], {}, case.micro_batch, ""
+        seconds: list[float] = []
+        described: dict[str, str] = {}
+        clips, note = case.micro_batch, ""
         try:
             measured = self._engine(config) if case.provider == "this engine" else self._baseline(config, case.provider)
             seconds, described, clips = measured

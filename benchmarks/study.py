@@ -228,7 +228,7 @@ def write_manifests(audio: Path, out: Path) -> int:
     """
     out.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
-        rows = [
+        clips = [
             (
                 audio / row["path"],
                 row[task.column],
@@ -238,7 +238,7 @@ def write_manifests(audio: Path, out: Path) -> int:
             for row in _read_manifest(audio, task.manifest)
         ]
         with open(out / f"{task.name}.csv", "w", newline="", encoding="utf-8") as stream:
-            csv.writer(stream).writerows([("path", "label", "speaker", "split"), *rows])
+            csv.writer(stream).writerows([("path", "label", "speaker", "split"), *clips])
     rows = [row for name in UNLABELED for row in _read_manifest(audio, name)]
     untested = [str(audio / row["path"]) for row in rows if find_split(row["split"]) not in ("valid", "test")]
     (out / "unlabeled.txt").write_text("\n".join(untested) + "\n", encoding="utf-8")

@@ -68,7 +68,7 @@ def kernels_table() -> str:
             "| operator | shape | mode | Triton kernel | of the copy | of the product | others |",
             "|---|---|---|---|---|---|---|",
         ]
-        lines += [_case_line(*case, group) for case, group in last.items() if case[0] != "ceiling"]
+        lines += [_case_line(case, group) for case, group in last.items() if case[0] != "ceiling"]
         tables.append(
             "\n".join(lines) + "\n\n" + _measured_on(device, [row for group in last.values() for row in group])
         )
@@ -84,7 +84,9 @@ def _run(row: Row) -> tuple[str, ...]:
     return tuple(row[name] for name in ("date", "commit", "torch", "triton", "driver", "power_limit_w"))
 
 
-def _case_line(operator: str, shape: str, dtype: str, mode: str, rows: list[Row]) -> str:
+def _case_line(case: tuple[str, ...], rows: list[Row]) -> str:
+    """`case`: the values of _CASE."""
+    operator, shape, dtype, mode = case
     times = {row["provider"]: float(row["p50_ms"]) for row in rows}
     ours, cells = next((row for row in reversed(rows) if row["provider"] == "triton"), None), ["", "", ""]
     if ours:

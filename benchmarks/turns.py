@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-from scipy import stats
 
 CONFIDENCE = 0.95
 FEWEST_TURNS = 3
@@ -59,6 +58,8 @@ def compare_turns(a: Sequence[float], b: Sequence[float]) -> Verdict:
     Raises:
         ValueError: different numbers of turns, or a rate that is not above 0.
     """
+    from scipy import stats  # taking turns needs none of it, and a bare machine with a GPU may lack it
+
     if len(a) != len(b):
         raise ValueError(f"{len(a)} turns of A and {len(b)} of B: a turn has one of each")
     rates = np.array([a, b], float)

@@ -114,7 +114,11 @@ def _prepare(settings: Settings, out: Path, workers: int) -> None:
 
 def _synthetic(count: int, num_samples: int) -> list[np.ndarray]:
     """Windows of one long stretch of sound events of every class, from random places on."""
-    made = [np.int16(32768 * synthesize(label, 0, number)) for number in range(_SOUNDS_A_CLASS) for label in CLASSES]
+    made = [
+        (32768 * synthesize(label, 0, number)).astype(np.int16)
+        for number in range(_SOUNDS_A_CLASS)
+        for label in CLASSES
+    ]
     stream = np.concatenate(made * (1 + num_samples // sum(map(len, made))))
     starts = np.random.default_rng(0).integers(0, len(stream), count)
     around = np.concatenate([stream, stream[:num_samples]])
@@ -151,7 +155,7 @@ def repeat_index(prepared: Path, out: Path, entries: int) -> None:
         repeated = {name: [words[name][row] for row in part] for name in NOTED}
         repeated |= {name: [f"{first + i:09d}/{text}" for i, text in enumerate(repeated[name])] for name in ("source",)}
         keys = [f"{first + i:09d}" for i in range(len(part))]
-        index.append({name: column[part] for name, column in numbers.items()}, {**repeated, "key": keys})
+        index.append({name: column[part].tolist() for name, column in numbers.items()}, {**repeated, "key": keys})
     index.close()
     counts = np.bincount(np.asarray(numbers["shard"])[rows], minlength=len(described["shards"])).tolist()
     shards = [shard | {"clips": count} for shard, count in zip(described["shards"], counts, strict=True)]

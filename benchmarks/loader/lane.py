@@ -115,7 +115,8 @@ def _rss() -> float:
 def _peak() -> float:
     """Not ru_maxrss, which begins with the parent's."""
     status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 2**10
+    matched = re.search(r"VmHWM:\s*(\d+) kB", status)
+    return int(matched[1]) / 2**10 if matched else float("nan")
 
 
 def main() -> None:

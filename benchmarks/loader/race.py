@@ -45,6 +45,7 @@ class Lane:
         Raises:
             UserError: the process has ended instead.
         """
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             status = self.process.wait()
@@ -71,13 +72,15 @@ class Lane:
         """End the process and all that it has started."""
         with contextlib.suppress(ProcessLookupError, BrokenPipeError):
             os.killpg(self.process.pid, signal.SIGCONT)
-            self.process.stdin.close()
+            if self.process.stdin is not None:
+                self.process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(CLOSING_S)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        self.process.stdout.close()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
 
 
 def run_race(jobs: Sequence[Job], cores: Sequence[int], *, rounds: int, seconds: float) -> list[tuple[Job, list[Job]]]:
@@ -106,7 +109,7 @@ def run_alone(what: str, job: Job, cores: Sequence[int]) -> Iterator[Job]:
         process = start(what, job)
     with process:
         try:
-            for line in process.stdout:
+            for line in process.stdout or ():
                 yield json.loads(line) | {"started": started}
         finally:
             process.kill()  # it has said all, or nobody listens any more

@@ -64,7 +64,7 @@ def _panel(axes: Axes, rows: Sequence[Row]) -> None:
             low, middle, high = (float(row[name]) for name in ("p25", "p50", "p75"))
             axes.barh(position, middle, height=0.8, color=COLOURS.get(row["contestant"], PALETTE["green"]))
             axes.plot([low, high], [position, position], color=LIGHT.soft, linewidth=1.1, solid_capstyle="butt")
-            place = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": LIGHT.ink}
+            place: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": LIGHT.ink}
             axes.annotate(f"{middle:,.0f}", (high, position), (4, 0), **place)
             ticks.append(
                 (position, f"{row['contestant']}, {row['source']}  ·  {workers} core{'s' * (int(workers) > 1)}")

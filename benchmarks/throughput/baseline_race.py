@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ssast.benchmarks.turns import median_ratio, take_turns
-from ssast.engine.config import load_config
+from ssast.engine.config import Config, load_config
 from ssast.engine.distributed.ranks import join_ranks
 from ssast.engine.errors import UserError
 from ssast.engine.files import write_whole
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        config: Config = load_config(arguments.config, arguments.overrides)
         ranks = join_ranks(config.step.engine)
         with tempfile.TemporaryDirectory() as folder:
             config = undisturbed(config, Path(folder))
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
             trainer = Trainer(config, data, model, ranks, Pretraining(config, data, ranks))
             waveforms = in_memory(trainer, torch.device("cpu")).waveforms
             runners = [_ours(trainer)] + [baseline_runner(each, waveforms, ranks.device) for each in baselines]
-            write_whole(arguments.out, json.dumps(race(runners)))
+            write_whole(arguments.out, json.dumps(race(runners, arguments.turns)))
         return 0
     except UserError as error:
         print(f"ssast: {error}", file=sys.stderr, flush=True)
@@ -114,9 +114,11 @@ def baseline_runner(baseline: StepBaseline, waveforms: list[torch.Tensor], devic
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         try:
-            runner = Runner(
-                baseline.name, baseline.what, clips, lambda clips=clips: baseline.step(next(turn)[:clips]), device
-            )
+
+            def step(clips: int = clips) -> torch.Tensor:
+                return baseline.step(next(turn)[:clips])
+
+            runner = Runner(baseline.name, baseline.what, clips, step, device)
             time_steps(runner.step, WARM_UP, device)
             break
         except torch.OutOfMemoryError:
@@ -133,6 +135,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("out", type=Path, help="JSON file to write")
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser.add_argument("--turns", type=int, default=TURNS)
     parser.add_argument("--names", nargs="+", default=list(NAMES), help="baselines, of " + ", ".join(NAMES))
     return parser.parse_intermixed_args(argv)
 

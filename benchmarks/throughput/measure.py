@@ -28,6 +28,7 @@ from ssast.engine.config import Config, load_config
 from ssast.engine.data.clips import Clips
 from ssast.engine.data.dataset import Dataset, open_dataset
 from ssast.engine.data.loader import Batch
+from ssast.engine.data.texts import Texts
 from ssast.engine.distributed.ranks import Ranks, join_ranks, speaks_for_its_node
 from ssast.engine.errors import UserError
 from ssast.engine.files import write_whole
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        config: Config = load_config(arguments.config, arguments.overrides)
         ranks = join_ranks(config.step.engine)
         with tempfile.TemporaryDirectory() as folder:
             measured = measure(config, ranks, arguments, Path(folder))
@@ -238,9 +239,11 @@ def memory_split(trainer: Trainer) -> dict[str, Any]:
         )
         return {**split, "other": other, "peak": peak, "source": source}
     gradients = 4 * sum(parameter.numel() for parameter in model.parameters())
-    plain = build_model(trainer.config.architecture)
-    plain.checkpoint_activations(trainer.config.step.activation_checkpointing)
-    one, two = (activation_bytes(plain, trainer.config, trainer.ranks.device, clips) for clips in (1, 2))
+    config = trainer.config
+    assert isinstance(config, Config)
+    plain = build_model(config.architecture)
+    plain.checkpoint_activations(config.step.activation_checkpointing)
+    one, two = (activation_bytes(plain, config, trainer.ranks.device, clips) for clips in (1, 2))
     activations = one + (two - one) * (trainer.training_step.micro_batch - 1)
     split = {
         "parameters": parameters,
@@ -258,7 +261,9 @@ def memory_split(trainer: Trainer) -> dict[str, Any]:
 
 def describe(trainer: Trainer, feeds_from_files: bool) -> dict[str, Any]:
     """What was measured, as the report shows it."""
-    config, shape = trainer.config, trainer.config.architecture
+    config = trainer.config
+    assert isinstance(config, Config)
+    shape = config.architecture
     step = trainer.training_step.describe()
     grid, patch = shape.grid, shape.patch_shape
     return {
@@ -320,7 +325,8 @@ def nothing_to_read(config: Config) -> Dataset:
 
     from ssast.engine.model.config import PAPER_MEAN, PAPER_STD
 
-    none = Clips([], [], [], [], *(np.zeros(0, dtype) for dtype in (np.int64, np.int32, np.int32, np.int64)))
+    texts, counts, rates = Texts([]), np.zeros(0, np.int64), np.zeros(0, np.int32)
+    none = Clips(texts, texts, texts, texts, counts, rates, rates, counts)
     mean = PAPER_MEAN if isinstance(config.data.mean, str) else config.data.mean
     std = PAPER_STD if isinstance(config.data.std, str) else config.data.std
     return Dataset(none, none, [], mean, std, [])

@@ -28,10 +28,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     import torch
 
-    from ssast.engine.config import load_config
+    from ssast.engine.config import Config, load_config
     from ssast.engine.files import PROFILE_FOLDER
 
-    config = load_config(arguments.config, arguments.overrides)
+    config: Config = load_config(arguments.config, arguments.overrides)
     arguments.ranks = arguments.ranks or max(1, torch.cuda.device_count())
     arguments.engine = config.step.engine
     # the profiler would tell, among the progress, that it starts and stops
@@ -160,13 +160,15 @@ class Children:
     def race(self, names: list[str]) -> list[dict[str, Any]]:
         """On one rank, whatever the run has."""
         given = self.arguments
-        return self._run(RACE, [given.config, *given.overrides, "--names", *names], 1, given.engine)
+        options = ["--names", *names, "--turns", str(given.turns)]
+        return self._run(RACE, [given.config, *given.overrides, *options], 1, given.engine)
 
     def _run(self, module: str, arguments: list[str], ranks: int, engine: str, out: Path | None = None) -> Any:
         from ssast.engine.distributed.launch import launch
 
         self._count += 1
         out = out or self.scratch / f"{self._count}.json"
+        status: int | None
         if ranks == 1:
             status = subprocess.run([sys.executable, "-m", module, str(out), *arguments], check=False).returncode
         else:
@@ -216,7 +218,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         metavar="B",
         help="measure CONFIG and B, another config or one override of CONFIG (key=value), in turns, and judge",
     )
-    parser.add_argument("--turns", type=int, default=TURNS, help=f"of --against (default {TURNS})")
+    parser.add_argument(
+        "--turns", type=int, default=TURNS, help=f"of --against, and beside the baselines (default {TURNS})"
+    )
     parser.add_argument("--out", type=Path, help="folder to write into, instead of RUN_FOLDER/profile")
     arguments = parser.parse_intermixed_args(argv)
     for name, least in (("ranks", 1), ("steps", 2), ("warmup", 3), ("turns", 1)):

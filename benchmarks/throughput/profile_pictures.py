@@ -101,7 +101,13 @@ def _stack(axes: Axes, values: Mapping[str, float], top: float, scale: float, th
     for part, value in values.items():
         width, colour = value * scale, _colour(part)
         axes.barh(top + 0.25, width, 0.46, left, color=colour, edgecolor=theme.paper, linewidth=0.6)
-        look = {"fontsize": 7.5, "ha": "center", "va": "center", "color": _on(colour), "linespacing": 1.15}
+        look: dict[str, Any] = {
+            "fontsize": 7.5,
+            "ha": "center",
+            "va": "center",
+            "color": _on(colour),
+            "linespacing": 1.15,
+        }
         share = f"{value / total:.0%}"
         for text in (f"{part}\n{share}", part.replace(" ", "\n", 1) + f"\n{share}", share):
             label = axes.text(left + width / 2, top + 0.25, text, **look)
@@ -172,7 +178,7 @@ def draw_steps(seconds: Sequence[float], percentiles: Mapping[str, float], theme
     series.set_xlabel("timed step", fontsize=9, color=theme.soft, loc="right", labelpad=1)
     counts.set_xlabel("steps", fontsize=9, color=theme.soft, loc="right", labelpad=1)
     _title(figure, "Step time, ms", theme)
-    place = {
+    place: dict[str, Any] = {
         "loc": "lower right",
         "bbox_to_anchor": (0.99, 0.8),
         "borderaxespad": 0.2,
@@ -225,7 +231,13 @@ def draw_scaling(rows: Sequence[Mapping[str, Any]], theme: Theme) -> Figure:
     axes.plot([0, max(ranks)], ideal, color=theme.soft, linewidth=1, linestyle=(0, (4, 3)))
     axes.plot(ranks, rates, "o-", color=theme.train, linewidth=1.6, markersize=4.5)
     for row in rows:
-        place = {"textcoords": "offset points", "xytext": (-6, 4), "fontsize": 8.5, "color": theme.ink, "ha": "right"}
+        place: dict[str, Any] = {
+            "textcoords": "offset points",
+            "xytext": (-6, 4),
+            "fontsize": 8.5,
+            "color": theme.ink,
+            "ha": "right",
+        }
         axes.annotate(f"{row['efficiency']:.0%}", (row["ranks"], row["clips_per_s"]), **place)
     style_axes(axes, theme, grid="y")
     axes.set_xlim(0, 1.06 * max(ranks))
@@ -274,5 +286,7 @@ def _label(axes: Axes, x: float, y: float, text: str, width: float, **look: Any)
 
 def _renderer(axes: Axes) -> RendererAgg:
     """What measures texts."""
-    canvas = axes.figure.canvas
-    return (canvas if isinstance(canvas, FigureCanvasAgg) else FigureCanvasAgg(axes.figure)).get_renderer()
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    canvas = figure.canvas
+    return (canvas if isinstance(canvas, FigureCanvasAgg) else FigureCanvasAgg(figure)).get_renderer()

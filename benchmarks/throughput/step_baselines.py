@@ -175,7 +175,7 @@ class StepBaseline(abc.ABC):
     """What it does and where it is kinder than what it stands for, in a sentence."""
     precision = "fp32"
     """Of the products: "bf16" or "fp32"."""
-    model_type: ClassVar[Callable[[ModelConfig], Transformer]]
+    model_type: ClassVar[type[Any]]
 
     def __init__(
         self,
@@ -238,7 +238,9 @@ class StepBaseline(abc.ABC):
 
     def _make_optimizer(self, **options: Any) -> torch.optim.Optimizer:
         section = self.config.deepspeed["optimizer"]
-        params = {key: tuple(value) if key == "betas" else value for key, value in section["params"].items()}
+        params: dict[str, Any] = {
+            key: tuple(value) if key == "betas" else value for key, value in section["params"].items()
+        }
         kind = torch.optim.Adam if section["type"] == "Adam" else torch.optim.AdamW
         return kind(self.model.parameters(), **params, **options)
 
@@ -305,7 +307,7 @@ class OfficialWay(StepBaseline):
         )
 
     def _prepare(self, waveform: torch.Tensor) -> torch.Tensor:
-        options = {"num_frames": self.shape.input_frames, "mean": self.mean, "std": self.std}
+        options: dict[str, Any] = {"num_frames": self.shape.input_frames, "mean": self.mean, "std": self.std}
         return official_fbank(waveform, **options, dtype=torch.float32)
 
     def _loss(self, features: torch.Tensor, masks: Iterator[torch.Tensor]) -> torch.Tensor:
@@ -370,7 +372,8 @@ class Eager(StepBaseline):
         """The patches that come first when every one has drawn a number; in squares, when each has the lowest of those
         around it.
         """
-        mask, options = self.config.mask, {"generator": self._generator, "device": self.device}
+        mask = self.config.mask
+        options: dict[str, Any] = {"generator": self._generator, "device": self.device}
         order = torch.rand(batch, *self.shape.grid, **options)
         if mask.cluster is not None:
             of_sides = torch.stack([_lowest_around(order, side) for side in mask.cluster])

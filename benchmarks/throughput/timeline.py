@@ -197,9 +197,12 @@ def floor_seconds(row: KernelRow, matmul_tflops: float, copy_gb_per_s: float) ->
 def short_name(kernel: str) -> str:
     """A kernel's name without namespaces, parameters and template arguments, but for the one that says what it does."""
     plain = kernel.removeprefix("void ").replace("(anonymous namespace)::", "")
-    base, opening, arguments = _BASE_NAME.match(plain).groups()
+    matched = _BASE_NAME.match(plain)
+    base, opening, arguments = matched.groups() if matched else (plain, None, "")
     what = (
-        next((each for each in _TELLING.findall(arguments) if each not in _NOT_TELLING), "") if opening == "<" else ""
+        next((each for each in _TELLING.findall(arguments or "") if each not in _NOT_TELLING), "")
+        if opening == "<"
+        else ""
     )
     return base.rpartition("::")[2] + (f"<{what}>" if what else "")
 
@@ -365,11 +368,9 @@ def _device_calls(trace: Trace) -> Iterator[tuple[str, str, int, Event | None]]:
     launched = [each for each in trace.activities if each.launched < until]
     longest: dict[Event, Activity] = {}
     for each in launched:
-        operator = _around(by_thread.get(each.thread, ()), each.launched)
-        if operator and (
-            operator not in longest or each.end - each.start > longest[operator].end - longest[operator].start
-        ):
-            longest[operator] = each
+        around = _around(by_thread.get(each.thread, ()), each.launched)
+        if around and (around not in longest or each.end - each.start > longest[around].end - longest[around].start):
+            longest[around] = each
     credited = {id(activity): operator for operator, activity in longest.items()}
     for each in launched:
         yield each.name, each.part, each.end - each.start, credited.get(id(each))
@@ -444,9 +445,9 @@ def _need(name: str, dims: list[Any], types: list[str]) -> tuple[Need | None, bo
     try:
         if name in _PRODUCTS:
             first = _PRODUCTS[name]
-            *batch, n, k = dims[first]
+            *copied, n, k = dims[first]
             p = dims[first + 1][-1]
-            size, copies = _SIZES[types[first]], math.prod(batch)
+            size, copies = _SIZES[types[first]], math.prod(copied)
             out_size = max(size, 2)  # of 8-bit factors: a 16-bit result
             values = copies * (n * k + k * p) * size + copies * n * p * out_size
             added = math.prod(dims[0]) * out_size if first else 0
@@ -456,7 +457,8 @@ def _need(name: str, dims: list[Any], types: list[str]) -> tuple[Need | None, bo
             q, k = dims[backward], dims[backward + 1]
             if q != k:
                 return None, False
-            needs = attention(*q, _SIZES[types[backward]])
+            batch, heads, tokens, width = q
+            needs = attention(batch, heads, tokens, width, _SIZES[types[backward]])
             return needs["backward" if backward else "forward"], False
     except (IndexError, KeyError, ValueError, TypeError):  # shapes not recorded, or of another kind
         pass

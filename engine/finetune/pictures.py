@@ -175,7 +175,7 @@ def draw_classes(rows: Sequence[Mapping[str, Any]], values: Mapping[str, float],
             axes.barh(position, row[column], height=0.78, color=LIGHT.train)
             note = f"{row[column]:.3f}" if multi_label else _percent(row[column])
             for x, text in ((44, note), (80, str(row["clips"]))):
-                place = {
+                place: dict[str, Any] = {
                     "textcoords": "offset points",
                     "ha": "right",
                     "va": "center",
@@ -186,7 +186,7 @@ def draw_classes(rows: Sequence[Mapping[str, Any]], values: Mapping[str, float],
             ticks.append((position, _short(row["label"], 40)))
             position += 1
         position += 1.2
-    head = {
+    head: dict[str, Any] = {
         "textcoords": "offset points",
         "ha": "right",
         "va": "center",

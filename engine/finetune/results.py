@@ -87,8 +87,8 @@ def table(arms: Sequence[ArmSummary], metric: str, paper: dict[str, float]) -> s
         lines.append(f"| {' | '.join(cells)} |")
     for name, value in paper.items():
         base = paper.get("scratch") if name != "scratch" else None
-        gain = f"*{100 * (value / base - 1):+.1f}%*" if base else ""
-        lines.append(f"| *the paper: {name}* | | *{value:.1f}* | | | {gain} |")
+        gained = f"*{100 * (value / base - 1):+.1f}%*" if base else ""
+        lines.append(f"| *the paper: {name}* | | *{value:.1f}* | | | {gained} |")
     return "\n".join(lines)
 
 

