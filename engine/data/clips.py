@@ -22,10 +22,9 @@ class Clips:
     `paths` is what to open: the file itself, its converted copy, or a shard that holds many; `sources` what it was made
     from. From byte `offsets` int64 [N] on (0: the clip is the whole file; nothing in a shard begins there), `sizes`
     int64 [N] bytes are an audio file, of `frames` int64 [N] samples per channel at `sample_rates` int32 [N] Hz and
-    `channels` int32 [N]. `datasets`
-    int32 [N] numbers the entries of a list of data sets. `labels` are texts as `record.split_labels` reads them,
-    `splits` train, valid, test or "". Lists are taken for texts; offsets, speakers, data sets and folds may be left
-    out.
+    `channels` int32 [N]. `datasets` int32 [N] numbers the entries of a list of data sets. `labels` are texts as
+    `record.split_labels` reads them, `splits` train, valid, test or "". Lists are taken for texts; offsets, speakers,
+    data sets and folds may be left out.
     """
 
     paths: Texts

@@ -49,6 +49,7 @@ class Listing:
     others: int = 0
     hidden: int = 0
     unreadable: list[str] = field(default_factory=list)
+    parquet: list[str] = field(default_factory=list)
 
     @property
     def remarks(self) -> list[str]:
@@ -59,6 +60,7 @@ class Listing:
         if self.unreadable:
             first = self.unreadable[0]
             remarks.append(f"{len(self.unreadable)} unreadable folders left out, the first is {first}")
+        remarks += [f"{path} is not read: write what it says to a metadata.csv" for path in self.parquet]
         return remarks
 
 
@@ -78,6 +80,8 @@ def list_folder(root: str) -> Listing:
             listing.metadata.append(path)
         else:
             listing.others += 1
+            if os.path.basename(path).lower() == "metadata.parquet":
+                listing.parquet.append(path)
     listing.clips.sort()
     listing.metadata.sort()
     if not listing.clips:

@@ -305,6 +305,8 @@ def test_metadata_of_audio_folders(tmp_path):
     (tmp_path / "b" / "metadata.jsonl").unlink()
     (tmp_path / "b" / "metadata.csv").write_text("LJ001-0001|in being comparatively modern.|x\n")
     assert "is not read: it has no column file_name" in read_source(str(tmp_path / "b")).remarks[0]
+    touch(tmp_path / "b", "metadata.parquet")
+    assert "metadata.parquet is not read: write what it says" in read_source(str(tmp_path / "b")).remarks[0]
 
 
 def test_a_layout_says_splits_where_no_labels_are_wanted(tmp_path):
