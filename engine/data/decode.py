@@ -97,6 +97,7 @@ class AudioDecoder:
         return Pending(index, start, waveform, reads)
 
     def finish(self, pending: Pending) -> Decoded:
+        """The windows that `begin` began to read, once they are there."""
         index, start, waveform = pending.index, pending.start, pending.waveform
         contents = dict(enumerate(content for read in pending.reads for content in read.result()))
         broken = {row: content for row, content in contents.items() if isinstance(content, str)}
@@ -113,6 +114,7 @@ class AudioDecoder:
         return Decoded(waveform, lengths, {row: broken[row] + self._place(index[row]) for row in sorted(rows)})
 
     def close(self) -> None:
+        """End the threads, close the files and free the pipeline."""
         self._readers.shutdown(wait=True, cancel_futures=True)
         self._files.close()
         self._pipeline = None

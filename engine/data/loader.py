@@ -19,6 +19,8 @@ from .order import SampleOrder
 
 @dataclass(frozen=True)
 class Batch:
+    """A micro-batch on the device of the step."""
+
     waveform: torch.Tensor
     """[B, S] int16."""
     lengths: torch.Tensor
@@ -31,6 +33,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class BadClip:
+    """A clip that could not be read any more, and why."""
+
     path: str
     reason: str
 
@@ -46,6 +50,7 @@ class Shard:
     micro_batch: int
 
     def position(self, micro_step: int) -> int:
+        """Where in the order the micro-batch number `micro_step` of this rank begins."""
         return (micro_step * self.world_size + self.rank) * self.micro_batch
 
 
@@ -181,6 +186,7 @@ class Prefetcher:
         return batch
 
     def close(self) -> None:
+        """End the thread, whatever it is at, and close the decoder."""
         self._stopped.set()
         while self._thread.is_alive():
             try:

@@ -90,6 +90,7 @@ class Pool:
         self._selector = selectors.DefaultSelector()
 
     def start(self) -> None:
+        """Start one more process."""
         worker = self._make()
         self.workers.add(worker)
         self._selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
@@ -118,11 +119,13 @@ class Pool:
         return events
 
     def stop(self, worker: Worker) -> tuple[str, str]:
+        """End a process: how it ended, and what it complained of."""
         self._selector.unregister(worker.process.stdout)
         self.workers.remove(worker)
         return worker.stop()
 
     def close(self) -> None:
+        """End all processes."""
         for worker in self.workers:
             worker.stop()
         self._selector.close()
