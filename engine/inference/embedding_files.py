@@ -74,6 +74,7 @@ class NpzWriter:
         return {name: spool for name, spool in spools.items() if spool is not None}
 
     def add_steps(self, steps: torch.Tensor) -> None:
+        """Steps [k, f, D] of the recording in hand."""
         self._count += len(steps)
         if self._frames is not None:
             self._frames.add(steps.mean(dim=1).cpu().numpy())
@@ -81,11 +82,13 @@ class NpzWriter:
             self._tokens.add(steps.cpu().numpy())
 
     def forget(self) -> None:
+        """Drop the recording in hand."""
         self._count = self._offsets[-1]
         for spool in self._spools.values():
             spool.forget()
 
     def finish(self, recording: Record, seconds: float, clip: np.ndarray) -> None:
+        """The recording in hand is whole; `clip` [D] is its embedding."""
         self._clip.add(clip[None])
         self._offsets.append(self._count)
         for name, value in zip(self._columns, (*_texts(recording), seconds), strict=True):
@@ -94,6 +97,7 @@ class NpzWriter:
             spool.keep()
 
     def write(self) -> None:
+        """Make the file appear."""
         arrays = {name: np.array(values) for name, values in (self._columns | self._about).items()}
         if self._frames is not None or self._tokens is not None:
             arrays["offsets"] = np.array(self._offsets)
@@ -106,6 +110,7 @@ class NpzWriter:
                     spool.write_npy(out)
 
     def close(self) -> None:
+        """Let go of what lies on disk aside."""
         for spool in self._spools.values():
             spool.file.close()
 
@@ -137,14 +142,17 @@ class ParquetWriter:
         self._rows: list[tuple[Any, ...]] = []
 
     def add_steps(self, steps: torch.Tensor) -> None:
+        """Steps [k, f, D] of the recording in hand."""
         for name, parts in self._steps.items():
             parts.append((steps.mean(dim=1) if name == "frames" else steps.flatten(1)).cpu().numpy())
 
     def forget(self) -> None:
+        """Drop the recording in hand."""
         for parts in self._steps.values():
             parts.clear()
 
     def finish(self, recording: Record, seconds: float, clip: np.ndarray) -> None:
+        """The recording in hand is whole; `clip` [D] is its embedding."""
         texts = [
             text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for text in _texts(recording)
         ]
@@ -174,6 +182,7 @@ class ParquetWriter:
         return pa.array(values, kind)
 
     def write(self) -> None:
+        """Make the file appear."""
         if self._rows:
             self._flush()
         self._stack.close()

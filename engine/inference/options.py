@@ -27,6 +27,7 @@ from .inference import BATCH_SIZE
 
 
 def add_audio(parser: argparse.ArgumentParser) -> None:
+    """Which recordings."""
     parser.add_argument(
         "audio",
         nargs="+",
@@ -37,6 +38,7 @@ def add_audio(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """How the work is done."""
     add = parser.add_argument
     add(
         "--batch-size", type=_positive, default=BATCH_SIZE, metavar="N", help="windows at a time (default: %(default)s)"
@@ -53,6 +55,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_embedding_options(parser: argparse.ArgumentParser) -> None:
+    """What an embedding is."""
     add = parser.add_argument
     add("--layer", type=int, metavar="N", help="after block N; 0: the embedded patches (default: after the final norm)")
     add(
@@ -141,6 +144,7 @@ def write_rejected(out: Path, rejected: Sequence[tuple[str, str]]) -> Path | Non
 
 
 def to_stderr(line: str) -> None:
+    """A line for people, beside what is printed as the result."""
     print(line, file=sys.stderr)
 
 

@@ -50,6 +50,7 @@ class Windows:
 
     @property
     def samples(self) -> int:
+        """S of a whole window."""
         return samples_of(self.frames, self.sample_rate)
 
     def seconds(self, frame: int) -> float:
@@ -137,9 +138,11 @@ def embedding_windows(model: SSAST, hop: float | None) -> Windows:
 
 
 def prediction_windows(model: SSAST, hop: float | None) -> Windows:
+    """Windows for a classifier, which may begin at any frame."""
     return Windows.of(model, hop, align=1, most=model.config.input_frames)
 
 
 def seconds_per_step(model: SSAST) -> float:
+    """Time from one column of patches to the next."""
     rate = model.card.sample_rate
     return model.config.stride[1] * frame_geometry(rate)[1] / rate

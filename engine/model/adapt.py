@@ -88,7 +88,7 @@ def unshared_parts(model: SSAST, other: SSAST) -> list[str]:
     theirs = _shapes(other)
     names = (name for name, shape in _shapes(model).items() if theirs.get(name) != shape)
     part = r"embedding\.\w+|\w+" if other.decoder is None else r"embedding\.\w+|decoder\.blocks\.\d+|\w+"
-    return list(dict.fromkeys(re.match(part, name)[0] for name in names))
+    return list(dict.fromkeys(match[0] for name in names if (match := re.match(part, name))))
 
 
 def _shapes(model: SSAST) -> dict[str, torch.Size]:

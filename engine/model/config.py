@@ -70,6 +70,7 @@ class ModelConfig:
 
     @property
     def has_decoder(self) -> bool:
+        """Pretraining puts mask tokens in behind the encoder."""
         return self.pretraining_heads and self.encoder_tokens == "visible"
 
     @property
@@ -84,6 +85,7 @@ class ModelConfig:
 
     @property
     def patch_values(self) -> int:
+        """K, values of a patch."""
         return self.patch_shape[0] * self.patch_shape[1]
 
     @property
@@ -96,6 +98,7 @@ class ModelConfig:
 
     @property
     def num_patches(self) -> int:
+        """P, patches of an input."""
         return self.grid[0] * self.grid[1]
 
 

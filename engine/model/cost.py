@@ -62,6 +62,7 @@ class Flops:
 
     @property
     def forward(self) -> int:
+        """Of a clip's forward pass."""
         return self.projection + self.blocks + self.heads + self.info_nce
 
     @property
@@ -87,6 +88,7 @@ def flops_per_clip(model: ModelConfig, num_masked: int, *, objective: str = "joi
 
 
 def count_parameters(model: SSAST) -> int:
+    """Numbers that the model holds, trained or not."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 

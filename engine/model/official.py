@@ -144,6 +144,7 @@ def _finetuned_input(
 
 
 def from_official(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The official state dict, less `UNUSED_OFFICIAL`, by our names."""
     weights = {
         "embedding.weight": tensors["v.patch_embed.proj.weight"].flatten(1),
         "embedding.bias": tensors["v.patch_embed.proj.bias"],

@@ -82,6 +82,8 @@ class PatchEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -89,6 +91,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, N, D] -> [B, N, D]
+        """[B, N, D] -> [B, N, D]."""
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, N, d]
@@ -101,16 +104,20 @@ class WideLinear(nn.Linear):
     fp8 = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., out]."""
         return fp8_linear(x, self.weight, self.bias) if self.fp8 else super().forward(x)
 
 
 class MLP(nn.Module):
+    """The two layers of a block behind its attention."""
+
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = WideLinear(width, hidden)
         self.fc2 = WideLinear(hidden, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, N, D] -> [B, N, D]."""
         return self.fc2(nn.functional.gelu(self.fc1(x)))  # the exact, erf form
 
 
@@ -126,6 +133,7 @@ class Block(nn.Module):
         self.activation_checkpointing = "none"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, N, D] -> [B, N, D]."""
         if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
             return self._transform(x)
         options: dict[str, Any] = {"context_fn": _keep_products} if self.activation_checkpointing == "selective" else {}

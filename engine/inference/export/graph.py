@@ -51,11 +51,13 @@ class FromWaveform(nn.Module):
 
     @property
     def output_names(self) -> list[str]:
+        """Of what `forward` returns, in its order."""
         return ["embedding", "tokens"] if self.model.config.num_classes is None else ["logits"]
 
     def forward(
         self, waveform: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """As the class says; waveforms are in [-1, 1]."""
         config, card = self.model.config, self.model.card
         features = self.model.front_end.features(waveform, lengths, backend="torch")
         if config.num_classes is not None:

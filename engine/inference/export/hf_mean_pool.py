@@ -17,10 +17,14 @@ NUM_PREFIX = 2  # cls and dist
 
 
 class SSASTConfig(ASTConfig):
+    """An ASTConfig under a model type of its own."""
+
     model_type = "ssast"
 
 
 class SSASTForAudioClassification(ASTForAudioClassification):
+    """The mean of the patch tokens, classified."""
+
     config: SSASTConfig
     config_class = SSASTConfig
 
