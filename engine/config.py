@@ -101,8 +101,7 @@ class StepSection(Section):
     """Backend of `ssast.kernels.attention`. auto: the fastest at the run's shape, measured when a run begins on a GPU
     and kept when it resumes; PyTorch's own choice ("torch") on the CPU and in deterministic runs."""
     optimizer: Literal["auto", "torch", "torch-fused", "deepspeed-fused", "apex"] = "auto"
-    """Implementation of Adam and AdamW. auto: on a GPU NVIDIA's apex where it is installed, else torch-fused; on the
-    CPU torch."""
+    """Implementation of Adam and AdamW. auto: on a GPU NVIDIA's apex where it is installed, else torch-fused."""
     norm: Literal["auto", "torch", "apex"] = "auto"
     """Layer norms. auto: torch, which torch.compile fuses with what stands around it; without torch.compile apex on a
     GPU that has it."""

@@ -22,7 +22,7 @@ from .model.ssast import SSAST
 from .model.weights import load_model
 from .process import leave
 from .training.checkpoint import checkpoint_steps
-from .training.rundir import check_run_dir, is_finished, locked, measured_statistics, prepare_run_dir
+from .training.rundir import check_run_dir, is_finished, locked, measured_statistics, prepare_run_dir, settle_precision
 from .training.runlog import read_rows
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def _train(config: Config, stop_request: StopRequest) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     ranks = join_ranks(config.step.engine)
     choose_backend(config.step.engine).check(config)
+    config = ranks.once(lambda: settle_precision(config))
     if config.run.deterministic:
         be_deterministic()
     if ranks.once(lambda: is_finished(config)):
@@ -154,6 +155,8 @@ def describe_run(config: Config, world_size: int = 1) -> str:
         "masked, "
         f"{config.valid_num_masked} in validation",
         f"blocks          {describe_stacks(config)}",
+        f"precision       {'bf16' if config.bf16 else 'fp32'}"
+        + (" (auto: what this device does best)" if config.step.precision == "auto" else ""),
         f"window          {config.num_samples} samples, {config.num_samples / config.data.sample_rate:.2f} s",
         f"FLOPs per clip  forward {flops.forward / 1e9:.2f} G, training {flops.train / 1e9:.2f} G",
         f"                {flop_formula(model_config)}",

@@ -41,7 +41,7 @@ from ssast.engine.model.weights import WEIGHTS_FILE, load_model, save_model
 from ssast.engine.process import leave
 from ssast.engine.training.backends import choose_backend
 from ssast.engine.training.checkpoint import checkpoint_steps
-from ssast.engine.training.rundir import check_run_dir, locked, measured_statistics, prepare_run_dir
+from ssast.engine.training.rundir import check_run_dir, locked, measured_statistics, prepare_run_dir, settle_precision
 from ssast.engine.training.runlog import read_rows
 from ssast.engine.training.trainer import Trainer
 
@@ -210,7 +210,7 @@ def _statistics_of_weights(config: FinetuneConfig) -> tuple[float, float] | None
 
 def _run(run: Run, read: LabelledClips, ranks: Ranks, stop_request: StopRequest) -> bool:
     """Train and test, or see that this was done; False if asked to stop before the end."""
-    config = run.config
+    config = ranks.once(lambda: settle_precision(run.config))
     data = ranks.once(lambda: open_task(config, read, measured_statistics(config) or _statistics_of_weights(config)))
     check_reachable(data)
     config = config.timed(len(data.train), ranks.world_size)

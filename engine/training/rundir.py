@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import yaml
 from filelock import FileLock, Timeout
-from pydantic import ValidationError
 
 from ssast.engine.config import RunConfig, differences, dump_config
 from ssast.engine.environment import describe_environment, source_diff
@@ -23,6 +23,8 @@ from .schedule import Progress
 if TYPE_CHECKING:
     from ssast.engine.data.dataset import Dataset
 
+C = TypeVar("C", bound=RunConfig)
+
 # What may differ between the config of a run folder and that of the command that goes on with it.
 _MAY_CHANGE = """
 run.name run.folder run.wandb train.steps train.minutes train.log_every train.keep_last data.num_threads data.prefetch
@@ -32,6 +34,31 @@ deepspeed.steps_per_print deepspeed.wall_clock_breakdown
 LOCK_FILE = ".lock"
 LOCK_PATIENCE_S = 60.0
 MAY_CHANGE = frozenset(_MAY_CHANGE.split())
+
+
+def settle_precision(config: RunConfig) -> RunConfig:
+    """With `step.precision` bf16 or fp32, where the config leaves it to the device: as the run in this folder began, or
+    as the device of this process does best.
+    """
+    is_open = config.step.precision == "auto" and "enabled" not in config.deepspeed.get("bf16", {})
+    saved = _saved_config(config) if is_open else None
+    if saved is None or saved.bf16 == config.bf16:
+        return _with_precision(config, config.bf16)
+    began, here = ("bf16", "fp32") if saved.bf16 else ("fp32", "bf16")
+    print(
+        f"note: {config.run_dir}: the run began in {began} and keeps it; for a new run this device would take {here}",
+        flush=True,
+    )
+    return _with_precision(config, saved.bf16)
+
+
+def _with_precision(config: C, bf16: bool) -> C:
+    """Said in one place, `step.precision`, so that two configs compare."""
+    section = {key: value for key, value in config.deepspeed.items() if key != "bf16"}
+    if others := {key: value for key, value in config.deepspeed.get("bf16", {}).items() if key != "enabled"}:
+        section["bf16"] = others
+    step = config.step.model_copy(update={"precision": "bf16" if bf16 else "fp32"})
+    return config.model_copy(update={"step": step, "deepspeed": section})
 
 
 def check_run_dir(config: RunConfig) -> None:
@@ -49,7 +76,15 @@ def check_run_dir(config: RunConfig) -> None:
             f"{run_dir}: holds files but no run (no config.yaml and environment.json); choose another run.name or "
             "run.folder"
         )
-    old, new = _saved_config(saved, type(config)), config.model_dump(mode="json")
+    before = _saved_config(config)
+    if before is None:
+        raise UserError(
+            f"{saved}: cannot be read as the config of a run; choose another run.name, or move that folder away"
+        )
+    with contextlib.redirect_stdout(io.StringIO()):  # said when the run begins
+        now = settle_precision(config)
+    old = _with_precision(before, before.bf16).model_dump(mode="json")
+    new = now.model_dump(mode="json")
     may_change = set(MAY_CHANGE)
     if old.get("deepspeed", {}).get("train_batch_size") is not None:  # the batch itself stays
         may_change |= {"deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps"}
@@ -64,13 +99,15 @@ def check_run_dir(config: RunConfig) -> None:
         )
 
 
-def _saved_config(path: Path, kind: type[RunConfig]) -> dict[str, Any]:
-    """As it was resolved, with today's defaults for keys that are younger than the run."""
-    tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+def _saved_config(config: C) -> C | None:
+    """Of the run in the folder, with today's defaults for keys that are younger than it; None if there is none that can
+    be read.
+    """
     try:
-        return kind.model_validate(tree).model_dump(mode="json")
-    except ValidationError:
-        return tree
+        tree = yaml.safe_load((config.run_dir / "config.yaml").read_text(encoding="utf-8"))
+        return type(config).model_validate(tree or {})
+    except (OSError, ValueError, yaml.YAMLError):  # pydantic's ValidationError and UnicodeDecodeError are ValueErrors
+        return None
 
 
 def is_finished(config: RunConfig) -> bool:

@@ -176,7 +176,7 @@ def choose_optimizer(backend: str, device: torch.device) -> str:
     if backend != "auto":
         return backend
     if device.type != "cuda":
-        return "torch"
+        return "torch-fused"
     return "apex" if _find("apex.optimizers", "FusedAdam") else "torch-fused"
 
 

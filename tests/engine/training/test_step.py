@@ -255,7 +255,7 @@ def test_optimizers_take_the_same_steps(batch, apex, kind, backend):
 
 def test_apex_is_taken_where_it_is_there_and_asked_for_by_name_where_it_is_not(monkeypatch, apex):
     cuda = torch.device("cuda")
-    assert choose_optimizer("auto", cuda) == "apex" and choose_optimizer("auto", CPU) == "torch"
+    assert choose_optimizer("auto", cuda) == "apex" and choose_optimizer("auto", CPU) == "torch-fused"
     model = build_model(SHAPE)
     names = list(model.state_dict())
     assert use_norms(model, "auto", device=cuda, compiled=True) == "torch"
