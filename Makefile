@@ -1,4 +1,4 @@
-# make demo [AUDIO=/any/folder]    set up, pretrain a tiny model, write the report
+# make demo [AUDIO=/any/folder]    set up, pretrain a tiny model for MINUTES (4), write the report
 # make test                        set up, run all the tests
 # make test-machines [TESTS=...]   run them as other processors would: four kernels of OpenBLAS, three of PyTorch, one and two threads
 # make types                       check the types alone
@@ -32,9 +32,10 @@ demo: $(READY)
 	if [ -f "$$audio/dataset.json" ]; then shards="$$audio"; else \
 		shards="data/$$name-shards"; $(BIN)/ssast prepare "$$audio" --out "$$shards" || exit; \
 	fi; \
+	time="train.steps=null train.minutes=$${MINUTES:-4} train.warmup_steps=null train.valid_every=null train.checkpoint_every=null"; \
 	ranks="$${RANKS:-$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')}"; \
-	$(BIN)/ssast pretrain demo --ranks "$$ranks" "run.name=$$name" "data.train=$$shards" && \
-	$(BIN)/ssast profile demo --ranks "$$ranks" --steps 20 "run.name=$$name" "data.train=$$shards" && \
+	$(BIN)/ssast pretrain demo --ranks "$$ranks" $$time "run.name=$$name" "data.train=$$shards" && \
+	$(BIN)/ssast profile demo --ranks "$$ranks" --steps 20 $$time "run.name=$$name" "data.train=$$shards" && \
 	$(BIN)/ssast report "runs/$$name"
 
 test: $(READY)

@@ -27,15 +27,16 @@ def demo_table() -> str:
         return UNMEASURED
     rows = read_rows(file)[-3:]
     lines = [
-        "| seed | pretext accuracy | x chance | InfoNCE | MSE | steps | clips/s | wall |",
+        "| seed | pretext accuracy | x chance | InfoNCE | MSE | steps | clips/s | minutes |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
+        minutes = float(row["minutes"] or float(row["wall_s"]) / 60)
         lines.append(
             f"| {row['seed']} | {float(row['valid_accuracy']):.1%} | {float(row['times_chance']):.1f} "
             f"| {float(row['first_valid_nce']):.2f} -> {float(row['valid_nce']):.2f} "
             f"| {float(row['first_valid_mse']):.3f} -> {float(row['valid_mse']):.3f} "
-            f"| {row['steps']} | {float(row['clips_per_s']):.0f} | {float(row['wall_s']) / 60:.1f} min |"
+            f"| {row['steps']} | {float(row['clips_per_s']):.0f} | {minutes:.1f} |"
         )
     times = [float(row["times_chance"]) for row in rows]
     first = rows[0]

@@ -101,6 +101,15 @@ class FineTuning:
     def judge(self, metrics: dict[str, float]) -> tuple[str, float]:
         return self.config.metric, metrics[self.config.metric]
 
+    def chance(self, metrics: dict[str, float]) -> str | None:
+        """The most frequent class alone, or an AUC of one half where clips may have several labels."""
+        if self.config.task.multi_label:
+            return f"AUC {metrics['AUC']:.3f}, guessing 0.5" if metrics["AUC"] <= 0.505 else None
+        majority = float(self.data.valid_targets.mean(axis=0).max())
+        if metrics["accuracy"] > majority:
+            return None
+        return f"accuracy {metrics['accuracy']:.3f}, that of always answering the most frequent class {majority:.3f}"
+
     def validation_row(self, metrics: dict[str, float]) -> dict[str, Any]:
         return metrics
 

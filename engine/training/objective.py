@@ -49,6 +49,9 @@ class Objective(Protocol):
     def judge(self, metrics: dict[str, float]) -> tuple[str, float]:
         """(name of the metric that picks the best weights, what is higher when it is better)."""
 
+    def chance(self, metrics: dict[str, float]) -> str | None:
+        """Why a validation is no better than knowing nothing; None if it is better, or no such level is known."""
+
     def validation_row(self, metrics: dict[str, float]) -> dict[str, Any]:
         """What is logged of a validation."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,13 @@ class Pretraining:
         if self.config.objective.name == "generative":
             return "mse", -metrics["mse"]
         return "accuracy", metrics["accuracy"]
+
+    def chance(self, metrics: dict[str, float]) -> str | None:
+        """InfoNCE over M masked patches is ln M where all look alike."""
+        masked = self.config.valid_num_masked
+        if self.config.objective.name == "generative" or metrics["nce"] < 0.995 * math.log(masked):
+            return None
+        return f"InfoNCE {metrics['nce']:.3f} of ln {masked} = {math.log(masked):.3f}"
 
     def validation_row(self, metrics: dict[str, float]) -> dict[str, Any]:
         untrained = {"discriminative": ("mse",), "generative": ("nce", "accuracy")}.get(self.config.objective.name, ())

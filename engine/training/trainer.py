@@ -26,6 +26,9 @@ from .runlog import RunLog
 from .schedule import Progress, Schedule
 from .step import TrainingStep
 
+CHANCE_VALIDATIONS = 5
+"""In a row from the start, at the level of chance: said once."""
+
 
 class Trainer:
     """One run: how its steps are computed, its place in the data, and what is logged and kept."""
@@ -48,6 +51,8 @@ class Trainer:
         self.schedule = Schedule(config.train, config.deepspeed["optimizer"]["params"]["lr"])
         self.progress = Progress(config.train)
         self.samples = 0  # clips consumed: the whole state of the loader
+        self._at_chance: int | None = 0
+        """Validations at the level of chance since the run began; None once one was above it."""
         self._exchange = MetricsExchange(objective.metrics, ranks)
 
     def train(self, stop_request: StopRequest) -> bool:
@@ -166,11 +171,19 @@ class Trainer:
         epoch = self.objective.keep_epoch(step)
         if epoch is not None:
             save_epoch(self.engine, self.run_dir, epoch)
+        why = self.objective.chance(metrics)
+        self._at_chance = None if why is None or self._at_chance is None else self._at_chance + 1
         if log is not None:
             row = self.objective.validation_row(metrics)
             log.row("valid", step, clips=len(self.data.valid), **row)
             shown = "  ".join(f"{key} {value:.4f}" for key, value in row.items() if isinstance(value, float))
             log.say(f"step {step}: validation {shown}")
+            if self._at_chance == CHANCE_VALIDATIONS:
+                self._event(log, "chance", str(why))
+                log.say(
+                    f"warning: {CHANCE_VALIDATIONS} validations and nothing learned yet ({why}): is the sound silent, "
+                    "are its labels right, is the learning rate too high or too low?"
+                )
         self._note_time(clock)
         self.progress.after_validation(began)
 
@@ -188,6 +201,7 @@ class Trainer:
             "samples": self.samples,
             "seconds": self.progress.seconds,
             "schedule": self.schedule.state_dict(),
+            "at_chance": self._at_chance,
             "world_size": self.ranks.world_size,
             "clips_per_step": self.training_step.clips,
             "attention": self.training_step.attention,
@@ -216,6 +230,7 @@ class Trainer:
         per_micro_step = self.training_step.micro_batch * self.ranks.world_size
         self.samples = point.state["samples"] // per_micro_step * per_micro_step
         self.schedule.load_state_dict(point.state["schedule"])
+        self._at_chance = point.state.get("at_chance")
         if self.ranks.is_first:
             print(f"resuming from step {self.progress.step} ({self.samples} clips)", flush=True)
             if point.state["data"] != self.data.train.fingerprint:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
-from test_trainer import SMALL, free_port
+from training_runs import SMALL, free_port
 
 from ssast.engine.training.runlog import read_rows
 

@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 import torch.distributed as dist
-from test_trainer import SMALL, free_port
+from training_runs import SMALL, free_port
 
 from ssast.engine.config import Config
 from ssast.engine.distributed.ranks import Ranks
