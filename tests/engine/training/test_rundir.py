@@ -1,42 +1,94 @@
-"""What a run folder remembers of the sound that its steps have heard."""
+"""The run folder: whose it is, and what a run that resumes keeps of its beginning."""
 
-import json
+import copy
+from pathlib import Path
 
-import numpy as np
 import pytest
+from training_runs import SMALL
 
-from ssast.engine.config import load_config
-from ssast.engine.data.clips import Clips
-from ssast.engine.data.dataset import Dataset
-from ssast.engine.data.resample import SOUND_VERSION
-from ssast.engine.training.rundir import sound_version
-
-
-def dataset(*rates: int) -> Dataset:
-    count = len(rates)
-    texts = [[str(number) for number in range(count)]] * 4
-    ones = np.ones(count, dtype=np.int64)
-    clips = Clips(*texts, ones, np.array(rates, dtype=np.int32), ones, ones, ones)
-    return Dataset(clips, clips.subset(np.zeros(0, dtype=np.int64)), [], 0.0, 1.0, [count])
+from ssast.engine import environment
+from ssast.engine.config import Config, dump_config
+from ssast.engine.errors import UserError
+from ssast.engine.training.rundir import check_run_dir, is_finished, settle_precision
 
 
-@pytest.mark.parametrize(
-    ("data_json", "rates", "version", "warned"),
-    [
-        (None, (44_100,), SOUND_VERSION, False),  # begins now
-        ({}, (44_100, 16_000, 48_000), 1, True),
-        ({"sound": 1}, (16_001,), 1, True),  # warned of before: other steps of the run have heard it all the same
-        ({"sound": SOUND_VERSION}, (44_100,), SOUND_VERSION, False),
-        ({}, (8_000, 16_000), SOUND_VERSION, False),  # nothing aliased
-    ],
-)
-def test_runs_that_heard_aliases_say_so(tmp_path, capsys, data_json, rates, version, warned):
-    config = load_config("demo", [f"run.folder={tmp_path}", "run.name=run"])
-    folder = tmp_path / "run"
-    folder.mkdir()
-    if data_json is not None:
-        (folder / "data.json").write_text(json.dumps(data_json))
-        (folder / "metrics.jsonl").write_text("{}\n")
-    assert sound_version(config, dataset(*rates)) == version
-    above = sum(rate > 16_000 for rate in rates)
-    assert (f"heard aliases in {above} clips" in capsys.readouterr().out) == warned
+def config(folder: Path, **sections: dict) -> Config:
+    tree = copy.deepcopy(SMALL)
+    tree["run"]["folder"] = str(folder)
+    for name, values in sections.items():
+        tree[name] = {**tree.get(name, {}), **values}
+    return Config.model_validate(tree)
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Sets whether the device of this process computes in bf16."""
+    return lambda bf16: monkeypatch.setattr("ssast.engine.config.computes_in_bf16", lambda: bf16)
+
+
+def begin(run: Config) -> None:
+    """As `prepare_run_dir` and the first step leave the folder."""
+    run.run_dir.mkdir(parents=True)
+    (run.run_dir / "config.yaml").write_text(dump_config(run))
+    for name in ("environment.json", "metrics.jsonl"):
+        (run.run_dir / name).write_text("")
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_precision_auto_is_what_the_device_does_best(tmp_path, device, bf16):
+    device(bf16)
+    settled = settle_precision(config(tmp_path, step={"precision": "auto"}))
+    assert settled.bf16 is bf16 and settled.step.precision == ("bf16" if bf16 else "fp32")
+
+
+def test_what_deepspeeds_section_says_decides_for_auto(tmp_path, device):
+    device(True)
+    section = {**SMALL["deepspeed"], "bf16": {"enabled": False, "check_grad_overflow": True}}
+    settled = settle_precision(config(tmp_path, step={"precision": "auto"}, deepspeed=section))
+    assert settled.step.precision == "fp32" and settled.deepspeed["bf16"] == {"check_grad_overflow": True}
+
+
+def test_a_resumed_run_keeps_the_precision_that_it_began_with(tmp_path, device, capsys):
+    device(True)
+    auto = config(tmp_path, step={"precision": "auto"})
+    begin(settle_precision(auto))
+    device(False)
+    check_run_dir(auto)
+    assert settle_precision(auto).bf16 and "began in bf16 and keeps it" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"step\.precision was bf16, is now fp32"):
+        check_run_dir(config(tmp_path, step={"precision": "fp32"}))
+
+
+def test_a_run_of_an_older_config_compares_by_what_it_means(tmp_path, device):
+    device(False)
+    begin(config(tmp_path, deepspeed={**SMALL["deepspeed"], "bf16": {"enabled": True}}))
+    check_run_dir(config(tmp_path, step={"precision": "bf16"}))
+    assert settle_precision(config(tmp_path, step={"precision": "auto"})).bf16
+
+
+@pytest.mark.parametrize("content", ["garbage: [", "\xff", "run: 3", "[]"])
+def test_garbage_in_place_of_the_config_is_one_line(tmp_path, content):
+    run = config(tmp_path)
+    begin(run)
+    (run.run_dir / "config.yaml").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=r"config\.yaml: cannot be read"):
+        check_run_dir(run)
+
+
+def test_a_run_of_minutes_is_finished_when_they_are_used(tmp_path):
+    run = config(tmp_path, train={"steps": None, "minutes": 2, "schedule": "cosine"})
+    begin(run)
+    (run.run_dir / "report.html").write_text("")
+    step = run.run_dir / "checkpoints" / "step-7"
+    step.mkdir(parents=True)
+    for seconds, finished in ((119.0, False), (120.5, True)):
+        (step / "state.json").write_text(f'{{"seconds": {seconds}}}')
+        assert is_finished(run) is finished
+
+
+def test_bf16_is_asked_of_the_processor(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    for avx512, amx in ((False, False), (True, False), (False, True)):
+        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda value=avx512: value)
+        monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda value=amx: value)
+        assert environment.computes_in_bf16() is (avx512 or amx)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ssast.engine.config import TrainSection
-from ssast.engine.training.schedule import Schedule
+from ssast.engine.training.schedule import Progress, Schedule
 
 
 def test_plateau_is_pytorchs():
@@ -52,3 +52,65 @@ def test_a_diverged_model_is_never_the_best():
     nan = float("nan")
     assert not schedule.after_validation(nan)
     assert schedule.after_validation(-2.0) and not schedule.after_validation(nan) and schedule.best == -2.0
+
+
+def timed(**settings) -> TrainSection:
+    return TrainSection(minutes=10, schedule="cosine", **settings)
+
+
+def test_a_run_of_minutes_warms_up_and_decays_by_the_time_used():
+    schedule = Schedule(timed(min_lr_share=0.1), 2.0)
+    assert [schedule.lr(step, fraction) for step, fraction in ((0, 0.0), (3, 0.025), (9, 0.05))] == [
+        0.0,
+        pytest.approx(1.0, rel=1e-2),
+        2.0,
+    ]
+    assert schedule.lr(1, 0.525) == pytest.approx(1.1) and schedule.lr(1, 1.0) == pytest.approx(0.2)
+    in_steps = Schedule(timed(warmup_steps=4), 2.0)
+    assert in_steps.lr(0, 0.01) == 0.5 and in_steps.lr(4, 0.01) == 2.0
+
+
+def test_a_run_of_minutes_validates_every_tenth_of_them_and_ends_with_the_last():
+    progress, validations = Progress(timed()), []
+    for second in range(0, 700, 7):
+        progress.step += 1
+        progress.note_time(second)
+        if progress.is_validation_due():
+            validations.append(second)
+            progress.after_validation(progress.fraction)
+        if progress.is_done:
+            break
+    assert len(validations) == 10 and validations[0] == 63 and validations[-1] == second == 602
+
+
+def test_as_much_training_as_validation_where_validation_is_slow():
+    progress, training = Progress(timed()), 0.0
+    elapsed = 0.0
+    while not progress.is_done:
+        elapsed += 5.0
+        training += 5.0
+        progress.note_time(elapsed)
+        if progress.is_validation_due():
+            began = progress.fraction
+            elapsed += 150.0
+            progress.note_time(elapsed)
+            progress.after_validation(began)
+    assert training >= 200.0
+
+
+def test_time_used_before_an_interruption_counts():
+    progress = Progress(timed(), step=50, seconds=540.0)
+    assert progress.fraction == pytest.approx(0.9) and not progress.is_validation_due()
+    progress.note_time(30.0)
+    progress.note_time(20.0)  # a step's time that arrives late does not turn the clock back
+    assert progress.seconds == 570.0 and not progress.is_done
+    progress.note_time(60.0)
+    assert progress.is_done and progress.is_checkpoint_due()
+
+
+def test_checkpoints_of_long_runs_lie_ten_minutes_apart():
+    progress = Progress(TrainSection(minutes=600, schedule="cosine"))
+    progress.note_time(599.0)
+    assert not progress.is_checkpoint_due()
+    progress.note_time(600.0)
+    assert progress.is_checkpoint_due() and not progress.is_validation_due()
