@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .config import Config, dump_config, list_presets, load_config
+from .distributed.interrupt import STOPPED
 from .distributed.launch import count_ranks, launch, one_line_errors, supervised
 from .distributed.ranks import be_deterministic, join_ranks, place_in_world
 from .errors import UserError
@@ -58,7 +59,7 @@ def _start(arguments: argparse.Namespace) -> int:
 
 
 def run(config: Config) -> int:
-    """Pretrain on the ranks that there are. 0 when finished, or when asked to stop and saved."""
+    """Pretrain on the ranks that there are. 0 when finished, `STOPPED` when asked to stop and saved."""
     return supervised(lambda stop_request: _train(config, stop_request))
 
 
@@ -96,9 +97,8 @@ def _train(config: Config, stop_request: StopRequest) -> int:
         trainer = Trainer(config, data, model, ranks, Pretraining(config, data, ranks))
         with stop_request:
             done = trainer.train(stop_request)
-        if ranks.is_first:
-            _finish(config, data, trainer.progress, done)
-    return 0
+        ranks.once(lambda: _finish(config, data, trainer.progress, done))  # a launcher ends all when the first leaves
+    return 0 if done else STOPPED
 
 
 def start_model(config: Config, say: Callable[[str], object] = print) -> SSAST:
@@ -188,10 +188,11 @@ def _finish(config: Config, data: Dataset, progress: Progress, done: bool) -> No
 
 
 def _status_after_stop(config: Config) -> int:
-    """0 if the run saved before it left."""
+    """By the last thing that the run wrote down before it left."""
     rows = read_rows(config.run_dir / "metrics.jsonl")
-    if rows and rows[-1].get("event") in ("stop", "done"):
-        return 0
+    status = {"stop": STOPPED, "done": 0}.get(rows[-1].get("event") if rows else None)
+    if status is not None:
+        return status
     print("ssast: stopped without saving; the last checkpoint, if there is one, is whole", file=sys.stderr)
     return 1
 

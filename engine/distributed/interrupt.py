@@ -15,6 +15,9 @@ import psutil
 # after it has ended.
 LEADER_VARIABLE = "SSAST_LAUNCHER_LEADS_GROUP"
 
+STOPPED = 128 + signal.SIGTERM
+"""Exit status of training that was asked to stop and has saved: what comes after it must not take it for finished."""
+
 
 class StopRequest:
     """While entered, the first SIGTERM or SIGINT only sets `asked`, so that the loop can save and leave; a second one

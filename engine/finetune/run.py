@@ -14,7 +14,6 @@ import dataclasses
 import gc
 import json
 import math
-import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from ssast.engine.config import dump_config, list_presets, load_config
 from ssast.engine.data.dataset import check_reachable
 from ssast.engine.data.decode import AudioDecoder
 from ssast.engine.data.loader import Batch, ClipReader, Shard, batches_of_all
-from ssast.engine.distributed.interrupt import StopRequest
+from ssast.engine.distributed.interrupt import STOPPED, StopRequest
 from ssast.engine.distributed.launch import count_ranks, launch, one_line_errors, supervised
 from ssast.engine.distributed.ranks import Ranks, be_deterministic, join_ranks, place_in_world
 from ssast.engine.errors import UserError
@@ -97,7 +96,7 @@ def _start(arguments: argparse.Namespace) -> int:
         status = launch(ranks, "ssast.engine.finetune.run", given, engine=config.step.engine)
         if status is None:
             print("ssast: stopped; run the same command to go on from the last checkpoint", file=sys.stderr)
-            return 128 + signal.SIGTERM
+            return STOPPED
         return status
     return supervised(lambda stop_request: run_all(config, arms, arguments.seeds, stop_request))
 
@@ -126,9 +125,8 @@ def run_all(config: FinetuneConfig, arms: list[Arm], seeds: int, stop_request: S
             if ranks.is_first and len(runs) > 1:
                 print(f"run {number} of {len(runs)}: {run.config.run_dir}", flush=True)
             if not _run(run, read, ranks, stop_request):
-                if ranks.is_first:
-                    print("stopped and saved; run the same command to go on")
-                return 0
+                ranks.once(lambda: print("stopped and saved; run the same command to resume", flush=True))
+                return STOPPED
     if ranks.is_first:
         folders = [run.config.run_dir for run in runs]
         print_summary(config.run_dir, folders)

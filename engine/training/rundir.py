@@ -18,6 +18,7 @@ from ssast.engine.errors import UserError
 from ssast.engine.files import PROFILE_FOLDER, write_whole
 
 from .checkpoint import checkpoint_steps, read_state, remove_incomplete
+from .runlog import read_rows
 from .schedule import Progress
 
 if TYPE_CHECKING:
@@ -69,8 +70,18 @@ def check_run_dir(config: RunConfig) -> None:
     if not run_dir.is_dir() or not any(path.name not in (LOCK_FILE, PROFILE_FOLDER) for path in run_dir.iterdir()):
         return
     saved = run_dir / "config.yaml"
-    if saved.is_file() and (run_dir / "environment.json").is_file() and not (run_dir / "metrics.jsonl").is_file():
+    checkpoints = run_dir / "checkpoints"
+    if checkpoints.exists() and not checkpoints.is_dir():
+        raise UserError(f"{checkpoints}: is a file; choose another run.name, or move that folder away")
+    rows = read_rows(run_dir / "metrics.jsonl")
+    if saved.is_file() and (run_dir / "environment.json").is_file() and not rows and not checkpoint_steps(run_dir):
         return  # a run that failed before its first step
+    kept = max((row["step"] for row in rows if row.get("event") == "checkpoint"), default=0)
+    if kept and not checkpoint_steps(run_dir):
+        raise UserError(
+            f"{run_dir}: its log says that step {kept} was saved, but {checkpoints} holds no checkpoint, and starting "
+            "at step 0 would overwrite the log; put the checkpoints back, or choose another run.name"
+        )
     if not saved.is_file() or not (run_dir / "environment.json").is_file():
         raise UserError(
             f"{run_dir}: holds files but no run (no config.yaml and environment.json); choose another run.name or "

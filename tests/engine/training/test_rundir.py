@@ -10,6 +10,7 @@ from ssast.engine import environment
 from ssast.engine.config import Config, dump_config
 from ssast.engine.errors import UserError
 from ssast.engine.training.rundir import check_run_dir, is_finished, settle_precision
+from ssast.engine.training.runlog import read_rows
 
 
 def config(folder: Path, **sections: dict) -> Config:
@@ -30,8 +31,8 @@ def begin(run: Config) -> None:
     """As `prepare_run_dir` and the first step leave the folder."""
     run.run_dir.mkdir(parents=True)
     (run.run_dir / "config.yaml").write_text(dump_config(run))
-    for name in ("environment.json", "metrics.jsonl"):
-        (run.run_dir / name).write_text("")
+    (run.run_dir / "environment.json").write_text("{}")
+    (run.run_dir / "metrics.jsonl").write_text('{"kind": "event", "step": 0, "event": "start"}\n')
 
 
 @pytest.mark.parametrize("bf16", [True, False])
@@ -92,3 +93,30 @@ def test_bf16_is_asked_of_the_processor(monkeypatch):
         monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda value=avx512: value)
         monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda value=amx: value)
         assert environment.computes_in_bf16() is (avx512 or amx)
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(tmp_path):
+    run = config(tmp_path)
+    begin(run)
+    check_run_dir(run)  # nothing was saved yet
+    log = run.run_dir / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"kind": "event", "step": 4, "event": "checkpoint", "detail": "step-4"}\n')
+    with pytest.raises(UserError, match="step 4 was saved"):
+        check_run_dir(run)
+    (run.run_dir / "checkpoints" / "step-4").mkdir(parents=True)
+    check_run_dir(run)
+
+
+def test_a_run_whose_log_is_gone_is_still_compared_with_the_config(tmp_path):
+    run = config(tmp_path)
+    begin(run)
+    (run.run_dir / "checkpoints" / "step-4").mkdir(parents=True)
+    (run.run_dir / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"run\.seed was 0, is now 7"):
+        check_run_dir(config(tmp_path, run={"seed": 7}))
+
+
+def test_foreign_lines_of_a_log_are_passed_over(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'3\n[]\n{"kind": "train"}\n\xff\xfe\n{"kind": "train", "step": 2, "loss": 1.0}\n{"kind": "tr')
+    assert [row["step"] for row in read_rows(file)] == [2]
