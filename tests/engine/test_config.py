@@ -2,11 +2,11 @@ import pytest
 import yaml
 
 from ssast.engine.config import VALID_MASKED_FRACTION, differences, dump_config, list_presets, load_config
+from ssast.engine.dry_run import describe_run
 from ssast.engine.errors import UserError
 from ssast.engine.finetune.config import FinetuneConfig
 from ssast.engine.model.adapt import build_model
 from ssast.engine.model.cost import count_parameters, flops_per_clip
-from ssast.engine.pretrain import describe_run
 
 PUBLISHED = {
     "ssast-tiny-patch-400": (6_046_290, (8, 64), 400),
