@@ -55,7 +55,8 @@ class Runs:
             f"data.train={self.corpus}",
             f"data.cache_dir={self.folder / 'cache'}",
         ]
-        return {"config": str(self.config), "overrides": [*given, *overrides]}
+        failed = str(self.folder / f"{name}.failed")
+        return {"config": str(self.config), "overrides": [*given, *overrides], "failed": failed}
 
     def interrupted(self, name: str, of: str, step: int) -> dict:
         return {"copy": [str(self.folder / of), str(self.folder / name), step]}
@@ -84,6 +85,9 @@ class Runs:
         assert all(process.returncode == 0 for process in processes), "\n".join(outputs)[-6000:]
 
     def rows(self, name: str, kind: str) -> list[dict]:
+        """Fails the test that asks, and no other, where the job of this run failed."""
+        failed = self.folder / f"{name}.failed"
+        assert not failed.exists(), f"the run {name} failed: {failed.read_text()[-3000:]}"
         return [row for row in read_rows(self.folder / name / "metrics.jsonl") if row["kind"] == kind]
 
     def losses(self, name: str, kind: str = "train") -> list[tuple]:

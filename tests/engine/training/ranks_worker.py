@@ -1,14 +1,15 @@
 """Runs a list of configs one after another in one set of ranks: `RANK=.. WORLD_SIZE=.. python ranks_worker.py
 JOBS.json`.
 
-A job is {"config": name or path, "overrides": [...]}; or {"copy": [from, to, step]}, which makes a run folder as a kill
-after that checkpoint would have left it.
+A job is {"config": name or path, "overrides": [...], "failed": where to say why}; or {"copy": [from, to, step]},
+which makes a run folder as a kill after that checkpoint would have left it.
 """
 
 import json
 import os
 import shutil
 import sys
+import traceback
 from pathlib import Path
 
 import torch.distributed as dist
@@ -33,8 +34,12 @@ def main() -> None:
                 leave_as_killed(Path(source), Path(target), step)
             dist.barrier()
         else:
-            status = run(load_config(job["config"], job["overrides"]))
-            assert status == 0, status
+            try:
+                status = run(load_config(job["config"], job["overrides"]))
+                assert status == 0, status
+            except Exception:  # the other jobs are other tests' business
+                with open(job["failed"], "a", encoding="utf-8") as file:
+                    file.write(f"rank {os.environ['RANK']}: {traceback.format_exc()}")
     dist.destroy_process_group()
 
 
