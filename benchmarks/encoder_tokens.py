@@ -17,12 +17,14 @@ import sys
 import tempfile
 import warnings
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from ssast.engine.config import Config, load_config
 from ssast.engine.errors import UserError
 from ssast.engine.model.config import HEAD_DIM, WIDTHS
-from ssast.engine.model.cost import count_parameters, flops_per_clip
+from ssast.engine.model.cost import flops_per_clip
 
 from .machine import environment_columns
 from .rows import RESULTS, Row, Sink
@@ -62,25 +64,32 @@ def config_of(size: str, batch: int, settings: tuple[str, ...], overrides: list[
 def _child(pipe: Connection, config: Config, folder: str) -> None:
     """Builds a trainer, then computes a step whenever told to and says how long it took; at last its memory."""
     from ssast.engine.distributed.ranks import join_ranks
-    from ssast.engine.model.adapt import build_model
-    from ssast.engine.training.trainer import Trainer
 
-    from .throughput.measure import in_memory, nothing_to_read, run_steps, undisturbed
+    from .throughput.measure import in_memory, nothing_to_read, pretrainer, run_steps, undisturbed
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     ranks = join_ranks(config.step.engine)
     config = undisturbed(config, Path(folder))
     before = _peak_bytes()
-    model = build_model(config.architecture, config.run.seed)
-    parameters = count_parameters(model)
-    trainer = Trainer(config, nothing_to_read(config), model, ranks)
+    trainer = pretrainer(config, nothing_to_read(config), ranks)
     batches = iter(in_memory(trainer, ranks.device))
     run_steps(trainer, batches, WARM_UP)
-    pipe.send(parameters)
+    pipe.send(trainer.engine.num_parameters())
     while pipe.recv():
         seconds, _ = run_steps(trainer, batches, 1)
         pipe.send(seconds[0])
     pipe.send(_peak_bytes() - before)
+
+
+def _receive(pipe: Connection, process: BaseProcess) -> Any:
+    """Raises: UserError: the process has ended; its own words are above."""
+    try:
+        return pipe.recv()
+    except EOFError:
+        process.join()
+        raise UserError(
+            f"a process of the comparison ended with {process.exitcode}, likely for want of memory"
+        ) from None
 
 
 def _peak_bytes() -> int:
@@ -102,17 +111,17 @@ def measure(size: str, batch: int, turns: int, overrides: list[str]) -> list[Row
                 other.close()  # so that the end of the child is the end of the pipe
                 pipes.append(pipe)
                 processes.append(process)
-                parameters.append(pipe.recv())
+                parameters.append(_receive(pipe, process))
 
             def step(pipe: Connection, turn: int) -> float:
                 pipe.send(True)
-                return pipe.recv()
+                return _receive(pipe, processes[pipes.index(pipe)])
 
             seconds = take_turns(pipes, turns, step)
             peaks = []
             for pipe in pipes:
                 pipe.send(False)
-                peaks.append(pipe.recv())
+                peaks.append(_receive(pipe, processes[pipes.index(pipe)]))
         finally:
             for process in processes:
                 process.terminate()

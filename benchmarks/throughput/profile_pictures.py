@@ -25,6 +25,7 @@ COLOURS = {
     "fbank": PALETTE["yellow"],
     "mask + embed": PALETTE["olive"],
     "encoder forward": PALETTE["blue"],
+    "decoder forward": PALETTE["brown"],
     "heads + loss": PALETTE["cyan"],
     "backward": PALETTE["navy"],
     "communication": PALETTE["violet"],

@@ -43,6 +43,7 @@ PARTS = (
     "fbank",
     "mask + embed",
     "encoder forward",
+    "decoder forward",
     "heads + loss",
     "backward",
     "communication",

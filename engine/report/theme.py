@@ -45,6 +45,7 @@ PALETTE = {
     "navy": "#3a6cb5",
     "violet": "#9168ba",
     "green": "#3f9e72",
+    "brown": "#94714f",
     "grey": "#9a9aa1",
 }
 """For parts and competitors side by side, on light and dark pages alike."""
