@@ -52,6 +52,8 @@ def _types_of(annotation: Any) -> set[Any]:
 
 
 class Section(BaseModel):
+    """Part of a config: unknown keys, numbers that are not finite and later changes are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
@@ -68,6 +70,8 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
+    """Which run this is, and where it is written."""
+
     name: str = Field(min_length=1)
     """Of the run folder."""
     folder: PathText = "runs"
@@ -117,6 +121,8 @@ class StepSection(Section):
 
 
 class ModelSection(Section):
+    """The network to pretrain, and what it starts from."""
+
     size: Literal["tiny", "small", "base"]
     depth: int = Field(12, ge=1)
     """Blocks of the encoder; the published models have 12."""
@@ -138,6 +144,7 @@ class ModelSection(Section):
 
     @property
     def architecture(self) -> ModelConfig:
+        """The network's shape; patches do not overlap in pretraining."""
         return _architecture(self)
 
 
@@ -159,6 +166,8 @@ def _architecture(section: ModelSection) -> ModelConfig:
 
 
 class MaskSection(Section):
+    """Which patches are hidden from the encoder."""
+
     num_masked: int = Field(400, ge=1)
     """Patches hidden in training; the paper found 400 of 512 best for sounds, 250 as good for speakers."""
     cluster: tuple[int, ...] | None = (3, 4, 5)
@@ -168,6 +177,8 @@ class MaskSection(Section):
 
 
 class ObjectiveSection(Section):
+    """What the model learns from the masked patches."""
+
     name: Literal["joint", "discriminative", "generative"] = "joint"
     """InfoNCE and reconstruction, or one of them alone."""
     softmax_over: Literal["predictions", "targets"] = "predictions"
@@ -180,6 +191,8 @@ class ObjectiveSection(Section):
 
 
 class DataSection(Section):
+    """What is read, and how it is checked and decoded."""
+
     train: Paths = []
     """Folders, prepared ones among them, official JSON, CSV/TSV or lists of paths."""
     weights: list[float] | None = None
@@ -212,6 +225,8 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
+    """How long training takes, its learning rate, and what is kept on the way."""
+
     steps: int | None = Field(None, ge=1)
     """Optimizer steps; this or `minutes` says how long to train."""
     minutes: float | None = Field(None, gt=0, allow_inf_nan=False)
@@ -262,6 +277,7 @@ class RunConfig(Section):
 
     @property
     def run_dir(self) -> Path:
+        """The run folder, `run.folder/run.name`."""
         return Path(self.run.folder) / self.run.name
 
     def batch_sizes(self, world_size: int) -> tuple[int, int]:
@@ -335,10 +351,12 @@ class Config(RunConfig):
 
     @property
     def architecture(self) -> ModelConfig:
+        """The network's shape."""
         return self.model.architecture
 
     @property
     def valid_num_masked(self) -> int:
+        """Patches masked in validation, whatever number training masks; at least 1, at most all but two."""
         patches = self.architecture.num_patches
         return max(1, min(round(patches * VALID_MASKED_FRACTION), patches - 2))
 
@@ -409,11 +427,13 @@ def validated(tree: dict[str, Any], path: Path, kind: type[C] = Config) -> C:
 
 
 def list_presets(kind: type[RunConfig] = Config) -> list[str]:
+    """Names of the presets that come with the package for this kind of config, in order."""
     folder = importlib.resources.files("ssast.configs") / kind.presets
     return sorted(Path(str(file)).stem for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
 def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML, which `load_config` reads back as the same."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 

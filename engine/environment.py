@@ -52,6 +52,7 @@ def source_diff() -> str:
 
 
 def device_names() -> list[str]:
+    """Names of the GPUs that this process sees; `cpu` alone without any."""
     if not torch.cuda.is_available():
         return ["cpu"]
     return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]

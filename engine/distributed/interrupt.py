@@ -39,6 +39,7 @@ class StopRequest:
 
     @property
     def asked(self) -> bool:
+        """Whether a signal has come or a launcher has ended."""
         self._asked = self._asked or not all(_is_alive(process) for process in self._launchers)
         return self._asked
 

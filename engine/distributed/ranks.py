@@ -32,6 +32,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
+        """Whether this process writes what is written once."""
         return self.rank == 0
 
     def once(self, work: Callable[[], T]) -> T:

@@ -20,6 +20,8 @@ Weights = Annotated[PathText | None, BeforeValidator(lambda value: None if value
 
 
 class FinetuneModelSection(Section):
+    """The encoder to fine-tune, what it starts from, and how its tokens are pooled."""
+
     init_from: Weights = None
     """Weights to start from: a run folder, a `.safetensors` or an official `.pth`. null or none: from scratch."""
     size: Literal["tiny", "small", "base"] = "base"
@@ -69,6 +71,8 @@ def _architecture(section: FinetuneModelSection) -> ModelConfig:
 
 
 class TaskSection(Section):
+    """Classes, splits and the metric."""
+
     labels: PathText | list[str] | None = None
     """The classes in order: a list, a text file, or AudioSet's class_labels_indices.csv. null: those that the clips
     have."""
@@ -103,6 +107,8 @@ class TaskSection(Section):
 
 
 class AugmentSection(Section):
+    """What is changed in training clips, in the batch."""
+
     mixup: float = Field(0.0, ge=0, le=1)
     """Share of clips that are mixed with another one of the micro-batch."""
     freq_mask: int = Field(0, ge=0)
@@ -114,6 +120,8 @@ class AugmentSection(Section):
 
 
 class FinetuneDataSection(DataSection):
+    """As in pretraining, with labels and clips to test on."""
+
     test: Paths = Field(default_factory=list)
     """Empty: the clips that are marked for test, or the fold."""
     valid_fraction: float = Field(0.1, ge=0, lt=1)
@@ -128,6 +136,8 @@ class FinetuneDataSection(DataSection):
 
 
 class FinetuneTrainSection(TrainSection):
+    """As in pretraining, counted in steps or epochs."""
+
     steps: int | None = Field(None, ge=1)
     """Optimizer steps, or else `epochs`."""
     epochs: int | None = Field(None, ge=1)
@@ -152,6 +162,8 @@ class FinetuneTrainSection(TrainSection):
 
 
 class FinetuneConfig(RunConfig):
+    """Of fine-tuning."""
+
     presets: ClassVar[str] = "finetune"
 
     model: FinetuneModelSection
@@ -165,10 +177,12 @@ class FinetuneConfig(RunConfig):
 
     @property
     def metric(self) -> str:
+        """The metric that picks the best weights and is compared."""
         return self.task.metric or MAIN[self.task.multi_label]
 
     @property
     def loss(self) -> str:
+        """The loss: ce (cross-entropy) or bce (binary cross-entropy of each class)."""
         return self.task.loss or ("bce" if self.task.multi_label else "ce")
 
     @property
