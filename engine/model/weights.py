@@ -153,9 +153,9 @@ def find_weights(path: Path) -> Path:
         )
     if (path / WEIGHTS_FILE).is_file():
         return path / WEIGHTS_FILE
-    candidates = sorted(
-        (path / "checkpoints").glob(f"step-*/{WEIGHTS_FILE}"), key=lambda p: int(p.parent.name.split("-")[1])
-    )
+    found = (path / "checkpoints").glob(f"step-*/{WEIGHTS_FILE}")
+    numbered = [file for file in found if file.parent.name.removeprefix("step-").isdecimal()]  # not a copy of one
+    candidates = sorted(numbered, key=lambda file: int(file.parent.name.removeprefix("step-")))
     if not candidates:
         raise UserError(
             f"{path}: neither a checkpoint ({WEIGHTS_FILE}) nor a run folder with checkpoints/step-N/{WEIGHTS_FILE}"

@@ -216,3 +216,10 @@ def test_hugging_face_folders_are_named(tmp_path, monkeypatch):
     save_model(build_model(SHAPE), "~/other.safetensors")
     assert os.listdir(tmp_path).count("other.safetensors") == 1
     assert load_model("~/other.safetensors").config == SHAPE
+
+
+def test_a_copy_beside_the_checkpoints_is_passed_over(tmp_path):
+    for seed, name in enumerate(("step-9", "step-10", "step-10-copy", "step-x")):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        save_model(build_model(SHAPE, seed), tmp_path / "checkpoints" / name / "model.safetensors")
+    assert torch.equal(load_model(tmp_path).embedding.weight, build_model(SHAPE, 1).embedding.weight)
