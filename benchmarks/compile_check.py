@@ -8,7 +8,8 @@ since nothing depends on them but whether they divide by 16: 16 clips stand for 
 of each operator, for those that do not. Likewise float32.
 
 It fails if a kernel spills registers, needs more shared or tensor memory than the chip has, or multiplies matrices
-without the chip's matrix instructions, and if an operator launches nothing. --save replaces results/compile.csv.
+without the chip's matrix instructions, if the assembler warns of a loss of speed, and if an operator launches nothing.
+--save replaces results/compile.csv.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
@@ -82,6 +85,7 @@ class Compiled:
     warps: int
     stages: int
     has_dot: bool
+    advice: str  # what ptxas says that costs speed
     triton: str
 
     def faults(self) -> list[str]:
@@ -91,7 +95,7 @@ class Compiled:
         wanted = {9: ("hgmma",) if self.warps >= 4 else ("hmma",), 10: ("utchmma", "hmma")}.get(
             capability // 10, ("hmma",)
         )
-        found = []
+        found = [self.advice] if self.advice else []
         if self.spills or self.local_bytes:
             found.append(f"spills: {self.spills} instructions, {self.local_bytes} bytes of local memory a thread")
         if self.shared_bytes > SHARED_LIMIT[capability] * 1024:
@@ -224,6 +228,7 @@ def inspect(operator: str, case: str, name: str, compiled: Any) -> Compiled:
         warps=metadata.num_warps,
         stages=metadata.num_stages,
         has_dot=has_dot(compiled.asm["ttir"]),
+        advice=_advice(compiled.asm["ptx"], metadata.target.arch) if count.get("HGMMA") else "",
         triton=triton.__version__,
     )
 
@@ -255,6 +260,20 @@ def _disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     usage = re.search(r"REG:\d+ STACK:\d+ SHARED:\d+ LOCAL:\d+", text)
     return {name: int(value) for name, value in (pair.split(":") for pair in usage[0].split())}, text
+
+
+@functools.cache
+def _advice(ptx: str, target: int) -> str:
+    """ptxas' first remark on a "Potential Performance Loss", such as C7515: every wgmma waits for the one before.
+    Triton reads what ptxas says only where it fails, so it is run again; Hopper alone has such remarks.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source, ptxas = Path(folder, "kernel.ptx"), get_ptxas(target).path
+        source.write_text(ptx)
+        command = [ptxas, "-v", f"--gpu-name={sm_arch_from_capability(target)}", source, "-o", Path(folder, "cubin")]
+        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    remark = re.search(r"^.*Potential Performance Loss.*$", log, re.MULTILINE)
+    return remark[0].strip() if remark else ""
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -25,9 +25,10 @@ HEAD_DIMS = (16, 32, 64, 128)  # of the Triton kernel
 
 # Launches: rows (or keys) of which a program computes the result, keys (or rows) that it takes at a time, warps. They
 # are fixed, not tuned at run time, so that all ranks and all runs compute the same. Chosen from what the compiler says
-# for sm_80, sm_90 and sm_100: nothing spills, and on sm_90 the three kernels stay within 128 registers at d = 64, so
-# that two programs of 8 warps share a multiprocessor.
-_NARROW = {"forward": (128, 128, 8), "dq": (128, 64, 8), "dkv": (128, 32, 8)}  # bf16 and fp16, d <= 64
+# for sm_80, sm_90 and sm_100: nothing spills, and on sm_90 at d = 64 a multiprocessor holds two programs of dQ (122
+# registers, 8 warps) and three of dK and dV (140, 4 warps), but one of the forward pass (156, 8 warps). 64 keys at a
+# time there would let it hold two, and spill on sm_80.
+_NARROW = {"forward": (128, 128, 8), "dq": (128, 64, 8), "dkv": (64, 32, 4)}  # bf16 and fp16, d <= 64
 # At d = 128 the accumulators take twice the registers. Nobody trains with it here: its tails spill a little.
 _WIDE = {"forward": (128, 64, 8), "dq": (128, 32, 8), "dkv": (128, 16, 8)}
 # fp32 multiplies outside the tensor cores, from registers. It is for checking: at d = 128 it spills.
@@ -118,13 +119,14 @@ def _forward_kernel(
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, D), tl.float32)
-    for tile in tl.range(N // KEYS, disable_licm=True):  # hoisted out of the loop, q would sit in registers all along
-        acc, total, peak = _attend(
-            acc, total, peak, q, k_ptr, v_ptr, tile * KEYS, k_row, v_row, N, KEYS, D, False, SCALE
-        )
+    # The tail comes first: after the loop it makes the assembler wait for every matrix instruction in it (C7515).
     if TAIL > 0:
         acc, total, peak = _attend(
             acc, total, peak, q, k_ptr, v_ptr, N // KEYS * KEYS, k_row, v_row, N, TAIL, D, True, SCALE
+        )
+    for tile in tl.range(N // KEYS, disable_licm=True):  # hoisted out of the loop, q would sit in registers all along
+        acc, total, peak = _attend(
+            acc, total, peak, q, k_ptr, v_ptr, tile * KEYS, k_row, v_row, N, KEYS, D, False, SCALE
         )
 
     _store_rows(out_ptr, acc / total[:, None], first, H * D, N, ROWS, D, MASKED)
@@ -198,10 +200,10 @@ def _dq_kernel(
     q = _load_rows(q_ptr, first, q_row, N, ROWS, D, MASKED)
     lse = tl.load(lse_ptr + row, mask=row < N, other=0.0)
     dq = tl.zeros((ROWS, D), tl.float32)
-    for tile in tl.range(N // KEYS, disable_licm=True):
-        dq = _add_dq(dq, q, dout, lse, delta, k_ptr, v_ptr, tile * KEYS, k_row, v_row, N, KEYS, D, False, SCALE)
     if TAIL > 0:
         dq = _add_dq(dq, q, dout, lse, delta, k_ptr, v_ptr, N // KEYS * KEYS, k_row, v_row, N, TAIL, D, True, SCALE)
+    for tile in tl.range(N // KEYS, disable_licm=True):
+        dq = _add_dq(dq, q, dout, lse, delta, k_ptr, v_ptr, tile * KEYS, k_row, v_row, N, KEYS, D, False, SCALE)
     _store_rows(dq_ptr, dq * SCALE, first, 3 * H * D, N, ROWS, D, MASKED)
 
 
@@ -273,29 +275,21 @@ def _dkv_kernel(
     v = _load_rows(v_ptr, first, v_row, N, KEYS, D, MASKED)
     dk = tl.zeros((KEYS, D), tl.float32)
     dv = tl.zeros((KEYS, D), tl.float32)
+    if TAIL > 0 and not MASKED:
+        dk, dv = _add_dkv(
+            dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, N // ROWS * ROWS, q_row, dout_row, N,
+            TAIL, D, True, SCALE,
+        )  # fmt: skip
     for tile in tl.range(N // ROWS, disable_licm=True):
         dk, dv = _add_dkv(
             dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, tile * ROWS, q_row, dout_row, N, ROWS, D, False, SCALE
         )
-    if TAIL > 0:
+    # One warp has no such matrix instructions, and would spill registers on sm_100 with the tail in front.
+    if TAIL > 0 and MASKED:
         dk, dv = _add_dkv(
-            dk,
-            dv,
-            k,
-            v,
-            q_ptr,
-            dout_ptr,
-            lse_ptr,
-            delta_ptr,
-            N // ROWS * ROWS,
-            q_row,
-            dout_row,
-            N,
-            TAIL,
-            D,
-            True,
-            SCALE,
-        )
+            dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, N // ROWS * ROWS, q_row, dout_row, N,
+            TAIL, D, True, SCALE,
+        )  # fmt: skip
     _store_rows(dk_ptr, dk * SCALE, first, 3 * H * D, N, KEYS, D, MASKED)
     _store_rows(dv_ptr, dv, first, 3 * H * D, N, KEYS, D, MASKED)
 

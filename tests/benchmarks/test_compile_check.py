@@ -31,6 +31,7 @@ KERNEL = Compiled(
     warps=4,
     stages=3,
     has_dot=True,
+    advice="",
     triton="0",
 )
 
@@ -71,6 +72,9 @@ def test_faults():
         "233472 bytes of shared memory, the chip has 227 KiB": {"shared_bytes": 228 * 1024},
         "tl.dot without HGMMA": {"hgmma": 0, "hmma": 8},
         "tl.dot without UTCHMMA or HMMA": {"target": "sm_100"},
+        "C7515": {
+            "advice": "ptxas info : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized"
+        },
         "513 columns of tensor memory": {"target": "sm_100", "tensor_columns": 513},
         "tl.dot without HMMA": {"target": "sm_80"},
     }.items():

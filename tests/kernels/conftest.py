@@ -65,9 +65,10 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def poisoned(*args: object, **options: object) -> torch.Tensor:
             tensor = make(*args, **options)
-            if tensor.is_floating_point():
-                return tensor.fill_(float("nan"))
-            return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).min)
+            with torch.no_grad():  # one that requires a gradient is a leaf, and takes nothing in place otherwise
+                if tensor.is_floating_point():
+                    return tensor.fill_(float("nan"))
+                return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).min)
 
         monkeypatch.setattr(owner, name, poisoned)
 

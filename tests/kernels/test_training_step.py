@@ -99,7 +99,8 @@ def test_trace_of_a_step_on_a_gpu(device, waveform):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step(model, waveform, forward)
         torch.cuda.synchronize()
-    names = [event.key for event in profile.key_averages()]
+    # Memory operations are no kernels, and "Memset" holds "mse".
+    names = [event.key for event in profile.key_averages() if not event.key.startswith(("Memset", "Memcpy"))]
     for kernel in set().union(*KERNELS.values()):
         assert any(kernel in name for name in names), f"{kernel} not in the trace"
     for foreign in ("fft", "log_softmax", "CatArrayBatched", "sort", "mse", "masked_fill"):
