@@ -101,27 +101,42 @@ def _constants(
 
 
 def _log_mel(waveform: torch.Tensor, sample_rate: int, num_mel_bins: int) -> torch.Tensor:
-    window, shift, fft_length = frame_geometry(sample_rate)
-    if waveform.shape[1] < window:
+    if waveform.shape[1] < frame_geometry(sample_rate)[0]:
         return waveform.new_zeros(waveform.shape[0], 0, num_mel_bins)
+    if waveform.dtype == torch.float32:
+        # Of samples from 1e17 on the power overflows: such clips are computed at another level. All others are
+        # multiplied by one, to the bit what they were.
+        peak = waveform.detach().abs().amax(dim=1)  # [B]
+        exponent = torch.where((peak > 2.0**40) & peak.isfinite(), torch.frexp(peak).exponent, 0)
+        if waveform.device.type != "cpu" or torch.compiler.is_compiling() or exponent.any():
+            level = exponent[:, None, None] * (2 * math.log(2.0))
+            quiet = _log_power(torch.ldexp(waveform, -exponent[:, None]), sample_rate, num_mel_bins, 0.0)
+            return (quiet + level).clamp_min(math.log(LOG_FLOOR))
+    return _log_power(waveform, sample_rate, num_mel_bins, LOG_FLOOR)
+
+
+def _log_power(waveform: torch.Tensor, sample_rate: int, num_mel_bins: int, floor: float) -> torch.Tensor:
+    """[B, S] -> [B, T, F] logarithm of the mel filters' power, at least that of `floor`."""
+    window, shift, fft_length = frame_geometry(sample_rate)
     hann, filters = _constants(sample_rate, num_mel_bins, waveform.dtype, waveform.device)
     frames = waveform.unfold(1, window, shift)  # [B, T, window]
     needs_graph = (waveform.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling()
     if waveform.device.type == "cpu" and not needs_graph:
-        return _log_mel_in_pieces(frames, hann, filters, fft_length)
+        return _log_power_in_pieces(frames, hann, filters, fft_length, floor)
     frames = frames - frames.mean(dim=2, keepdim=True)
     previous = torch.cat((frames[..., :1], frames[..., :-1]), dim=2)  # Kaldi repeats the first sample of each frame
     frames = (frames - PRE_EMPHASIS * previous) * hann
     spectrum = torch.fft.rfft(frames, n=fft_length)
     power = spectrum.real.square() + spectrum.imag.square()  # [B, T, fft_length / 2 + 1]
-    return (power @ filters.T).clamp_min(LOG_FLOOR).log()
+    return (power @ filters.T).clamp_min(floor).log()
 
 
-def _log_mel_in_pieces(
+def _log_power_in_pieces(
     frames: torch.Tensor,  # [B, T, window]
     hann: torch.Tensor,  # [window]
     filters: torch.Tensor,  # [F, fft_length / 2 + 1]
     fft_length: int,
+    floor: float,
 ) -> torch.Tensor:  # [B, T, F]
     """The same in place, a piece of a clip at a time: what the steps hand on stays in the cache, and is never as large
     as the batch. 0.2 to 0.4 of the time on a CPU.
@@ -142,7 +157,7 @@ def _log_mel_in_pieces(
             y[:, :window].mul_(hann)
             spectrum = torch.fft.rfft(y)
             torch.square(spectrum.real, out=p).addcmul_(spectrum.imag, spectrum.imag)
-            torch.mm(p, filters.T, out=out).clamp_min_(LOG_FLOOR).log_()
+            torch.mm(p, filters.T, out=out).clamp_min_(floor).log_()
     return features
 
 
@@ -173,6 +188,7 @@ _BIN_TILE = 128  # even (and as many odd) bins at a time: all of a 512-point tra
 # of the folded frame, the dimension that is summed over; 32 spills registers where S is no multiple of 16
 _SUM_TILE = 16
 _WARPS, _STAGES = 8, 2
+_MAX_MEL_BINS = 256  # the filters of 512 take 296 KB of shared memory, more than any GPU has for a block
 
 
 def _frame_tile(waveform: torch.Tensor, fft_length: int) -> int:
@@ -261,8 +277,11 @@ def _fbank_kernel(
                 tl.load(filters + Q * F_2), re_odd * re_odd + im_odd * im_odd, mel, input_precision=MEL_PRECISION
             )
 
-    mel = mel * power_unit[None, :] * power_unit[None, :]
-    log_mel = tl.log(tl.maximum(mel, FLOOR, propagate_nan=tl.PropagateNan.ALL))
+    power = mel * power_unit[None, :] * power_unit[None, :]
+    log_mel = tl.log(tl.maximum(power, FLOOR, propagate_nan=tl.PropagateNan.ALL))
+    # of samples from 1e17 on the power overflows, its logarithm does not
+    overflows = power == float("inf")
+    log_mel = tl.where(overflows, tl.log(tl.where(overflows, mel, 1.0)) + 2.0 * tl.log(power_unit)[None, :], log_mel)
     log_mel = tl.where(is_frame[None, :], log_mel, 0.0)  # before normalising, as the official loader does
     log_mel = (log_mel - mean) * inverse_spread
 
@@ -471,7 +490,8 @@ def fbank(
 
     Raises:
         ValueError: a waveform of another shape or type, one of `mean` and `std` without the other, a negative
-            `num_frames`, a patch that no frame can fill, or backend="triton" for a waveform that requires a gradient.
+            `num_frames`, a patch that no frame can fill, backend="triton" for a waveform that requires a gradient, or
+            more than 256 mel bins for the kernel.
     """
     if waveform.ndim != 2:
         raise ValueError(f"waveform must be [B, S], not of shape {tuple(waveform.shape)}")
@@ -483,6 +503,8 @@ def fbank(
         raise ValueError(f"lengths is {tuple(lengths.shape)} for {waveform.shape[0]} clips")
     if sample_rate < LOWEST_RATE:
         raise ValueError(f"sample_rate must be at least {LOWEST_RATE} Hz, not {sample_rate}")
+    if num_mel_bins < 1:
+        raise ValueError(f"num_mel_bins must be positive, not {num_mel_bins}")
     if std is not None and std <= 0:
         raise ValueError(f"std must be positive, not {std}")
     if num_frames is None:
@@ -497,4 +519,8 @@ def fbank(
 
     if needs_gradient or resolve_backend(backend, waveform) == "torch":
         return _reference(waveform, lengths, sample_rate, num_mel_bins, num_frames, mean, std, dtype, patch)
+    if num_mel_bins > _MAX_MEL_BINS:
+        raise ValueError(
+            f"the kernel computes up to {_MAX_MEL_BINS} mel bins, not {num_mel_bins}; for more use backend='torch'"
+        )
     return _fbank_op(waveform, lengths, sample_rate, num_mel_bins, num_frames, mean, std, dtype, list(patch or ()))

@@ -205,6 +205,18 @@ def test_extreme_samples(backend, device):
     assert got[2, 2:4].isnan().all() and torch.isfinite(got[2, [0, 1, *range(4, 11)]]).all()
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # of the power, whose logarithm is taken otherwise
+@pytest.mark.parametrize("scale", [1e12, 1e17, 1e19, 1e25, 1e35])
+@both
+def test_samples_whose_power_overflows(scale, backend, device):
+    """Beside a clip at its usual level, which stays to the bit what it is alone."""
+    wave = torch.cat((scale * noise(1, 2000), noise(1, 2000, seed=1))).to(device)
+    got = fbank(wave, backend=backend)
+    exact = fbank(wave.double(), dtype=torch.float64)
+    assert (got - exact).abs().max() < 2e-3
+    assert torch.equal(got[1], fbank(wave[1:], backend=backend)[0])
+
+
 @pytest.mark.parametrize("backend", ["triton"])
 def test_compiles_into_one_graph(backend, device):
     """The fake operator has the shape, strides and dtype of the real one."""
@@ -246,6 +258,11 @@ def test_bad_arguments():
         fbank(torch.zeros(1, 800), mean=0.0, std=0.0)
     with pytest.raises(ValueError, match="sample_rate"):
         fbank(torch.zeros(1, 800), sample_rate=50)
+    with pytest.raises(ValueError, match="num_mel_bins must be positive"):
+        fbank(torch.zeros(1, 800), num_mel_bins=0)
+    with pytest.raises(ValueError, match="up to 256 mel bins, not 257"):
+        fbank(torch.zeros(1, 800), num_mel_bins=257, backend="triton")
+    assert fbank(torch.zeros(1, 800), num_mel_bins=257, backend="torch").shape == (1, 3, 257)
 
 
 def test_inference_mode_leaves_nothing_behind(device):
