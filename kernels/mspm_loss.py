@@ -139,8 +139,13 @@ def _scores_kernel(
             score = tl.dot(own, tl.trans(others), input_precision="ieee")  # [ROWS, COLUMNS]
             if IS_NORMALISED:
                 score -= tl.load(highest_ptr + column, mask=is_column, other=0.0)[None, :]
-                score -= tl.load(log_sum_ptr + column, mask=is_column, other=0.0)[None, :]
-            score = tl.where(is_column[None, :], score, float("-inf"))
+                log_sum = tl.load(log_sum_ptr + column, mask=is_column, other=0.0)
+                score -= log_sum[None, :]
+                # With an infinity or a NaN a softmax is all NaN, which PyTorch's argmax takes for the largest.
+                outside = tl.where(is_column, float("inf"), float("-inf"))
+                score = tl.where((is_column & (log_sum == log_sum))[None, :], score, outside[None, :])
+            else:
+                score = tl.where(is_column[None, :], score, float("-inf"))
             if not IS_NORMALISED:
                 raised = tl.maximum(highest, tl.max(score, axis=1))
                 total = total * tl.exp(highest - raised) + tl.sum(tl.exp(score - raised[:, None]), axis=1)
@@ -155,11 +160,12 @@ def _scores_kernel(
             tl.store(highest_ptr + row, highest, mask=is_row)
             tl.store(log_sum_ptr + row, log_sum, mask=is_row)
             tl.store(partial_ptr + program, tl.sum(tl.where(is_row, (highest - true) + log_sum, 0.0)))
-        if (
-            not TARGET_ROWS
-        ):  # the first of equals is the best: the true one must beat those before it and match those after it
-            # beyond M `true` is -inf and beats none
+        if not TARGET_ROWS:
+            # The first of equals is the best: the true one must beat those before it and match those after it. Beyond M
+            # it is -inf and beats none.
             is_found = (tl.max(before, axis=1) < true) & (tl.max(after, axis=1) <= true)
+            if not IS_NORMALISED:  # a softmax with an infinity or a NaN is all NaN, and the first of equals the best
+                is_found = ((log_sum == log_sum) & is_found) | ((log_sum != log_sum) & (row == 0))
             tl.store(partial_ptr + tl.num_programs(0) + program, tl.sum(is_found.to(tl.float32)))
 
     if recon_ptr is not None:
@@ -299,7 +305,9 @@ def _gradients_kernel(
                 log_sum = tl.load(log_sum_ptr + column, mask=is_column, other=0.0)[None, :]
             # Columns past M: exp(0 - highest) can be infinite, and infinite times a target of zero is no longer
             # nothing.
-            share = tl.exp(tl.where(is_column[None, :], (score - highest) - log_sum, float("-inf")))
+            # S is computed anew, its products summed in another order: what was the highest may come out higher.
+            below = tl.minimum(score - highest, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            share = tl.exp(tl.where(is_column[None, :], below - log_sum, float("-inf")))
             # Less one before it is rounded to PRODUCT: next to one, bf16 would leave nothing of a small difference.
             share = tl.where(column[None, :] == row[:, None], share - 1.0, share)
             total = tl.dot(share.to(PRODUCT), others, total, input_precision="ieee")

@@ -101,6 +101,43 @@ def test_extreme_scores_stay_finite(scale, softmax_over, backend, device):
     assert class_pred.grad.isfinite().all()
 
 
+@pytest.mark.rounding
+@pytest.mark.parametrize("softmax_over", ["predictions", "targets"])
+@pytest.mark.parametrize(("scale", "kind"), [(1e3, BF16), (1e15, FP32)])
+@pytest.mark.parametrize("backend", ["triton"])
+def test_gradients_at_extreme_scores(scale, kind, softmax_over, backend, device):
+    """Scores of 1e7 and 1e31, where rounding alone is many times what an exponential forgives: the backward pass, which
+    computes them anew, must not find one above the highest.
+    """
+    generator = torch.Generator().manual_seed(0)
+    class_pred, target = (scale * torch.randn(2, 2, 37, 64, generator=generator)).to(device, kind)
+    results = []
+    for precision, loss_of in ((kind, fused), (kind, reference), (torch.float64, reference)):
+        leaf = class_pred.to(precision, copy=True).requires_grad_()
+        loss = loss_of(leaf, None, target.to(precision), softmax_over=softmax_over)
+        results.append(torch.autograd.grad(loss.loss, leaf)[0])
+    assert_lawful("gradient", *results)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of arithmetic with infinities
+@pytest.mark.parametrize("softmax_over", ["predictions", "targets"])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("backend", ["triton"])
+def test_accuracy_of_broken_values(bad, softmax_over, backend, device):
+    """A softmax with an infinity or a NaN is NaN, which PyTorch's argmax takes for the largest."""
+    generator = torch.Generator().manual_seed(0)
+    for broken in ("prediction", "target"):
+        for patch in (0, 3, 39):
+            class_pred = torch.randn(2, 40, 64, generator=generator).to(device)
+            target = class_pred.clone()
+            (class_pred if broken == "prediction" else target)[0, patch, 5] = bad
+            loss, expected = (
+                loss_of(class_pred, None, target, softmax_over=softmax_over) for loss_of in (fused, reference)
+            )
+            assert loss.accuracy == expected.accuracy, (broken, patch)
+            assert loss.nce.isnan() and expected.nce.isnan()
+
+
 def test_bad_arguments(device):
     class_pred, recon_pred, target = (x.to(device) for x in predictions())
     mask = masks(2, 17, 17).to(device)
