@@ -16,11 +16,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from ssast.kernels.fbank import samples_of
 
-from .data.order import block_shares
 from .deepspeed_section import check_section, micro_batch
 from .environment import computes_in_bf16
 from .errors import UserError
 from .files import expand_path
+from .mixture import block_shares
 from .model.config import HEAD_DIM, PAPER_MEAN, PAPER_STD, WIDTHS, ModelConfig
 
 # The fraction of patches that validation always masks: the paper's 400 of 512, whatever number training masks.

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ssast.engine.mixture import BLOCK, block_shares
 from ssast.engine.random_streams import Stream, key_of
 from ssast.kernels.random import below, philox
-
-BLOCK = 1000
 
 
 class SampleOrder:
@@ -90,24 +89,6 @@ class WeightedOrder(SampleOrder):
         # rounding may take a share to 1, beyond the last clip
         index = np.minimum(np.searchsorted(self._edges, share, side="right"), self.num_clips - 1)
         return index, place.numpy() // self.num_clips
-
-
-def block_shares(weights: Sequence[float]) -> np.ndarray:
-    """Positions of each data set in a block, int64, 1000 in all: the weights' shares, rounded by largest remainder.
-
-    Raises:
-        ValueError: a weight is not positive, or its share less than one position.
-    """
-    exact = np.array(weights, dtype=np.float64)
-    if not len(exact) or not np.isfinite(exact).all() or exact.min() <= 0:
-        raise ValueError("weights must be positive numbers")
-    exact *= BLOCK / exact.sum()
-    if exact.min() < 1 - 1e-9:
-        raise ValueError(f"a weight of less than 1 in {BLOCK} of their sum would never be read")
-    shares = np.floor(exact + 1e-9).astype(np.int64)
-    largest = np.argsort(shares - exact, kind="stable")[: BLOCK - shares.sum()]
-    shares[largest] += 1
-    return shares
 
 
 class _Passes:

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssast.engine.data.loader import Shard
-from ssast.engine.data.order import BLOCK, MixedOrder, SampleOrder, WeightedOrder, block_shares
+from ssast.engine.data.order import MixedOrder, SampleOrder, WeightedOrder
+from ssast.engine.mixture import BLOCK, block_shares
 
 
 @settings(max_examples=50, deadline=None)
