@@ -71,6 +71,28 @@ def test_bytes_and_flop_of_the_embedding():
         )
 
 
+def test_bytes_of_visible_patches_and_of_what_puts_them_back():
+    """As the embedding's, without tokens of masked patches, and with the slots that the one writes and the other
+    reads.
+    """
+    (case,) = all_cases("embed_visible")
+    inputs = case.make_inputs(0)
+    visible = torch.ones(inputs["patches"].shape[:2], dtype=torch.bool).scatter(1, inputs["mask"], False)
+    tokens, slot = case.providers[0].run(**inputs)
+    parameters = nbytes(inputs[name] for name in case.learned)
+    patches = inputs["patches"][visible]
+    assert case.needs["forward"].bytes == nbytes([patches, inputs["mask"], slot, tokens]) + parameters
+    assert case.needs["both"].bytes == case.needs["forward"].bytes + parameters + nbytes([tokens])
+    assert case.needs["forward"].flop == flop_of(lambda: functional.linear(patches, inputs["weight"]))
+
+    (case,) = all_cases("mask_tokens")
+    inputs = case.make_inputs(0)
+    out = case.providers[0].run(**inputs)
+    learned = [inputs[name] for name in case.learned]
+    assert case.needs["forward"].bytes == case.needs["backward"].bytes == nbytes([*inputs.values(), out])
+    assert case.needs["both"].bytes == nbytes([*inputs.values(), out, *learned, out])
+
+
 def test_flop_of_attention_and_loss():
     batch, heads, tokens, width = 2, 3, 5, 8
     q, k, v = torch.randn(3, batch, heads, tokens, width, requires_grad=True).unbind()

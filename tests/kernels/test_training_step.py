@@ -5,6 +5,7 @@ references learn.
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from ssast.engine.model.ssast import SSAST
 from ssast.kernels import fbank, sample_patch_mask
 
 CONFIG = ModelConfig(width=32, depth=1, heads=2, num_mel_bins=32, input_frames=64)  # 2 x 4 patches
+CONFIGS = {"all": CONFIG, "visible": replace(CONFIG, encoder_tokens="visible", decoder_depth=1, decoder_width=16)}
 KERNELS = {
     "fbank": {"_fbank_kernel"},
     "sample_patch_mask": {"_mask_kernel"},
@@ -27,6 +29,8 @@ KERNELS = {
     },
     "mspm_loss": {"_scores_kernel", "_finish_kernel", "_gradients_kernel"},
 }
+INSERTION = {"insert_mask_tokens": {"_insert_kernel", "_insert_gradients_kernel"}}
+KERNELS_OF = {"all": KERNELS, "visible": KERNELS | INSERTION}
 
 
 def step(model: SSAST, waveform: torch.Tensor, forward: Callable) -> tuple[torch.Tensor, ...]:
@@ -49,10 +53,11 @@ def waveform(device) -> torch.Tensor:
     return 0.1 * torch.randn(3, 10_800, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def test_a_step_launches_every_kernel_and_equals_the_references(device, waveform, launches, monkeypatch):
-    model = build_model(CONFIG).to(device)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_step_launches_every_kernel_and_equals_the_references(device, waveform, launches, monkeypatch, kind):
+    model = build_model(CONFIGS[kind]).to(device)
     ours, by_kernels = step(model, waveform, model.pretrain_patches), gradients(model)
-    for operator, names in KERNELS.items():
+    for operator, names in KERNELS_OF[kind].items():
         assert names <= set(launches), f"{operator}: {names - set(launches)} not launched"
 
     launches.clear()
@@ -61,6 +66,7 @@ def test_a_step_launches_every_kernel_and_equals_the_references(device, waveform
         "fbank",
         "patch_mask",
         "embed",
+        "mask_tokens",
         "mspm_loss",
     ):  # their names in ssast.kernels are those of the functions
         monkeypatch.setattr(sys.modules[f"ssast.kernels.{module}"], "resolve_backend", lambda *_: "torch")
@@ -74,23 +80,26 @@ def test_a_step_launches_every_kernel_and_equals_the_references(device, waveform
         )
 
 
-def test_the_compiled_step_is_one_graph(device, waveform, launches):
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_compiled_step_is_one_graph(device, waveform, launches, kind):
     """No graph break in forward or backward, and the kernels are still what runs."""
-    model = build_model(CONFIG).to(device)
+    torch._dynamo.reset()
+    model = build_model(CONFIGS[kind]).to(device)
     eager, expected = step(model, waveform, model.pretrain_patches), gradients(model)
     launches.clear()
     model.zero_grad()
     compiled = step(model, waveform, torch.compile(model.pretrain_patches, fullgraph=True, backend="aot_eager"))
-    assert set().union(*KERNELS.values()) <= set(launches)
+    assert set().union(*KERNELS_OF[kind].values()) <= set(launches)
     torch.testing.assert_close(compiled, eager)
     for name, grad in gradients(model).items():
         torch.testing.assert_close(grad, expected[name], msg=name)
 
 
 @pytest.mark.skipif(os.environ.get("SSAST_TEST_DEVICE") != "cuda", reason="needs a GPU: SSAST_TEST_DEVICE=cuda")
-def test_trace_of_a_step_on_a_gpu(device, waveform):
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_trace_of_a_step_on_a_gpu(device, waveform, kind):
     """What the GPU itself reports: our kernels, and none of what the references would launch in their place."""
-    model = build_model(CONFIG).to(device, torch.bfloat16)
+    model = build_model(CONFIGS[kind]).to(device, torch.bfloat16)
 
     def forward(patches: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return model.pretrain_patches(patches.to(torch.bfloat16), mask)
@@ -101,7 +110,7 @@ def test_trace_of_a_step_on_a_gpu(device, waveform):
         torch.cuda.synchronize()
     # Memory operations are no kernels, and "Memset" holds "mse".
     names = [event.key for event in profile.key_averages() if not event.key.startswith(("Memset", "Memcpy"))]
-    for kernel in set().union(*KERNELS.values()):
+    for kernel in set().union(*KERNELS_OF[kind].values()):
         assert any(kernel in name for name in names), f"{kernel} not in the trace"
     for foreign in ("fft", "log_softmax", "CatArrayBatched", "sort", "mse", "masked_fill"):
         assert not any(foreign.lower() in name.lower() for name in names), f"{foreign} in the trace: {names}"
