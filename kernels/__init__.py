@@ -10,7 +10,7 @@ Legend of the shapes in all files:
     H heads   N = 2 + P tokens   d = D / H
 """
 
-from .attention import attention, available_attention, use_attention
+from .attention import attention, available_attention
 from .choose_attention import AttentionChoice, choose_attention
 from .embed import NUM_PREFIX, embed_patches, embed_visible_patches, patchify
 from .fbank import fbank
@@ -36,5 +36,4 @@ __all__ = [
     "mspm_loss",
     "patchify",
     "sample_patch_mask",
-    "use_attention",
 ]

@@ -481,8 +481,6 @@ _FLASH_ATTN_MODULES = {
     "flash-attn-4": "flash_attn.cute",
 }
 
-_chosen = "torch"
-
 
 def attention(
     q: torch.Tensor,  # [B, H, N, d]
@@ -495,14 +493,13 @@ def attention(
 
     Args:
         q, k, v: of one shape and dtype; strided as they come, views of one projection included.
-        backend: None is what `use_attention` or `choose_attention` set for this process, and "torch" where neither was
-            called.
-            "torch"   PyTorch's scaled_dot_product_attention, which chooses among its own kernels: the reference
+        backend:
+            "torch", None    PyTorch's scaled_dot_product_attention, which chooses among its own kernels: the reference
             "math", "flash", "cudnn"    one of those kernels
             "flash-attn-2", "flash-attn-3", "flash-attn-4"    the installed package of that generation
             "triton"  the kernel of this file: bf16, fp16 or fp32 with fp32 sums; d of 16, 32, 64 or 128; no atomics, so
-                      the same bits in every run. None never means it unasked, in Triton's interpreter neither:
-                      it must first win a measurement.
+                      the same bits in every run. None never means it, in Triton's interpreter neither: it must first
+                      win a measurement.
 
     Returns:
         In the dtype of q. Most backends lay it out as [B, N, H, d], so that joining the heads moves nothing.
@@ -513,7 +510,7 @@ def attention(
     if q.ndim != 4 or not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype:
         given = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (q, k, v))
         raise ValueError(f"q, k and v must be [B, H, N, d] of one shape and dtype, not {given}")
-    name = backend or _chosen
+    name = backend or "torch"
     if name != "torch" and not torch.compiler.is_compiling():  # the check is not traceable, nor needed twice
         check_backend(name, q.device, q.dtype, q.shape[3])
     return BACKENDS[name](q, k, v)
@@ -523,19 +520,6 @@ def available_attention(device: torch.device | str, dtype: torch.dtype, head_dim
     """Names of the backends of `attention` that can run, "torch" first."""
     device = torch.device(device)
     return [name for name in BACKENDS if obstacle(name, device, dtype, head_dim) is None]
-
-
-def use_attention(name: str) -> None:
-    """Let `attention(..., backend=None)` use this backend from now on, in this process.
-
-    Raises:
-        ValueError: an unknown backend. Whether a known one can run shows in the first call: that depends on the
-            tensors.
-    """
-    global _chosen
-    if name not in BACKENDS:
-        raise ValueError(f"attention backend must be one of {', '.join(BACKENDS)}, not {name!r}")
-    _chosen = name
 
 
 def check_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:

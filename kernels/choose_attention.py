@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .attention import BACKENDS, attention, check_backend, first_line, obstacle, use_attention
+from .attention import BACKENDS, attention, check_backend, first_line, obstacle
 
 
 class AttentionChoice(NamedTuple):
@@ -29,11 +29,11 @@ def choose_attention(
     name: str | None = None,
     compiled: bool = False,
 ) -> AttentionChoice:
-    """Measure the backends at the shape of a run and let `attention(..., backend=None)` use the fastest from now on.
+    """Measure the backends of `attention` at the shape of a run, and name the fastest.
 
     Every backend first has to agree with float64 on the last clip of a whole batch, output and gradients, within twice
-    the error of plain PyTorch in `dtype` and 2 ulp. Timings differ from rank to rank: measure on one, and
-    `use_attention` its choice on the others.
+    the error of plain PyTorch in `dtype` and 2 ulp. Timings differ from rank to rank: measure on one,
+    and take its choice on all.
 
     Args:
         shape: [B, H, N, d] of q. As much memory as attention takes there must be free.
@@ -51,7 +51,6 @@ def choose_attention(
         name = "torch"
     if name is not None:
         check_backend(name, device, dtype, head_dim)
-        use_attention(name)
         return AttentionChoice(name, {}, {})
 
     inputs = _example(shape, dtype, device)
@@ -69,7 +68,6 @@ def choose_attention(
         raise RuntimeError(f"no attention backend works at {shape}: {left_out}")
     milliseconds = _measure(steps)
     fastest = min(milliseconds, key=milliseconds.__getitem__)
-    use_attention(fastest)
     return AttentionChoice(fastest, dict(sorted(milliseconds.items(), key=lambda item: item[1])), left_out)
 
 

@@ -30,6 +30,7 @@ from ssast.kernels import (
     mspm_loss,
     patchify,
 )
+from ssast.kernels.attention import BACKENDS as ATTENTION_BACKENDS
 
 from .config import PATCH_VALUES, LossConfig, ModelCard, ModelConfig
 from .front_end import FrontEnd
@@ -84,6 +85,8 @@ class PatchEmbedding(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention."""
 
+    backend: str | None = None  # of `ssast.kernels.attention`
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -95,7 +98,8 @@ class Attention(nn.Module):
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, N, d]
-        return self.proj(attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width))
+        out = attention(q, k, v, backend=self.backend)
+        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
 
 
 class WideLinear(nn.Linear):
@@ -377,6 +381,19 @@ class SSAST(nn.Module):
         """
         for block in self._all_blocks():
             block.activation_checkpointing = kind
+
+    def use_attention(self, backend: str | None) -> None:
+        """Compute attention in every block, the decoder's included, with this backend of `ssast.kernels.attention`.
+        None: PyTorch's own choice, which a model has from the start.
+
+        Raises:
+            ValueError: an unknown backend. Whether a known one can run depends on device, dtype and head dimension:
+                `attention` checks it in each call.
+        """
+        if backend is not None and backend not in ATTENTION_BACKENDS:
+            raise ValueError(f"attention backend must be one of {', '.join(ATTENTION_BACKENDS)}, not {backend!r}")
+        for block in self._all_blocks():
+            block.attn.backend = backend
 
     def use_fp8(self) -> None:
         """Compute the products of the MLPs in FP8 (`ssast.kernels.fp8_linear`)."""

@@ -18,7 +18,7 @@ from ssast.engine.errors import UserError, first_line
 from ssast.engine.model.cost import main_attention
 from ssast.engine.model.ssast import SSAST
 from ssast.engine.spans import span
-from ssast.kernels import AttentionChoice, choose_attention, fp8_obstacle, use_attention
+from ssast.kernels import AttentionChoice, choose_attention, fp8_obstacle
 
 from .backends import Backend
 from .checkpoint import ResumePoint
@@ -118,15 +118,16 @@ class TrainingStep:
         }
 
     def _choose_attention(self, resume_from: ResumePoint | None) -> tuple[str, str]:
-        """The backend of attention, and what to log of the choice."""
-        config, model = self.config, self.engine.module.config
+        """Give the model a backend of attention; its name, and what to log of the choice."""
+        config, model = self.config, self.engine.module
         name: str | None = config.step.attention
         if name == "auto" and resume_from is not None:
             name = resume_from.state.get("attention")
         if name in (None, "auto"):
             name = "torch" if config.run.deterministic else None
-        heads, tokens = main_attention(model, config.mask.num_masked if isinstance(config, Config) else 0)
-        shape = (self.micro_batch, heads, tokens, model.width // model.heads)
+        num_masked = config.mask.num_masked if isinstance(config, Config) else 0
+        heads, tokens = main_attention(model.config, num_masked)  # a decoder's heads are as wide as the encoder's
+        shape = (self.micro_batch, heads, tokens, model.config.width // model.config.heads)
 
         def choose() -> AttentionChoice:
             try:
@@ -137,7 +138,7 @@ class TrainingStep:
                 raise UserError(f"step.attention: {error}") from None
 
         choice = self.ranks.once(choose)
-        use_attention(choice.name)
+        model.use_attention(choice.name)
         measured = ", ".join(f"{each} {ms:.3f} ms" for each, ms in choice.milliseconds.items())
         note = f" (forward and backward at {list(shape)}: {measured})" if measured else ""
         return choice.name, choice.name + note

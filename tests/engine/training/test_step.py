@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,9 +20,12 @@ from ssast.engine.model.adapt import build_model
 from ssast.engine.model.config import ModelConfig
 from ssast.engine.model.ssast import SSAST
 from ssast.engine.training.auto_batch import AutoBatch, activation_bytes, find_auto_batch, with_micro_batch
+from ssast.engine.training.backends import choose_backend
 from ssast.engine.training.backends.ddp import PlainEngine
 from ssast.engine.training.compilation import Compilation, choose_compile
-from ssast.engine.training.step import build_optimizer, choose_optimizer, use_norms
+from ssast.engine.training.pretraining import Pretraining
+from ssast.engine.training.step import TrainingStep, build_optimizer, choose_optimizer, use_norms
+from ssast.kernels.attention import BACKENDS
 
 SHAPE = ModelConfig(depth=2, input_frames=64)
 CPU = torch.device("cpu")
@@ -122,6 +126,45 @@ def test_what_is_compiled_when_nothing_is_said():
     assert settle("blocks", device="cpu") == "blocks"
     with pytest.raises(UserError, match="ZeRO 3"):
         settle("encoder", stage=3)
+
+
+@pytest.mark.parametrize("regions", ["off", "encoder", "blocks"])
+def test_attention_is_chosen_for_every_block_of_one_model(batch, monkeypatch, regions):
+    """A backend that gives v: every block of encoder and decoder that takes it moves the loss."""
+    monkeypatch.setitem(BACKENDS, "math", lambda q, k, v: v)
+    torch._dynamo.reset()
+    shape = replace(SHAPE, depth=1, encoder_tokens="visible", decoder_depth=1)
+    losses = {}
+    for name in ("plain", "by hand", "chosen"):
+        model = build_model(shape)
+        if name == "by hand":
+            for block in (*model.blocks, *model.decoder.blocks):
+                monkeypatch.setattr(block.attn, "backend", "math")
+        if name == "chosen":
+            model.use_attention("math")
+        if regions != "off":
+            model.compile_regions(regions, fullgraph=True, dynamic=False, backend="eager")
+        losses[name] = model.pretrain_patches(*batch).loss.item()
+        with torch.no_grad():  # other models know nothing of it
+            assert build_model(shape).pretrain_patches(*batch).loss.item() == pytest.approx(losses["plain"], rel=1e-5)
+        if name == "chosen":
+            model.use_attention(None)  # compiled code sees it
+            assert model.pretrain_patches(*batch).loss.item() == pytest.approx(losses["plain"], rel=1e-5)
+    assert losses["chosen"] == losses["by hand"] != pytest.approx(losses["plain"], rel=1e-5)
+    with pytest.raises(ValueError, match=r"must be one of torch, math, flash, cudnn, .*, triton, not 'fast'"):
+        model.use_attention("fast")
+
+
+def test_the_step_gives_the_model_the_attention_that_the_config_names(alone):
+    """With neither a trainer nor a verb around it, as benchmarks build it."""
+    for given, expected in (("math", "math"), ("auto", "torch")):
+        config = Config.model_validate({**SMALL, "step": {"engine": "ddp", "attention": given}})
+        card = types.SimpleNamespace(mean=0.0, std=1.0)
+        model, objective = build_model(config.architecture), Pretraining(config, card, alone)
+        step = TrainingStep(config, model, alone, objective, choose_backend("ddp"))
+        assert step.describe()["attention"] == expected
+        assert {block.attn.backend for block in model.blocks} == {expected}
+        step.engine.release()
 
 
 def test_fp8_mlps_learn_much_the_same(batch):
