@@ -140,19 +140,6 @@ def step_table(file: Path = RESULTS / "step.csv") -> str:
     return _step_lines(rows) or UNMEASURED
 
 
-def headline_table(file: Path = RESULTS / "step.csv") -> str:
-    """Of the step's last run on each GPU the fastest case of this engine, and the baselines."""
-    rows = [row for row in read_rows(file) if row["kind"] == "cuda" and row["clips_per_s"]] if file.exists() else []
-    best: list[Row] = []
-    for device in dict.fromkeys(row["device"] for row in rows):
-        last = [row for row in rows if row["device"] == device and _run(row) == _run(rows[-1])]
-        for provider in dict.fromkeys(row["provider"] for row in last):
-            best.append(
-                max((row for row in last if row["provider"] == provider), key=lambda row: float(row["clips_per_s"]))
-            )
-    return _step_lines(best) or UNMEASURED
-
-
 def _step_lines(rows: list[Row]) -> str:
     tables = []
     for device in dict.fromkeys(row["device"] for row in rows):
@@ -390,7 +377,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "compile": compile_table,
     "precision": precision_table,
     "step": step_table,
-    "headline": headline_table,
     "loader": loader_table,
     "study": study_table,
     "encoder_tokens": encoder_tokens_table,

@@ -120,6 +120,9 @@ def _read_folder(source: str, path: str, layout: str, classes: bool, cache_dir: 
     root = Path(path)
     remarks: list[str] = []
     reader: Callable[[Path, list[str]], Iterator[Record]]
+    layouts = ("auto", "plain", *LAYOUTS, SPEECH_COMMANDS_12)
+    if layout not in layouts:
+        raise UserError(f"layout {layout!r} is none of {', '.join(layouts)}")
     if layout == SPEECH_COMMANDS_12:
         return Source(source, layout, list(speech_commands_12(root, remarks, cache_dir)), remarks)
     if layout == "auto":

@@ -16,6 +16,7 @@ import argparse
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from ssast.engine.errors import UserError
@@ -31,16 +32,13 @@ __all__ = ["export_hf", "export_model", "export_onnx", "export_torch", "from_hf"
 
 log = logging.getLogger("ssast")
 
-SUFFIXES = {".safetensors": "safetensors", ".pth": "official", ".onnx": "onnx", ".pt2": "torch-export", "": "hf"}
-
 
 def export_model(model: SSAST, out: str | os.PathLike[str], to: str | None = None, *, force: bool = False) -> str:
     """Write the model to `out`, whole or not at all.
 
     Args:
         out: a file, or for "hf" a folder.
-        to: "safetensors", "official", "hf", "onnx" or "torch-export". None: by the suffix of `out`, a folder where
-            there is none.
+        to: one of `FORMATS`. None: by the suffix of `out`, a folder where there is none.
         force: replace what is there. A folder is replaced only if it holds nothing but an earlier export.
 
     Returns:
@@ -52,17 +50,17 @@ def export_model(model: SSAST, out: str | os.PathLike[str], to: str | None = Non
             not installed, a result that does not compute what the model does, or a path that cannot be written.
     """
     out, to = Path(out), to or _format_of(Path(out))
-    if to not in WRITERS:
-        raise UserError(f"format must be one of {', '.join(WRITERS)}, not {to!r}")
+    if to not in FORMATS:
+        raise UserError(f"format must be one of {', '.join(FORMATS)}, not {to!r}")
     if out.exists() and not force:
         raise UserError(f"{out}: is there already; --force (force=True) replaces it")
-    if out.is_dir() and to != "hf":
+    if out.is_dir() and FORMATS[to].suffix:
         raise UserError(f"{out}: is a folder; {to} is one file")
-    if out.is_file() and to == "hf":
-        raise UserError(f"{out}: is a file; hf is a folder")
+    if out.is_file() and not FORMATS[to].suffix:
+        raise UserError(f"{out}: is a file; {to} is a folder")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        return f"{WRITERS[to](model, out)}; encoder_tokens: {model.config.encoder_tokens}"
+        return f"{FORMATS[to].write(model, out)}; encoder_tokens: {model.config.encoder_tokens}"
     except Exception as error:
         if isinstance(error, UserError) or not is_write_error(error):
             raise
@@ -70,9 +68,10 @@ def export_model(model: SSAST, out: str | os.PathLike[str], to: str | None = Non
 
 
 def _format_of(out: Path) -> str:
-    if out.suffix not in SUFFIXES:
-        raise UserError(f"{out}: its suffix tells no format; give --to {{{','.join(WRITERS)}}}")
-    return SUFFIXES[out.suffix]
+    for name, each in FORMATS.items():
+        if each.suffix == out.suffix:
+            return name
+    raise UserError(f"{out}: its suffix tells no format; give --to {{{','.join(FORMATS)}}}")
 
 
 def _write_safetensors(model: SSAST, out: Path) -> str:
@@ -111,12 +110,20 @@ def _write_torch(model: SSAST, out: Path) -> str:
     return f"{out}: torch.export of {input_samples(model)} samples; differs by at most {export_torch(model, out):.1e}"
 
 
-WRITERS: dict[str, Callable[[SSAST, Path], str]] = {
-    "safetensors": _write_safetensors,
-    "official": _write_official,
-    "hf": _write_hf,
-    "onnx": _write_onnx,
-    "torch-export": _write_torch,
+@dataclass(frozen=True)
+class Format:
+    """How a model is written. `write` returns what was written, and how closely it computes what the model does."""
+
+    suffix: str  # of the file, by which it is chosen; "": a folder
+    write: Callable[[SSAST, Path], str]
+
+
+FORMATS = {
+    "safetensors": Format(".safetensors", _write_safetensors),
+    "official": Format(".pth", _write_official),
+    "hf": Format("", _write_hf),
+    "onnx": Format(".onnx", _write_onnx),
+    "torch-export": Format(".pt2", _write_torch),
 }
 
 
@@ -127,7 +134,7 @@ def main(argv: list[str]) -> int:
         "model", type=expand_path, help="checkpoint or run folder, an official .pth, or a Hugging Face AST folder"
     )
     parser.add_argument("--out", required=True, type=path_argument, help="file to write, or for hf a folder")
-    parser.add_argument("--to", choices=WRITERS, help="default: by the suffix of --out; a folder without suffix is hf")
+    parser.add_argument("--to", choices=FORMATS, help="default: by the suffix of --out; a folder without suffix is hf")
     parser.add_argument("--force", action="store_true", help="replace what is there")
     parser.add_argument(
         "--input-frames", type=int, metavar="T", help="length of the window in frames of 10 ms; default: the model's"

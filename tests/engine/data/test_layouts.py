@@ -158,6 +158,11 @@ def test_layouts_are_recognised_and_carry_labels_speakers_and_splits(tmp_path, n
         assert f"does not look like {other}" in message(tmp_path, other)
 
 
+def test_an_unknown_layout_is_named(tmp_path):
+    touch(tmp_path, "a.wav")
+    assert message(tmp_path, "esc51").startswith("layout 'esc51' is none of auto, plain, esc50, ")
+
+
 def test_a_part_of_librispeech_alone(tmp_path):
     librispeech(tmp_path)
     part = tmp_path / "LibriSpeech" / "dev-other"

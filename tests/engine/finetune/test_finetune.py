@@ -275,6 +275,7 @@ def test_a_recipe_from_end_to_end(recipe, tmp_path, finetune, request):
     if recipe not in DRAWN:
         request.getfixturevalue("no_pictures")
     build, settings, labels = next(tree for name, tree in TREES.items() if recipe.startswith(name))
+    config = load_config(recipe, [], FinetuneConfig)
     root = tmp_path / "data"
     root.mkdir()
     tested = build(root)
@@ -286,13 +287,13 @@ def test_a_recipe_from_end_to_end(recipe, tmp_path, finetune, request):
     top = tmp_path / "runs" / recipe
     folds = re.findall(r"task\.fold=(\d)", settings) or sorted(tested)
     assert (top / "report.html").stat().st_size > 3000
-    assert ("| *the paper: " in (top / "results.md").read_text()) == (recipe not in ("custom", "audioset-2m"))
+    assert ("| *the paper: " in (top / "results.md").read_text()) == bool(config.paper)
     assert sorted(row["fold"] for row in table(top)) == folds
     for fold in folds:
         folder = top / f"fold-{fold}" if len(folds) > 1 else top
         found, rows = results(folder), predictions(folder)
         assert (folder / "classes.png").read_bytes().startswith(PICTURE)
-        assert (folder / "confusion.png").is_file() == (not recipe.startswith("audioset"))
+        assert (folder / "confusion.png").is_file() == (not config.task.multi_label)
         assert {row["path"] for row in rows} == tested[fold] and len(rows) == len(tested[fold]) == found["clips"][
             "test"
         ]
@@ -307,7 +308,7 @@ def test_a_recipe_from_end_to_end(recipe, tmp_path, finetune, request):
             assert found["metrics"]["accuracy"] == pytest.approx(
                 np.mean([row["target"] == row["answer"] for row in rows])
             )
-        assert ("average of 2 epochs" in found["weights"]) == recipe.startswith("audioset")
+        assert ("average of 2 epochs" in found["weights"]) == (config.task.select == "average")
 
 
 def probabilities(model, paths: list[str]) -> np.ndarray:
