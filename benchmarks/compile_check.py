@@ -126,17 +126,23 @@ class Recorder:
     kernels: dict[str, tuple[str, str, str, Any]] = field(default_factory=dict)
     errors: dict[str, None] = field(default_factory=dict)  # a set in order
 
-    def get_current_target(self) -> GPUTarget:  # from here what the compiler asks of a driver
+    # from here what the compiler asks of a driver
+
+    def get_current_target(self) -> GPUTarget:
+        """The GPU that is compiled for."""
         return GPUTarget("cuda", self.target, 32)
 
     def get_current_device(self) -> int:
+        """A number by which Triton keeps compiled kernels apart."""
         return self.target  # kernels are cached by device, and must not be across targets
 
     def get_current_stream(self, device: int) -> int:
+        """None is there; nothing is launched."""
         return 0
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
+        """Kernels that are launched within are compiled and kept, not run."""
         compile_and_run = JITFunction.run
 
         def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -205,6 +211,7 @@ def _last_line(error: Exception) -> str:
 
 
 def inspect(operator: str, case: str, name: str, compiled: Any) -> Compiled:
+    """What the machine code of a compiled kernel says of it."""
     usage, sass = _disassemble(compiled.asm["cubin"])
     names = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", sass, re.MULTILINE)
     count = {name: names.count(name) for name in set(names)}
@@ -296,6 +303,7 @@ COLUMNS = {
 
 
 def draw_table(kernels: Sequence[Compiled]) -> str:
+    """A line for each kernel, to be read in a terminal."""
     rows = [list(COLUMNS.values())]
     variants = tell_apart(kernels)
     for each in kernels:
@@ -332,6 +340,7 @@ def tell_apart(kernels: Sequence[Compiled]) -> dict[Compiled, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Compile all kernels and check their machine code; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m ssast.benchmarks.compile_check",
         description=__doc__,

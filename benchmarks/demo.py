@@ -23,6 +23,7 @@ FILE = RESULTS / "demo.csv"
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Train, measure and add rows; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m ssast.benchmarks.demo", description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ranks", type=int, default=2)

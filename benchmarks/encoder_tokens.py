@@ -160,6 +160,7 @@ def measure(size: str, batch: int, turns: int, overrides: list[str]) -> list[Row
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Time the steps in turn and print or add rows; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m ssast.benchmarks.encoder_tokens", description=__doc__.split("\n\n")[0]
     )

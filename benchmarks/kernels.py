@@ -322,7 +322,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure what the command line asks for; the exit status."""
+    """Measure what the command line asks for; the exit status.
+
+    Raises:
+        UserError: a provider that there is not.
+    """
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     setting = Setting(

@@ -31,7 +31,11 @@ OTHERS = [colour for colour in PALETTE.values() if colour not in COLOURS.values(
 
 
 def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Draw what the rows hold; returns the files."""
+    """Draw what the rows hold; returns the files.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     measured = [row for row in rows if row["operator"] != CEILING]
     ceilings = {row["shape"].split()[0]: row for row in rows if row["operator"] == CEILING}
     figures = {

@@ -418,7 +418,11 @@ def load_config(source: str | Path, overrides: Iterable[str] = (), kind: type[C]
 
 
 def validated(tree: dict[str, Any], path: Path, kind: type[C] = Config) -> C:
-    """Raises UserError with what is wrong, key by key; `path`: where the settings come from."""
+    """The settings as a config; `path` says where they come from.
+
+    Raises:
+        UserError: what is wrong, key by key.
+    """
     try:
         return kind.model_validate(tree)
     except ValidationError as error:

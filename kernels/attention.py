@@ -523,7 +523,11 @@ def available_attention(device: torch.device | str, dtype: torch.dtype, head_dim
 
 
 def check_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-    """Raises ValueError with what is available, unless the backend can run."""
+    """A backend to be used must be able to run here.
+
+    Raises:
+        ValueError: it cannot; the message says what is available.
+    """
     reason = obstacle(name, device, dtype, head_dim)
     if reason is not None:
         available = ", ".join(available_attention(device, dtype, head_dim))
@@ -586,4 +590,5 @@ def _flash_attn_obstacle(name: str, capability: tuple[int, int], dtype: torch.dt
 
 
 def first_line(error: Exception) -> str:
+    """Of an error's message."""
     return next(iter(str(error).splitlines()), "")

@@ -48,7 +48,11 @@ class Corpus:
         return self.folder / "short" / codec
 
     def clips(self, codec: str, source: str) -> Clips:
-        """As training opens them. Raises UserError if a file would not be read as it is."""
+        """As training opens them.
+
+        Raises:
+            UserError: a file would not be read as it is.
+        """
         if source == "shards":
             return open_shards(self.shards(codec))
         entries = [Record(path) for path in self.files(codec)]

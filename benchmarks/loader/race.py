@@ -103,6 +103,9 @@ def run_race(jobs: Sequence[Job], cores: Sequence[int], *, rounds: int, seconds:
 def run_alone(what: str, job: Job, cores: Sequence[int]) -> Iterator[Job]:
     """Answers of a process that starts from nothing and measures by itself; "started" is when, by the clock of all
     processes.
+
+    Raises:
+        UserError: the process failed.
     """
     with pinned(cores):
         started = time.monotonic()

@@ -29,7 +29,11 @@ BAR, GAP = 0.21, 0.7  # inches of a bar; bars between two groups
 
 
 def draw(rows: Sequence[Row], file: Path) -> Path:
-    """The rates of one run. Raises UserError if the file cannot be written."""
+    """The rates of one run.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     rates = [row for row in rows if row["metric"] == RATE and row["p50"] not in ("", None)]
     panels = [[row for row in rates if row["codec"] == codec] for codec in dict.fromkeys(row["codec"] for row in rates)]
     units = [len(panel) + GAP * len({row["workers"] for row in panel}) for panel in panels]

@@ -59,8 +59,9 @@ def check_clips(
     still works, with a warning. Timeouts, crashes and read errors are not cached, since they may be the machine's
     fault.
 
-    Raises `UserError` if `cache_dir` cannot be written, for one if the disk is full, and `RuntimeError` if workers
-    cannot start.
+    Raises:
+        UserError: `cache_dir` cannot be written, for one because the disk is full.
+        RuntimeError: workers cannot start.
     """
     cache_dir = _writable(cache_dir)
     number = {path: i for i, path in enumerate(dict.fromkeys(entry.path for entry in entries))}

@@ -98,6 +98,7 @@ class Clips:
 
     @property
     def hours(self) -> float:
+        """Of all clips together."""
         return float((self.frames / self.sample_rates).sum() / 3600)
 
     @property

@@ -38,6 +38,8 @@ MIN_STD = 1e-3
 
 @dataclass(frozen=True)
 class Dataset:
+    """The clips of a run, and the mean and standard deviation of their log-mel features."""
+
     train: Clips
     valid: Clips
     skipped: list[Skipped]
@@ -49,9 +51,11 @@ class Dataset:
     """[N] of the training clips: they are drawn in proportion, not each once an epoch."""
 
     def parts(self) -> tuple[Clips, ...]:
+        """All clips, as they are read."""
         return self.train, self.valid
 
     def summary(self) -> dict[str, int | float]:
+        """What environment.json and the log say of the data."""
         return {
             "clips": len(self.train) + len(self.valid),
             "hours": round(self.train.hours + self.valid.hours, 4),
@@ -120,6 +124,7 @@ def open_dataset(config: Config, measured: tuple[float, float] | None = None) ->
 
 
 def cache_folder(data: DataSection) -> Path:
+    """Where verdicts on files and converted copies are kept."""
     if data.cache_dir is not None:
         return Path(data.cache_dir)
     return default_cache_folder()
@@ -248,7 +253,11 @@ def _read(source: str) -> Source:
 
 
 def require_whole_files(source: str, records: Sequence[Record]) -> None:
-    """Raises UserError for clips that are parts of files, which training does not cut."""
+    """Of clips to train on, none may be a part of a file.
+
+    Raises:
+        UserError: one is, which training does not cut.
+    """
     part = next((record for record in records if record.is_segment), None)
     if part is not None:
         raise UserError(
@@ -271,7 +280,11 @@ def _long_enough(clips: Clips, min_seconds: float) -> tuple[Clips, list[Skipped]
 
 
 def check_reachable(data: Dataset) -> None:
-    """Raise UserError on a machine that does not see the files that the first one checked."""
+    """Look for the files that the first machine checked, on another one.
+
+    Raises:
+        UserError: one is not there.
+    """
     for clips in data.parts():
         plain = clips.subset(~clips.in_shards)
         shards = clips.subset(clips.in_shards).paths.used()

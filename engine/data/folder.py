@@ -218,7 +218,11 @@ def _metadata_rows(path: str, file: TextIO, remarks: list[str]) -> Iterator[Reco
 
 
 def require_most(path: str, matched: int, listed: int, absent: str) -> None:
-    """Raises UserError for a list whose names are mostly not there; `absent` is an example."""
+    """Of the names in a list, most must have a file; `absent` is an example of those that have none.
+
+    Raises:
+        UserError: most have none.
+    """
     if 2 * matched < listed:
         raise UserError(
             f"{path}: only {matched} of {listed} names that it lists have an audio file, {absent} has none; is the "

@@ -54,6 +54,7 @@ class MixedOrder(SampleOrder):
         self._sets = [_Passes(size, seed, Stream.ORDER_SET + number) for number, size in enumerate(sizes)]
 
     def clips_at(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(clips int64 [count], passes int64 [count] over the clip's data set) of the positions from `first` on."""
         blocks, places = np.divmod(np.arange(first, first + count, dtype=np.int64), BLOCK)
         data_set, turn = np.empty_like(blocks), np.empty_like(blocks)
         for block in np.unique(blocks).tolist():
@@ -82,6 +83,7 @@ class WeightedOrder(SampleOrder):
         self._edges = total / total[-1]
 
     def clips_at(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(clips int64 [count], epochs int64 [count]) of the positions from `first` on."""
         place = torch.arange(first, first + count, dtype=torch.int64)
         zero = torch.zeros_like(place)
         high, low, *_ = philox(self.seed, place & 0xFFFFFFFF, place >> 32, zero, zero + Stream.DRAW)

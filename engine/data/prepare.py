@@ -69,6 +69,8 @@ class Settings:
     shard_size: int = 0
 
     def extraction(self, memory: int) -> Extraction:
+        """The same for the processes, in samples; `memory` is in bytes of address space each."""
+
         def samples(seconds: float) -> int:
             return round(seconds * self.sample_rate)
 
@@ -99,13 +101,15 @@ class Plan:
         return {"files": len(self.recordings), "bytes": size, "sha256": digest.hexdigest()}
 
     def shard(self, number: int) -> list[Record]:
+        """The recordings of one shard."""
         return self.recordings[self.starts[number] : self.starts[number + 1]]
 
 
 def make_plan(settings: Settings) -> Plan:
     """Finds all recordings; what it finds, and does not, goes to standard error.
 
-    Raises `UserError` if a source cannot be read.
+    Raises:
+        UserError: a source cannot be read.
     """
     found: list[Record] = []
     for source in settings.sources:
@@ -207,12 +211,14 @@ class Folder:
 
     @property
     def count(self) -> int:
+        """The number of shards."""
         return len(self.plan.starts) - 1
 
     def begin(self) -> bool:
         """Claims the folder for these settings and this plan; False if it is finished.
 
-        Raises `UserError` if it is something else, or another run is at work on it.
+        Raises:
+            UserError: it is something else, or another run is at work on it.
         """
         record = {"format": FORMAT, "settings": asdict(self.settings), "recordings": self.plan.summary()}
         for name in (FINISHED, BEGUN):
@@ -243,13 +249,16 @@ class Folder:
         return True
 
     def close(self) -> None:
+        """Let another run begin."""
         if self._lock is not None:
             self._lock.close()
 
     def aside(self, number: int) -> Path:
+        """Where a shard is written until it is whole."""
         return self.shards / f".{shard_name(number)}.tmp"
 
     def part_path(self, number: int) -> Path:
+        """Where it is written what a shard holds."""
         return self.shards / f".{number:05d}.json"
 
     def part(self, number: int) -> dict[str, Any] | None:
@@ -267,7 +276,11 @@ class Folder:
         write_whole(self.part_path(shard.number), json.dumps(shard.part()))
 
     def finish(self, progress: bool) -> dict[str, Any]:
-        """Writes all but the shards; a summary."""
+        """Writes all but the shards; a summary.
+
+        Raises:
+            UserError: no recording can be used.
+        """
         parts = (self.part(number) for number in range(self.count))
         index, described, rejected, sources = Index(self.path / "index"), [], [], 0
         remarks = Remarks()
@@ -434,8 +447,9 @@ def prepare(
 
     Each of `workers` processes may take `timeout_s` seconds and `memory` bytes of address space for a recording.
 
-    Raises `UserError` for settings that make no sense, sources that cannot be read, a folder that is something else or
-    cannot be written to, and if no recording can be used.
+    Raises:
+        UserError: the settings make no sense, a source cannot be read, the folder is something else or cannot be
+            written to, or no recording can be used.
     """
     _require_sense(settings)
     plan = make_plan(settings)

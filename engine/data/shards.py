@@ -53,6 +53,7 @@ _LISTED = 20  # faults of one shard that are told one by one
 
 
 def shard_name(number: int) -> str:
+    """The file's name."""
     return f"{number:05d}.tar"
 
 
@@ -126,6 +127,7 @@ class Index:
             column.append([0])
 
     def append(self, numbers: dict[str, Sequence[int]], texts: dict[str, Sequence[str]]) -> None:
+        """Add rows: of each column of `NUMBERS` and of `TEXTS` as many values."""
         for name, column in self._numbers.items():
             column.append(numbers[name])
         for name in TEXTS:
@@ -136,6 +138,7 @@ class Index:
         self.rows += len(numbers["shard"])
 
     def close(self) -> None:
+        """Complete the files."""
         for column in (*self._numbers.values(), *self._ends.values(), *self._texts.values()):
             column.close()
 

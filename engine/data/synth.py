@@ -316,8 +316,9 @@ def synthesize(label: str, seed: int, index: int, sample_rate: int = SAMPLE_RATE
     """One clip, float32 [S], 2 to 6 seconds long: peak at -30 to -3 dBFS, all multiples of 2**-15, which 16-bit files
     hold exactly.
 
-    Raises ValueError for a label not in `CLASSES`, a seed outside 0..2**64-1, an index outside 0..2**32-1, or a rate
-    below 16 kHz, which would cut off what sets some of the classes apart.
+    Raises:
+        ValueError: a label not in `CLASSES`, a seed outside 0..2**64-1, an index outside 0..2**32-1, or a rate below
+            16 kHz, which would cut off what sets some of the classes apart.
     """
     if label not in CLASSES:
         raise ValueError(f"unknown label {label!r}: expected one of {', '.join(CLASSES)}")
@@ -366,8 +367,9 @@ def write_corpus(folder: Path, clips: int = 300, seed: int = 0, progress: bool =
     Last of all comes `folder/corpus.json`, until then corpus.json.part: a finished corpus is left as it is, an
     interrupted one is completed.
 
-    Raises UserError for fewer clips than classes, a seed outside 0..2**64-1, and a folder that holds anything else or
-    cannot be written to.
+    Raises:
+        UserError: fewer clips than classes, a seed outside 0..2**64-1, or a folder that holds anything else or cannot
+            be written to.
     """
     if clips < len(CLASSES):
         raise UserError(f"cannot make a corpus of {clips} clips: ask for at least {len(CLASSES)}, one for each class")

@@ -28,6 +28,7 @@ class Texts(Sequence[str]):
 
     @classmethod
     def from_list(cls, texts: Sequence[str]) -> Texts:
+        """One block of all texts."""
         encoded = [encode_text(text) for text in texts]
         offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
         np.cumsum([len(text) for text in encoded], out=offsets[1:])
@@ -40,11 +41,13 @@ class Texts(Sequence[str]):
 
     @staticmethod
     def joined(parts: Sequence[Texts]) -> Texts:
+        """One after the other; the blocks are not copied."""
         bases = accumulate((part._starts[-1] for part in parts), initial=0)
         rows = [part.rows + base for part, base in zip(parts, bases, strict=False)]
         return Texts([block for part in parts for block in part._blocks], np.concatenate(rows))
 
     def subset(self, index: np.ndarray | slice) -> Texts:
+        """The texts at `index`; the blocks are not copied."""
         return Texts(self._blocks, self.rows[index])
 
     def __len__(self) -> int:
@@ -119,6 +122,7 @@ class Block:
         return offsets, utf8
 
     def encoded(self, rows: np.ndarray) -> Iterator[memoryview]:
+        """UTF-8 of the texts at `rows` int64 [N]."""
         offsets, utf8 = self.arrays
         view = memoryview(utf8)
         return (
@@ -127,6 +131,7 @@ class Block:
 
     @functools.cached_property
     def hashes(self) -> np.ndarray:
+        """uint64, one for each text."""
         offsets, utf8 = self.arrays
         found = np.empty(self._count, dtype=np.uint64)
         for start in range(0, self._count, _CHUNK):

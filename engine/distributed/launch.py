@@ -26,7 +26,11 @@ LAUNCHER_NOTICES_S = 3.0
 
 
 def count_ranks(asked: int | None) -> int:
-    """Processes to start on this machine; by default one for each visible GPU, or one."""
+    """Processes to start on this machine; by default one for each visible GPU, or one.
+
+    Raises:
+        UserError: fewer than one was asked for.
+    """
     ranks = asked if asked is not None else max(1, torch.cuda.device_count())
     if ranks < 1:
         raise UserError(f"--ranks {ranks}: at least one process is needed")

@@ -36,6 +36,9 @@ def mixup(
     Returns:
         (waveform float32 [B, S] in [-1, 1], lengths [B], targets [B, C]). Rows that are not mixed come as they are, bit
         for bit.
+
+    Raises:
+        ValueError: a rate outside 0..1.
     """
     if not 0 <= rate <= 1:
         raise ValueError(f"the rate of mixing must be between 0 and 1, not {rate}")
@@ -98,6 +101,9 @@ def spec_augment(
         freq_mask, time_mask: the parameters, at most F and T.
         lengths: [B] frames in which the stretch is placed, and which it does not exceed; all T by default, as in the
             official loader.
+
+    Raises:
+        ValueError: a mask may be larger than the features.
     """
     batch, frames, bins = features.shape
     if not (0 <= freq_mask <= bins and 0 <= time_mask <= frames):

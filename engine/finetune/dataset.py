@@ -47,9 +47,11 @@ class TaskData(Dataset):
     remarks: tuple[str, ...] = ()
 
     def parts(self) -> tuple[Clips, ...]:
+        """All clips, as they are read."""
         return self.train, self.valid, self.test
 
     def summary(self) -> dict[str, int | float]:
+        """What environment.json and the log say of the data."""
         return super().summary() | {"test_clips": len(self.test), "classes": len(self.labels)}
 
 

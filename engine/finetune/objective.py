@@ -39,6 +39,7 @@ class FineTuning:
         self._targets = torch.from_numpy(data.train_targets).to(ranks.device)  # bool [N, C]
 
     def losses(self, engine: ModelEngine, batch: Batch) -> Sequence[torch.Tensor]:
+        """The loss of a micro-batch, augmented by its position in the sample order."""
         augment, seed, offset = self.config.augment, self.config.run.seed, batch.position
         with span("copy"):
             tensors = (batch.waveform, batch.lengths, batch.clips)
@@ -72,6 +73,7 @@ class FineTuning:
         return self.front_end.features(waveform, lengths, dtype=torch.bfloat16 if in_bf16 else torch.float32)
 
     def logits(self, engine: ModelEngine, features: torch.Tensor) -> torch.Tensor:
+        """float32 [B, C] of normalised features [B, T, F]."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.uses_autocast):
             return engine(lambda model: model.classify(features)).float()
 
@@ -95,10 +97,12 @@ class FineTuning:
         return scores.cpu().numpy(), read.cpu().numpy()
 
     def validate(self, engine: ModelEngine, batches: Iterable[tuple[Batch, int]]) -> dict[str, float]:
+        """The metrics of all validation clips, on every rank."""
         scores, read = self.scores(engine, batches, len(self.data.valid))
         return class_metrics(scores, self.data.valid_targets[read], self.data.labels, self.config.task.multi_label)
 
     def judge(self, metrics: dict[str, float]) -> tuple[str, float]:
+        """By `task.metric`, or the one that goes with the kind of labels."""
         return self.config.metric, metrics[self.config.metric]
 
     def chance(self, metrics: dict[str, float]) -> str | None:
@@ -111,14 +115,17 @@ class FineTuning:
         return f"accuracy {metrics['accuracy']:.3f}, that of always answering the most frequent class {majority:.3f}"
 
     def validation_row(self, metrics: dict[str, float]) -> dict[str, Any]:
+        """All metrics."""
         return metrics
 
     def keep_epoch(self, step: int) -> int | None:
+        """With `task.select=average`, of every epoch from `task.average_from` on."""
         task, per_epoch = self.config.task, self.config.train.steps_per_epoch
         epoch, rest = divmod(step, per_epoch)
         return epoch if task.select == "average" and not rest and epoch >= task.average_from else None
 
     def parameter_groups(self, model: SSAST) -> list[dict[str, Any]]:
+        """The body, and the fresh head with a learning rate of its own; a group without parameters is left out."""
         head, body = [], []
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:

@@ -102,7 +102,11 @@ def _start(arguments: argparse.Namespace) -> int:
 
 
 def run_all(config: FinetuneConfig, arms: list[Arm], seeds: int, stop_request: StopRequest) -> int:
-    """All runs of the command on the ranks that there are, and their table."""
+    """All runs of the command on the ranks that there are, and their table.
+
+    Raises:
+        UserError: mixup with micro-batches of one clip.
+    """
     warnings.filterwarnings("ignore", category=FutureWarning)
     ranks = join_ranks(config.step.engine)
     if config.run.deterministic:

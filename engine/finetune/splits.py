@@ -44,12 +44,15 @@ class Split:
 
     @property
     def parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The numbers of the clips to train, validate and test on."""
         return self.train, self.valid, self.test
 
     def named(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Each part with its name."""
         return zip(("train", "valid", "test"), self.parts, strict=True)
 
     def without(self, clips: np.ndarray) -> Split:
+        """The same less some clips, by their numbers."""
         return Split(*(part[~np.isin(part, clips)] for part in self.parts))
 
 

@@ -148,7 +148,11 @@ def embed_recordings(
 
 
 def known_pool(model: SSAST, pool: str | None) -> str:
-    """Raises ValueError for an unknown one."""
+    """The way of pooling, if there is such a one.
+
+    Raises:
+        ValueError: there is not.
+    """
     pool = model.card.pool if pool is None else pool
     if pool not in ("mean", "cls"):
         raise ValueError(f"pool must be 'mean' or 'cls', not {pool!r}")

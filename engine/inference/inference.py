@@ -102,7 +102,11 @@ def layer_encoder(model: SSAST, layer: int | None) -> Encoder:
 
 
 def require_batch_size(batch_size: int) -> None:
-    """Raises ValueError for less than one window at a time."""
+    """A batch holds at least one window.
+
+    Raises:
+        ValueError: it would hold none.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
 

@@ -109,7 +109,11 @@ def open_model(path: str, device: str, window: float | None = None, labels: Path
 
 
 def require_new(path: Path) -> None:
-    """Raises UserError for a file that is there already, or for which there is no folder."""
+    """A file to be written must not be there yet.
+
+    Raises:
+        UserError: it is there, or there is no folder for it.
+    """
     if path.exists():
         raise UserError(f"{path} is there already: delete it, or choose another name")
     if not path.absolute().parent.is_dir():
@@ -118,7 +122,11 @@ def require_new(path: Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raises UserError for an OSError, a full disk for one."""
+    """Report what goes wrong while `path` is written.
+
+    Raises:
+        UserError: for an OSError, a full disk for one.
+    """
     try:
         yield
     except OSError as error:
@@ -126,7 +134,11 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def require_some(count: int, rejected: Sequence[tuple[str, str]], listed: Path | None = None) -> None:
-    """Raises UserError if all of `count` recordings were rejected."""
+    """Of `count` recordings at least one must be usable.
+
+    Raises:
+        UserError: all were rejected.
+    """
     if len(rejected) == count:
         where = f", see {listed}" if listed else ""
         raise UserError(f"none of {count} recordings can be used{where}; the first: {rejected[0][0]}: {rejected[0][1]}")

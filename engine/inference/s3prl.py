@@ -87,6 +87,9 @@ class UpstreamExpert(nn.Module):
             "hidden_states": the tokens before the first and after every block, each [B, T', D] (f * D for "concat"),
             zero past a clip's own length; "last_hidden_state": after the final norm. T' is that of the longest clip, of
             S samples round(S / downsample rate), at least 1.
+
+        Raises:
+            ValueError: there are no waveforms.
         """
         if not wavs:
             raise ValueError("wavs is empty")

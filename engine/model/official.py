@@ -167,6 +167,9 @@ def to_official(model: SSAST, prefix: str = "module.") -> dict[str, torch.Tensor
 
     A model of `encoder_tokens` "visible" goes in without its decoder and heads, which the official code has no names
     for: its fine-tuning reads the encoder and does not miss the rest.
+
+    Raises:
+        UserError: the official format has no names for the parts of this model.
     """
     config, weights = model.config, {key: value.detach().cpu() for key, value in model.state_dict().items()}
     if config.layer_weights:

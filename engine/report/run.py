@@ -137,7 +137,11 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder, which need not be finished."""
+    """Read a run folder, which need not be finished.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
     for name in ("config.yaml", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise UserError(

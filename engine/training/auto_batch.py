@@ -23,6 +23,8 @@ MOST = 1 << 16
 
 @dataclass(frozen=True)
 class AutoBatch:
+    """How the batch of a step is cut into micro-batches."""
+
     largest: int
     """Clips of a micro-batch that fit on one device."""
     used: int
@@ -49,6 +51,7 @@ def find_auto_batch(config: Config, ranks: Ranks) -> AutoBatch:
 
 
 def with_micro_batch(config: Config, found: AutoBatch, world_size: int) -> Config:
+    """The config with the sizes that were measured."""
     sizes = {
         "train_batch_size": found.used * found.accumulation * world_size,
         "train_micro_batch_size_per_gpu": found.used,
@@ -58,6 +61,11 @@ def with_micro_batch(config: Config, found: AutoBatch, world_size: int) -> Confi
 
 
 def largest_micro_batch(config: Config, ranks: Ranks) -> int:
+    """Clips of the largest micro-batch for which this rank's device, or its part of this machine's memory, has room.
+
+    Raises:
+        UserError: not even one clip fits.
+    """
     device = ranks.device
     model = build_model(config.architecture).to(device)
     model.checkpoint_activations(config.step.activation_checkpointing)

@@ -83,7 +83,11 @@ def save_checkpoint(engine: Engine, run_dir: Path, step: int, state: dict[str, A
 
 
 def load_checkpoint(engine: Engine, run_dir: Path, name: str) -> None:
-    """Put the engine where `save_checkpoint` left it; every rank calls it."""
+    """Put the engine where `save_checkpoint` left it; every rank calls it.
+
+    Raises:
+        UserError: this engine did not write it, or it is damaged.
+    """
     if not engine.load(run_dir / "checkpoints", name):
         raise UserError(
             f"{run_dir / 'checkpoints' / name}: could not be loaded; it was written by another step.engine, or is "
@@ -157,6 +161,7 @@ def _write_weights(weights: dict[str, torch.Tensor], engine: Engine, file: Path)
 
 
 def remove_incomplete(run_dir: Path) -> None:
+    """Delete what a process that was killed left half-written or half-deleted."""
     for path in (run_dir / "checkpoints").glob(f"{_ASIDE}*"):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -70,6 +70,7 @@ class Compilation:
             yield
 
     def step_done(self) -> None:
+        """Count a step."""
         self._steps += 1
 
 

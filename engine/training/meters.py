@@ -28,11 +28,13 @@ class Clock:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
+        """Count the time within as waiting for data."""
         began = time.perf_counter()
         yield
         self.waited += time.perf_counter() - began
 
     def tick(self) -> None:
+        """Count a step."""
         self.steps += 1
 
     def elapsed(self) -> float:
@@ -40,6 +42,9 @@ class Clock:
         return time.perf_counter() - self.began
 
     def rates(self) -> dict[str, float]:
+        """Rates since the last call, with which a new interval begins. `data_stall` is the fraction of it spent waiting
+        for data; `seconds` are those since the clock was made.
+        """
         now = time.perf_counter()
         elapsed = max(now - self.since, 1e-9)
         clips_per_s = self.steps * self.clips_per_step / elapsed

@@ -39,6 +39,7 @@ class Pretraining:
         self.all_used = config.objective.name == "joint" and config.objective.masks == "shared"
 
     def losses(self, engine: ModelEngine, batch: Batch, *, validation: bool = False) -> Sequence[torch.Tensor]:
+        """The loss of a micro-batch, then its parts (`metrics`); the mask depends on the batch's position alone."""
         config = self.config
         with span("copy"):  # on a GPU the loader has sent them ahead
             waveform, lengths = (each.to(self.device, non_blocking=True) for each in (batch.waveform, batch.lengths))
@@ -68,6 +69,7 @@ class Pretraining:
         return dict(zip(self.metrics, (sums[:-1] / sums[-1]).tolist(), strict=True))
 
     def judge(self, metrics: dict[str, float]) -> tuple[str, float]:
+        """By pretext accuracy, or, where nothing is discriminated, by the reconstruction's error."""
         if self.config.objective.name == "generative":
             return "mse", -metrics["mse"]
         return "accuracy", metrics["accuracy"]
@@ -80,15 +82,18 @@ class Pretraining:
         return f"InfoNCE {metrics['nce']:.3f} of ln {masked} = {math.log(masked):.3f}"
 
     def validation_row(self, metrics: dict[str, float]) -> dict[str, Any]:
+        """The metrics that the objective trains, and how many patches were masked."""
         untrained = {"discriminative": ("mse",), "generative": ("nce", "accuracy")}.get(self.config.objective.name, ())
         return {"num_masked": self.config.valid_num_masked} | {
             key: metrics[key] for key in metrics if key not in untrained
         }
 
     def keep_epoch(self, step: int) -> int | None:
+        """None: pretraining averages no epochs."""
         return None
 
     def parameter_groups(self, model: SSAST) -> list[dict[str, Any]]:
+        """One group of all parameters."""
         return [{"params": list(model.parameters()), "lr_scale": 1.0}]
 
     def _mask(self, batch: Batch, stream: Stream, validation: bool) -> torch.Tensor:

@@ -63,7 +63,11 @@ def _with_precision(config: C, bf16: bool) -> C:
 
 
 def check_run_dir(config: RunConfig) -> None:
-    """Raise UserError if the run folder holds another run, or something that is no run."""
+    """Of a folder for a run: it is new, empty, or holds this very run.
+
+    Raises:
+        UserError: it holds another run, or something that is no run.
+    """
     run_dir = config.run_dir
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"{run_dir}: is a file; choose another run.name or run.folder")
@@ -192,7 +196,11 @@ def sound_version(config: RunConfig, data: Dataset) -> int:
 
 
 def prepare_run_dir(config: RunConfig, data: Dataset, world_size: int) -> None:
-    """Make the run folder, clear what a killed process left half-written, and write down what the run is made of."""
+    """Make the run folder, clear what a killed process left half-written, and write down what the run is made of.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     from ssast.engine.data.check import write_skipped
 
     check_run_dir(config)  # once more: this process may have waited while another trained

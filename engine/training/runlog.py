@@ -38,6 +38,7 @@ class RunLog:
         self._last_line = 0.0
 
     def row(self, kind: str, step: int, **values: Any) -> None:
+        """Log values to metrics.jsonl, TensorBoard and wandb; numbers that are not finite become null."""
         values = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()
@@ -65,6 +66,7 @@ class RunLog:
         sys.stdout.flush()
 
     def close(self) -> None:
+        """Complete the files."""
         self._bar.close()
         self._board.close()
         self._rows.close()

@@ -31,6 +31,7 @@ class Progress:
 
     @property
     def is_timed(self) -> bool:
+        """Whether the run ends by the clock (`train.minutes`)."""
         return self._limit is not None
 
     @property
@@ -42,6 +43,7 @@ class Progress:
 
     @property
     def is_done(self) -> bool:
+        """Whether the last step has been made."""
         return self.fraction >= 1.0
 
     def note_time(self, elapsed: float) -> None:
@@ -49,9 +51,11 @@ class Progress:
         self.seconds = max(self.seconds, self._before + elapsed)
 
     def is_validation_due(self) -> bool:
+        """Whether to validate after the last step made."""
         return self.is_done or self._validation.is_due(self.step, self.fraction)
 
     def is_checkpoint_due(self) -> bool:
+        """Whether to save after the last step made."""
         return self.is_done or self._checkpoint.is_due(self.step, self.fraction)
 
     def after_validation(self, began: float) -> None:
@@ -103,6 +107,9 @@ class Schedule:
         self.factor, self.best, self.bad_validations = 1.0, -math.inf, 0
 
     def lr(self, step: int, fraction: float = 0.0) -> float:
+        """The learning rate of `step`; `fraction` in [0, 1] is how much of the run has passed; it counts where a run
+        ends by the clock.
+        """
         warmup = self.train.warmup_steps
         if self.train.minutes is not None:
             warm = fraction / WARMUP_FRACTION if warmup is None else (step + 1) / max(warmup, 1)
@@ -139,7 +146,9 @@ class Schedule:
         return False
 
     def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
         return {"factor": self.factor, "best": self.best, "bad_validations": self.bad_validations}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
         self.factor, self.best, self.bad_validations = state["factor"], state["best"], state["bad_validations"]

@@ -174,6 +174,7 @@ def build_optimizer(
 
 
 def choose_optimizer(backend: str, device: torch.device) -> str:
+    """What `step.optimizer=auto` stands for on this device; any other name as it is."""
     if backend != "auto":
         return backend
     if device.type != "cuda":

@@ -16,6 +16,7 @@ _FILE = "plain_engine.pt"
 
 
 def describe(config: RunConfig) -> str:
+    """For the log."""
     return "plain PyTorch, DDP"
 
 
@@ -37,6 +38,7 @@ def build(
     all_used: bool,
     is_converted: bool,
 ) -> PlainEngine:
+    """The engine, with `gradient_clipping` of the deepspeed section, the one key that it reads there."""
     clipping = config.deepspeed.get("gradient_clipping", 0.0)
     return PlainEngine(model, optimizer, accumulation=accumulation, clipping=clipping, all_used=all_used)
 
@@ -68,9 +70,11 @@ class PlainEngine:
         return self._parallel(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
+        """Add one micro-batch's part to the gradients."""
         (loss / self.accumulation).backward()
 
     def step(self) -> torch.Tensor | None:
+        """With the last micro-batch of a step: clip and update. The norm of the last step's gradients before that."""
         ends_step = self._ends_step()
         self._micro_steps += 1
         if not ends_step:
@@ -87,9 +91,11 @@ class PlainEngine:
         return (self._micro_steps + 1) % self.accumulation == 0
 
     def train(self, mode: bool = True) -> None:
+        """Put the model into training mode."""
         self.module.train(mode)
 
     def eval(self) -> None:
+        """Put the model into evaluation mode."""
         self.module.eval()
 
     def save(self, folder: Path, name: str, state: dict[str, Any]) -> None:
@@ -100,6 +106,7 @@ class PlainEngine:
             torch.save({"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}, path / _FILE)
 
     def load(self, folder: Path, name: str) -> bool:
+        """Read what `save` wrote, on every rank; False if there is none."""
         path = folder / name / _FILE
         if not path.is_file():
             return False
@@ -109,11 +116,13 @@ class PlainEngine:
         return True
 
     def full_weights(self) -> dict[str, torch.Tensor] | None:
+        """Copies in fp32 on the CPU, on rank 0; None elsewhere."""
         if dist.get_rank() != 0:
             return None
         return {name: value.detach().float().cpu().clone() for name, value in self.module.named_parameters()}
 
     def num_parameters(self) -> int:
+        """Of the whole model."""
         return sum(parameter.numel() for parameter in self.module.parameters())
 
     def release(self) -> None:

@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 
 def describe(config: RunConfig) -> str:
+    """For the log."""
     return f"DeepSpeed, ZeRO {config.zero_stage}"
 
 
@@ -89,6 +90,9 @@ def deepspeed_config(config: RunConfig, *, is_converted: bool = False) -> dict[s
 def loadable(run_dir: Path, step: int, *, saved_ranks: int, ranks: int, zero_stage: int) -> str:
     """The checkpoint as it is or, where ZeRO has divided it among another number of ranks, a copy that any number can
     load (DeepSpeed's universal checkpoint).
+
+    Raises:
+        UserError: it could not be converted.
     """
     if zero_stage == 0 or saved_ranks == ranks:
         return f"step-{step}"
@@ -137,9 +141,11 @@ class ZeroEngine:
         return self._engine(compute)
 
     def backward(self, loss: torch.Tensor) -> None:
+        """Add one micro-batch's part to the gradients."""
         self._engine.backward(loss)
 
     def step(self) -> torch.Tensor | None:
+        """Update after the last micro-batch of a step; the norm of the last step's gradients before clipping."""
         if self._keeps_norm or not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return self._engine.get_global_grad_norm()
@@ -149,15 +155,19 @@ class ZeroEngine:
         return norm
 
     def train(self, mode: bool = True) -> None:
+        """Put the model into training mode."""
         self._engine.train(mode)
 
     def eval(self) -> None:
+        """Put the model into evaluation mode."""
         self._engine.eval()
 
     def save(self, folder: Path, name: str, state: dict[str, Any]) -> None:
+        """Every rank writes its part."""
         self._engine.save_checkpoint(str(folder), tag=name, client_state=state, save_latest=False)
 
     def load(self, folder: Path, name: str) -> bool:
+        """Every rank reads its part; False if there is none."""
         path, _ = self._engine.load_checkpoint(str(folder), tag=name)
         return path is not None
 
@@ -172,9 +182,11 @@ class ZeroEngine:
         return weights if dist.get_rank() == 0 else None
 
     def num_parameters(self) -> int:
+        """Of the whole model; ZeRO 3 leaves only parts of the tensors on a rank."""
         return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.module.parameters())
 
     def release(self) -> None:
+        """Take DeepSpeed's hooks off the model."""
         self._engine.destroy()
 
 
