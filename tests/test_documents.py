@@ -21,7 +21,8 @@ TARGET = re.compile(r"`make ([\w-]+)|^ {4}make ([\w-]+)", re.MULTILINE)
 PLACE = re.compile(r"(?<![\w./-])((?:engine|kernels|benchmarks|configs|tests|docs)/[\w./-]*\w)(?=[`#\s,.;:)\"\]]|$)")
 IMPORT = re.compile(r"^ *from (ssast[\w.]*) import ([\w, ]+)", re.MULTILINE)
 
-EXAMPLE = re.compile(r"mean_tokens|birds")
+HELP = ROOT / "tests" / "engine" / "command_line.txt"
+EXAMPLE = re.compile(r"mean_tokens|birds|export/npz")
 """Names of the pages' own examples, which are not in the tree."""
 
 
@@ -50,6 +51,18 @@ def unknown_commands(text: str) -> Iterator[str]:
     yield from (f"make {name}" for match in TARGET.findall(text) for name in match if name and name not in made)
 
 
+def unknown_options(text: str) -> Iterator[str]:
+    """`ssast VERB --option`, in a line of code or between backquotes, against the frozen help of each verb."""
+    helps = re.split(r"^==== (?:ssast )?([\w-]*)\n", HELP.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    of_verb = dict(zip(helps[::2], helps[1::2], strict=True))
+    del of_verb["bench"]  # whose programs have options of their own
+    for line in re.findall(r"^ {4}(ssast .*)$|`(ssast [^`]*)`", text, re.MULTILINE):
+        _, verb, *words = "".join(line).partition(" #")[0].split()
+        options = {word.strip("[],").partition("=")[0] for word in words if word.strip("[").startswith("--")}
+        words_of_help = re.findall(r"--[\w-]+", of_verb.get(verb, ""))
+        yield from (f"ssast {verb} {each}" for each in sorted(options - set(words_of_help)) if verb in of_verb)
+
+
 def missing_files(text: str) -> Iterator[str]:
     """Files and folders of the tree that are named, but in tables, whose rows speak of the tree that was measured."""
     written = re.sub(r"^<!-- table.*?^<!-- end -->$", "", text, flags=re.MULTILINE | re.DOTALL)
@@ -61,6 +74,7 @@ def test_what_a_page_names_is_there(page):
     text = page.read_text(encoding="utf-8")
     assert list(dead_links(page, text)) == []
     assert list(unknown_commands(text)) == []
+    assert list(unknown_options(text)) == []
     assert list(missing_files(text)) == []
     for module, names in IMPORT.findall(text):
         if EXAMPLE.search(module + names):
@@ -94,3 +108,4 @@ def test_what_is_not_there_would_be_seen():
     ]
     assert list(unknown_commands(text)) == ["ssast fly", "ssast.benchmarks.gone", "make tea"]
     assert list(missing_files(text)) == ["engine/gone.py"]
+    assert list(unknown_options("    ssast embed A --out B --fast  # --what")) == ["ssast embed --fast"]
