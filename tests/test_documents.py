@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from ssast.engine.cli import verbs
+from ssast.engine.config import Config, Section
+from ssast.engine.finetune.config import FinetuneConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -22,6 +24,17 @@ PLACE = re.compile(r"(?<![\w./-])((?:engine|kernels|benchmarks|configs|tests|doc
 IMPORT = re.compile(r"^ *from (ssast[\w.]*) import ([\w, ]+)", re.MULTILINE)
 
 HELP = ROOT / "tests" / "engine" / "command_line.txt"
+NO_KEYS = {
+    "embed",
+    "predict",
+    "config",
+    "yaml",
+    "md",
+    "py",
+    "json",
+    "onnx",
+    "safetensors",
+}  # methods and files: model.md
 EXAMPLE = re.compile(r"mean_tokens|birds|export/npz")
 """Names of the pages' own examples, which are not in the tree."""
 
@@ -63,6 +76,20 @@ def unknown_options(text: str) -> Iterator[str]:
         yield from (f"ssast {verb} {each}" for each in sorted(options - set(words_of_help)) if verb in of_verb)
 
 
+def unknown_keys(text: str) -> Iterator[str]:
+    """`section.key` of a run's config; what lies below the `deepspeed` section is DeepSpeed's own."""
+    keys: dict[str, set[str]] = {}
+    for config in (Config, FinetuneConfig):
+        for name, field in config.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+                keys.setdefault(name, set()).update(field.annotation.model_fields)
+    for section, key in re.findall(
+        r"(?<![\w./*])([a-z]+)\.([a-z_]+)(?=[=`: ,;)\]]|$)", FENCE.sub("", text), re.MULTILINE
+    ):
+        if section in keys and key not in keys[section] and key not in NO_KEYS:
+            yield f"{section}.{key}"
+
+
 def missing_files(text: str) -> Iterator[str]:
     """Files and folders of the tree that are named, but in tables, whose rows speak of the tree that was measured."""
     written = re.sub(r"^<!-- table.*?^<!-- end -->$", "", text, flags=re.MULTILINE | re.DOTALL)
@@ -75,6 +102,7 @@ def test_what_a_page_names_is_there(page):
     assert list(dead_links(page, text)) == []
     assert list(unknown_commands(text)) == []
     assert list(unknown_options(text)) == []
+    assert list(unknown_keys(text)) == []
     assert list(missing_files(text)) == []
     for module, names in IMPORT.findall(text):
         if EXAMPLE.search(module + names):
@@ -108,4 +136,5 @@ def test_what_is_not_there_would_be_seen():
     ]
     assert list(unknown_commands(text)) == ["ssast fly", "ssast.benchmarks.gone", "make tea"]
     assert list(missing_files(text)) == ["engine/gone.py"]
+    assert list(unknown_keys("`train.stepps=4`, `train.steps` and model.sizze")) == ["train.stepps", "model.sizze"]
     assert list(unknown_options("    ssast embed A --out B --fast  # --what")) == ["ssast embed --fast"]
