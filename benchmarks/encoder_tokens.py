@@ -68,7 +68,7 @@ def _child(pipe: Connection, config: Config, folder: str) -> None:
     from .throughput.measure import in_memory, nothing_to_read, pretrainer, run_steps, undisturbed
 
     warnings.filterwarnings("ignore", category=FutureWarning)
-    ranks = join_ranks(config.step.engine)
+    ranks = join_ranks()
     config = undisturbed(config, Path(folder))
     before = _peak_bytes()
     trainer = pretrainer(config, nothing_to_read(config), ranks)

@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     deadline, sink = Deadline(arguments.deadline), Sink(arguments.out)
     try:
         with deadline.running(), tempfile.TemporaryDirectory() as folder:
-            ranks = join_ranks(arguments.engine)
+            ranks = join_ranks()
             bench = StepBench(arguments.config, arguments.overrides, ranks, arguments.steps, Path(folder))
             done = measured_before(arguments.out, bench)
             print(

@@ -71,7 +71,7 @@ def _train(config: Config, stop_request: StopRequest) -> int:
     from .training.trainer import Trainer
 
     warnings.filterwarnings("ignore", category=FutureWarning)
-    ranks = join_ranks(config.step.engine)
+    ranks = join_ranks()
     choose_backend(config.step.engine).check(config)
     config = ranks.once(lambda: settle_precision(config))
     if config.run.deterministic:

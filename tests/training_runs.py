@@ -5,6 +5,9 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import yaml
@@ -41,54 +44,86 @@ def free_port() -> str:
 
 
 class Runs:
-    """Writes jobs down, runs them on so many ranks, and reads what they logged."""
+    """Writes jobs down, runs them on so many ranks, and reads what they logged. A job that fails or takes too long ends
+    its ranks; the jobs after it run in fresh ones, and only tests that read the failed run fail.
+    """
 
-    def __init__(self, folder: Path, corpus: Path) -> None:
-        self.folder, self.corpus = folder, corpus
+    def __init__(self, folder: Path, corpus: Path, *, job_seconds: float = 180) -> None:
+        self.folder, self.corpus, self.job_seconds = folder, corpus, job_seconds
         self.config = folder / "small.yaml"
         self.config.write_text(yaml.safe_dump(SMALL))
 
-    def job(self, name: str, *overrides: str) -> dict:
+    def job(self, name: str, *overrides: str, report: bool = False) -> dict:
         given = [
             f"run.name={name}",
             f"run.folder={self.folder}",
             f"data.train={self.corpus}",
             f"data.cache_dir={self.folder / 'cache'}",
         ]
-        failed = str(self.folder / f"{name}.failed")
-        return {"config": str(self.config), "overrides": [*given, *overrides], "failed": failed}
+        return {"name": name, "config": str(self.config), "overrides": [*given, *overrides], "report": report}
 
     def interrupted(self, name: str, of: str, step: int) -> dict:
-        return {"copy": [str(self.folder / of), str(self.folder / name), step]}
+        return {"name": name, "copy": [str(self.folder / of), str(self.folder / name), step]}
 
-    def run(self, ranks: int, jobs: list[dict]) -> None:
-        file = self.folder / f"jobs-{ranks}-{len(jobs)}.json"
-        file.write_text(json.dumps(jobs))
-        shared = {
+    def run(self, ranks: int, *lists: list[dict]) -> None:
+        """Lists beside the first one run at the same time, in ranks of their own."""
+        with ThreadPoolExecutor(len(lists)) as pool:
+            list(pool.map(lambda jobs: self._run(ranks, jobs), lists))
+
+    def _run(self, ranks: int, jobs: list[dict]) -> None:
+        while jobs := [job for job in jobs if not self._failure(job["name"]).exists()]:
+            done, output = self._attempt(ranks, jobs)
+            if done < len(jobs):
+                self._failure(jobs[done]["name"]).write_text(output)
+            jobs = jobs[done + 1 :]
+
+    def _attempt(self, ranks: int, jobs: list[dict]) -> tuple[int, str]:
+        """How many of the jobs all ranks have finished, and the end of what the ranks said."""
+        folder = Path(tempfile.mkdtemp(dir=self.folder, prefix="ranks-"))
+        (folder / "jobs.json").write_text(json.dumps(jobs))
+        given = {
             **os.environ,
             "WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": free_port(),
             "OMP_NUM_THREADS": "1",
         }
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(WORKER), str(file)],
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(ranks)
-        ]
-        outputs = [process.communicate(timeout=600)[0] for process in processes]
-        assert all(process.returncode == 0 for process in processes), "\n".join(outputs)[-6000:]
+        processes = []
+        for rank in range(ranks):
+            command = [sys.executable, str(WORKER), str(folder / "jobs.json"), str(folder / f"done-{rank}")]
+            with open(folder / f"output-{rank}", "w") as output:
+                environment = {**given, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
+
+        def finished() -> int:
+            files = [folder / f"done-{rank}" for rank in range(ranks)]
+            return min(int(file.read_text() or 0) if file.exists() else 0 for file in files)
+
+        before, deadline = 0, time.monotonic() + self.job_seconds
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            time.sleep(0.1)
+            if finished() > before:
+                before, deadline = finished(), time.monotonic() + self.job_seconds
+            elif any(process.poll() for process in processes):  # the others wait for it
+                deadline = min(deadline, time.monotonic() + 10)
+        late = [process for process in processes if process.poll() is None]
+        for process in late:
+            process.kill()
+            process.wait()
+        outputs = [f"rank {rank}: {(folder / f'output-{rank}').read_text()[-3000:]}" for rank in range(ranks)]
+        return finished(), "\n".join([*outputs, "killed: it took too long" if late else ""])
+
+    def _failure(self, name: str) -> Path:
+        return self.folder / f"{name}.failed"
+
+    def path(self, name: str) -> Path:
+        """The folder of a run. Fails the test that asks, and no other, where the job of this run failed."""
+        failure = self._failure(name)
+        assert not failure.exists(), f"the run {name} failed: {failure.read_text()}"
+        return self.folder / name
 
     def rows(self, name: str, kind: str) -> list[dict]:
-        """Fails the test that asks, and no other, where the job of this run failed."""
-        failed = self.folder / f"{name}.failed"
-        assert not failed.exists(), f"the run {name} failed: {failed.read_text()[-3000:]}"
-        return [row for row in read_rows(self.folder / name / "metrics.jsonl") if row["kind"] == kind]
+        return [row for row in read_rows(self.path(name) / "metrics.jsonl") if row["kind"] == kind]
 
     def losses(self, name: str, kind: str = "train") -> list[tuple]:
         return [(row["step"], row["loss"], row["nce"], row["mse"], row["accuracy"]) for row in self.rows(name, kind)]

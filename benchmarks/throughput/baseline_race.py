@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         config: Config = load_config(arguments.config, arguments.overrides)
-        ranks = join_ranks(config.step.engine)
+        ranks = join_ranks()
         with tempfile.TemporaryDirectory() as folder:
             config = undisturbed(config, Path(folder))
             data, model = nothing_to_read(config), build_model(config.architecture, config.run.seed)

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         config: Config = load_config(arguments.config, arguments.overrides)
-        ranks = join_ranks(config.step.engine)
+        ranks = join_ranks()
         with tempfile.TemporaryDirectory() as folder:
             measured = measure(config, ranks, arguments, Path(folder))
         if ranks.is_first:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from types import ModuleType
 from typing import TypeVar
 
 import torch
@@ -97,12 +95,12 @@ def _number(name: str) -> int:
     return int(text)
 
 
-def join_ranks(engine: str = "deepspeed") -> Ranks:
+def join_ranks() -> Ranks:
     """Join the processes that a launcher (deepspeed, torchrun) has started; without one, a world of this process alone.
 
     Raises:
-        UserError: `engine` is "deepspeed" and DeepSpeed is not installed, an environment that `place_in_world` does not
-            take, more processes than GPUs, or a port that another program has.
+        UserError: an environment that `place_in_world` does not take, more processes than GPUs, or a port that another
+            program has.
     """
     on_gpu = settle_accelerator() == "cuda"
     place = place_in_world() or Place()
@@ -123,15 +121,9 @@ def join_ranks(engine: str = "deepspeed") -> Ranks:
         device = torch.device("cuda", place.local_rank)
     else:
         device = torch.device("cpu")
-    backend = "nccl" if on_gpu else "gloo"
-    if not dist.is_initialized() and place.world_size == 1:
-        # one process meets nobody: no port, which another program might have
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        if engine == "deepspeed":
-            _init_deepspeed(backend)
-        elif not dist.is_initialized():
-            dist.init_process_group(backend)
+        if not dist.is_initialized():
+            _init_processes("nccl" if on_gpu else "gloo", place, device)
     except dist.DistNetworkError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
@@ -141,29 +133,12 @@ def join_ranks(engine: str = "deepspeed") -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device, patient)
 
 
-def import_deepspeed() -> ModuleType:
-    """DeepSpeed, with its log kept to errors.
-
-    Raises:
-        UserError: it is not installed, or does not load.
-    """
-    settle_accelerator()
-    try:
-        import deepspeed
-        import deepspeed.ops
-    except ImportError as error:
-        raise UserError(
-            f"DeepSpeed cannot be imported ({first_line(error)}): pip install deepspeed, or set step.engine=ddp"
-        ) from None
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    return deepspeed
-
-
-def _init_deepspeed(backend: str) -> None:
-    deepspeed = import_deepspeed()
-    # DeepSpeed would compile a shared-memory all-reduce with g++ for a minute; gloo gives the same sums at once
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+def _init_processes(communication: str, place: Place, device: torch.device) -> None:
+    if place.world_size == 1:  # one process meets nobody: no port, which another program might have
+        dist.init_process_group(communication, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    bound = device if device.type == "cuda" else None  # NCCL need not guess each process's GPU
+    dist.init_process_group(communication, timeout=timedelta(minutes=30), device_id=bound)
 
 
 def be_deterministic() -> None:

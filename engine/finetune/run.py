@@ -108,7 +108,7 @@ def run_all(config: FinetuneConfig, arms: list[Arm], seeds: int, stop_request: S
         UserError: mixup with micro-batches of one clip.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)
-    ranks = join_ranks(config.step.engine)
+    ranks = join_ranks()
     if config.run.deterministic:
         be_deterministic()
     micro_batch, _ = config.batch_sizes(ranks.world_size)

@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -56,6 +56,22 @@ class Clock:
         }
         self.since, self.steps, self.waited = now, 0, 0.0
         return rates
+
+
+class ChanceWatch:
+    """Counts the validations at the level of chance from the beginning of a run until one is above it."""
+
+    patience: ClassVar[int] = 5
+    """So many of them are a reason to warn."""
+
+    def __init__(self) -> None:
+        self.count: int | None = 0
+        """None once a validation was above the level of chance."""
+
+    def after_validation(self, at_chance: bool) -> bool:
+        """Whether it is time to warn, which it is once in a run at most."""
+        self.count = None if self.count is None or not at_chance else self.count + 1
+        return self.count == self.patience
 
 
 @dataclass(frozen=True)

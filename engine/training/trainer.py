@@ -20,14 +20,11 @@ from ssast.engine.spans import span
 from .backends import choose_backend
 from .batches import Batches
 from .checkpoint import last_checkpoint, load_checkpoint, remove_incomplete, save_best, save_checkpoint, save_epoch
-from .meters import Clock, MetricsExchange, StepMetrics
+from .meters import ChanceWatch, Clock, MetricsExchange, StepMetrics
 from .objective import Objective
 from .runlog import RunLog
 from .schedule import Progress, Schedule
 from .step import TrainingStep
-
-CHANCE_VALIDATIONS = 5
-"""In a row from the start, at the level of chance: said once."""
 
 
 class Trainer:
@@ -51,8 +48,7 @@ class Trainer:
         self.schedule = Schedule(config.train, config.deepspeed["optimizer"]["params"]["lr"])
         self.progress = Progress(config.train)
         self.samples = 0  # clips consumed: the whole state of the loader
-        self._at_chance: int | None = 0
-        """Validations at the level of chance since the run began; None once one was above it."""
+        self._chance = ChanceWatch()
         self._exchange = MetricsExchange(objective.metrics, ranks)
 
     def train(self, stop_request: StopRequest) -> bool:
@@ -172,17 +168,17 @@ class Trainer:
         if epoch is not None:
             save_epoch(self.engine, self.run_dir, epoch)
         why = self.objective.chance(metrics)
-        self._at_chance = None if why is None or self._at_chance is None else self._at_chance + 1
+        is_at_chance = self._chance.after_validation(why is not None)
         if log is not None:
             row = self.objective.validation_row(metrics)
             log.row("valid", step, clips=len(self.data.valid), **row)
             shown = "  ".join(f"{key} {value:.4f}" for key, value in row.items() if isinstance(value, float))
             log.say(f"step {step}: validation {shown}")
-            if self._at_chance == CHANCE_VALIDATIONS:
+            if is_at_chance:
                 self._event(log, "chance", str(why))
                 log.say(
-                    f"warning: {CHANCE_VALIDATIONS} validations and nothing learned yet ({why}): is the sound silent, "
-                    "are its labels right, is the learning rate too high or too low?"
+                    f"warning: {self._chance.patience} validations and nothing learned yet ({why}): is the sound "
+                    "silent, are its labels right, is the learning rate too high or too low?"
                 )
         self._note_time(clock)
         self.progress.after_validation(began)
@@ -201,7 +197,7 @@ class Trainer:
             "samples": self.samples,
             "seconds": self.progress.seconds,
             "schedule": self.schedule.state_dict(),
-            "at_chance": self._at_chance,
+            "at_chance": self._chance.count,
             "world_size": self.ranks.world_size,
             "clips_per_step": self.training_step.clips,
             "attention": self.training_step.attention,
@@ -230,7 +226,7 @@ class Trainer:
         per_micro_step = self.training_step.micro_batch * self.ranks.world_size
         self.samples = point.state["samples"] // per_micro_step * per_micro_step
         self.schedule.load_state_dict(point.state["schedule"])
-        self._at_chance = point.state.get("at_chance")
+        self._chance.count = point.state.get("at_chance")
         if self.ranks.is_first:
             print(f"resuming from step {self.progress.step} ({self.samples} clips)", flush=True)
             if point.state["data"] != self.data.train.fingerprint:

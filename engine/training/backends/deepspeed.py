@@ -12,11 +12,13 @@ import contextlib
 import copy
 import importlib
 import io
+import logging
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -25,14 +27,32 @@ from pydantic import ValidationError
 
 from ssast.engine.config import RunConfig
 from ssast.engine.deepspeed_section import BATCH_KEYS
-from ssast.engine.distributed.ranks import import_deepspeed
-from ssast.engine.errors import UserError
+from ssast.engine.environment import settle_accelerator
+from ssast.engine.errors import UserError, first_line
 from ssast.engine.model.ssast import SSAST
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 T = TypeVar("T")
+
+
+def _import_deepspeed() -> ModuleType:
+    """DeepSpeed, with its log kept to errors.
+
+    Raises:
+        UserError: it is not installed, or does not load.
+    """
+    settle_accelerator()
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        raise UserError(
+            f"DeepSpeed cannot be imported ({first_line(error)}): pip install deepspeed, or set step.engine=ddp"
+        ) from None
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
 
 
 def describe(config: RunConfig) -> str:
@@ -46,7 +66,7 @@ def check(config: RunConfig) -> None:
     Raises:
         UserError: what DeepSpeed says is wrong.
     """
-    deepspeed = import_deepspeed()
+    deepspeed = _import_deepspeed()
     # batch sizes have been checked against the number of ranks, which DeepSpeed knows only once they have joined
     section = {key: value for key, value in deepspeed_config(config).items() if key not in BATCH_KEYS}
     try:
@@ -118,8 +138,10 @@ def build(
     is_converted: bool,
 ) -> ZeroEngine:
     """DeepSpeed reads the accumulation from its section, and finds unused parameters by itself."""
-    import deepspeed
-
+    deepspeed = _import_deepspeed()
+    # DeepSpeed would compile a shared-memory all-reduce with g++ for a minute; gloo gives the same sums at once
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)  # it takes the process group that there is
     settings = deepspeed_config(config, is_converted=is_converted)
     remove_waits(keeps_check=settings["bf16"]["enabled"] and settings["bf16"]["check_grad_overflow"])
     with contextlib.redirect_stdout(io.StringIO()):  # ZeRO prints a page of memory figures

@@ -7,6 +7,7 @@ from training_runs import SMALL, Runs
 
 from ssast.engine import load_model
 from ssast.engine.config import TrainSection
+from ssast.engine.training.meters import ChanceWatch
 from ssast.engine.training.schedule import Schedule
 
 ENGINES = {
@@ -23,55 +24,63 @@ def runs(tmp_path_factory, corpus) -> Runs:
     accumulation.
     """
     runs = Runs(tmp_path_factory.mktemp("runs"), corpus)
-    two, one = [], []
+    fp32, bf16 = "deepspeed.bf16.enabled=False", "deepspeed.bf16.enabled=True"
+    unsaved = "train.checkpoint_every=100"  # but for the last step
+
+    def once(name: str, *overrides: str) -> dict:
+        """A run of which the losses are read, and not its checkpoints."""
+        return runs.job(name, unsaved, *overrides)
+
+    two: list[dict] = []
     for engine, precision in KINDS:
         name = f"{engine}-{precision}"
         overrides = [ENGINES[engine], f"deepspeed.bf16.enabled={precision == 'bf16'}"]
-        two += [runs.job(name, *overrides), runs.interrupted(f"{name}-again", name, 4)]
-        two += [runs.job(f"{name}-again", *overrides, f"run.name={name}-again")]
+        two += [runs.job(name, *overrides, report=name == "zero1-bf16"), runs.interrupted(f"{name}-again", name, 4)]
+        two += [runs.job(f"{name}-again", *overrides)]
+    ddp, targets = ENGINES["ddp"], "objective.softmax_over=targets"
     two += [
-        runs.job("objective-separate", "objective.masks=separate"),
-        runs.job("objective-generative", "objective.name=generative"),
+        once("objective-separate", "objective.masks=separate"),
+        once("objective-generative", "objective.name=generative"),
+        once("objective-discriminative", "objective.name=discriminative", targets),
+        *(once(f"clipped-{stage}", ENGINES[f"zero{stage}"], "deepspeed.gradient_clipping=1.0") for stage in range(4)),
+        once("ddp-accumulate", ddp, "deepspeed.train_micro_batch_size_per_gpu=2"),
+        once("ddp-separate", ddp, "objective.masks=separate"),
+        once("ddp-generative", ddp, "objective.name=generative"),
+        once("ddp-clipped", ddp, "deepspeed.gradient_clipping=1.0"),
+        once("plateau", "train.plateau_patience=0"),
+        once("two-accumulate", "deepspeed.train_micro_batch_size_per_gpu=2"),
+        once("visible-separate", *VISIBLE, "objective.masks=separate"),
     ]
-    two += [runs.job("objective-discriminative", "objective.name=discriminative", "objective.softmax_over=targets")]
-    for stage in (0, 1, 2, 3):
-        two += [
-            runs.job(
-                f"clipped-{stage}", f"deepspeed.zero_optimization.stage={stage}", "deepspeed.gradient_clipping=1.0"
-            )
-        ]
-    two += [runs.job("ddp-accumulate", "step.engine=ddp", "deepspeed.train_micro_batch_size_per_gpu=2")]
-    two += [runs.job("ddp-separate", "step.engine=ddp", "objective.masks=separate")]
-    two += [runs.job("ddp-generative", "step.engine=ddp", "objective.name=generative")]
-    two += [runs.job("ddp-clipped", "step.engine=ddp", "deepspeed.gradient_clipping=1.0")]
-    two += [runs.interrupted("fewer-ddp", "ddp-fp32", 4)]
-    one += [runs.job("fewer-ddp", "step.engine=ddp", "deepspeed.bf16.enabled=False")]
-    one += [runs.job("compiled", "step.compile=encoder", "deepspeed.zero_optimization.stage=1")]
     for engine, override in ENGINES.items():
-        two += [runs.job(f"visible-{engine}", *VISIBLE, override)]
-    two += [
-        runs.interrupted("visible-again", "visible-zero3", 4),
-        runs.job("visible-again", *VISIBLE, ENGINES["zero3"]),
-    ]
-    two += [runs.job("visible-separate", *VISIBLE, "objective.masks=separate")]
-    two += [runs.interrupted("visible-fewer", "visible-zero1", 4)]
-    one += [runs.job("visible-fewer", *VISIBLE, ENGINES["zero1"])]
-    one += [runs.job("visible-one", *VISIBLE, ENGINES["zero1"], "deepspeed.train_micro_batch_size_per_gpu=4")]
-    one += [runs.job("visible-bf16", *VISIBLE, ENGINES["zero1"], "deepspeed.bf16.enabled=True")]
-    one += [runs.job("visible-continued", *VISIBLE, f"model.init_from={runs.folder / 'zero1-fp32'}", "train.steps=4")]
-    two += [runs.job("plateau", "train.plateau_patience=0")]
-    two += [runs.job("two-accumulate", "deepspeed.train_micro_batch_size_per_gpu=2")]
-    for precision in ("fp32", "bf16"):
-        for stage in (0, 1, 2, 3):
-            overrides = [f"deepspeed.zero_optimization.stage={stage}", f"deepspeed.bf16.enabled={precision == 'bf16'}"]
-            one += [runs.job(f"one-{stage}-{precision}", *overrides, "deepspeed.train_micro_batch_size_per_gpu=4")]
-            if stage:
-                two += [runs.interrupted(f"fewer-{stage}-{precision}", f"zero{stage}-{precision}", 4)]
-                one += [runs.job(f"fewer-{stage}-{precision}", *overrides)]
-    one += [runs.job("one-frame", "model.patch_shape=[128,2]", "mask.cluster=null")]
-    one += [runs.job("continued", f"model.init_from={runs.folder / 'zero1-fp32'}", "train.steps=4")]
+        save = () if engine in ("zero1", "zero3") else (unsaved,)
+        two += [runs.job(f"visible-{engine}", *VISIBLE, override, *save)]
+    two += [runs.interrupted("visible-again", "visible-zero3", 4)]
+    two += [runs.job("visible-again", *VISIBLE, ENGINES["zero3"])]
+    idle = ("train.steps=7", "train.valid_every=1", "deepspeed.optimizer.params.lr=1e-12", ddp)
+    two += [runs.job("chance", *idle), runs.interrupted("chance-again", "chance", 4), runs.job("chance-again", *idle)]
     runs.run(2, two)
-    runs.run(1, one)
+
+    whole, resumed = [], []
+    for precision, enabled in (("fp32", fp32), ("bf16", bf16)):
+        for stage in range(4):
+            settings = [ENGINES[f"zero{stage}"], enabled]
+            accumulate = "deepspeed.train_micro_batch_size_per_gpu=4"
+            whole += [once(f"one-{stage}-{precision}", *settings, accumulate)]
+            if stage:
+                resumed += [runs.interrupted(f"fewer-{stage}-{precision}", f"zero{stage}-{precision}", 4)]
+                resumed += [runs.job(f"fewer-{stage}-{precision}", *settings)]
+    whole += [
+        runs.job("compiled", "step.compile=encoder", ENGINES["zero1"]),
+        once("visible-one", *VISIBLE, ENGINES["zero1"], "deepspeed.train_micro_batch_size_per_gpu=4"),
+        once("visible-bf16", *VISIBLE, ENGINES["zero1"], bf16),
+        once("visible-continued", *VISIBLE, f"model.init_from={runs.folder / 'zero1-fp32'}", "train.steps=4"),
+        once("one-frame", "model.patch_shape=[128,2]", "mask.cluster=null"),
+        once("continued", f"model.init_from={runs.folder / 'zero1-fp32'}", "train.steps=4"),
+    ]
+    resumed += [runs.interrupted("visible-fewer", "visible-zero1", 4)]
+    resumed += [runs.job("visible-fewer", *VISIBLE, ENGINES["zero1"])]
+    resumed += [runs.interrupted("fewer-ddp", "ddp-fp32", 4), runs.job("fewer-ddp", ddp, fp32)]
+    runs.run(1, whole, resumed)
     return runs
 
 
@@ -177,7 +186,7 @@ def test_checkpoints_hold_the_whole_model_in_fp32(runs, engine, precision):
     """Whatever the stage, `load_model` gives the same weights, and the resumed run's are bit-equal."""
     name = f"{engine}-{precision}"
     ours, again, plain = (
-        load_model(runs.folder / run / "checkpoints" / "step-9") for run in (name, f"{name}-again", "zero0-fp32")
+        load_model(runs.path(run) / "checkpoints" / "step-9") for run in (name, f"{name}-again", "zero0-fp32")
     )
     for (key, value), resumed, reference in zip(
         ours.state_dict().items(), again.state_dict().values(), plain.state_dict().values(), strict=True
@@ -214,7 +223,7 @@ def test_objectives(runs):
         assert row["mse"] is None and row["loss"] == row["nce"]
     separate, shared = runs.losses("objective-separate"), runs.losses("zero0-fp32")
     assert separate[0][2] == pytest.approx(shared[0][2], abs=1e-5) and separate[0][3] != shared[0][3]
-    best = json.loads((runs.folder / "objective-generative" / "checkpoints" / "best" / "best.json").read_text())
+    best = json.loads((runs.path("objective-generative") / "checkpoints" / "best" / "best.json").read_text())
     assert best["metric"] == "mse"
 
 
@@ -236,7 +245,7 @@ def test_visible_encoders_train_the_same_way(runs):
 
 def test_a_visible_run_starts_from_an_ssast_checkpoint(runs):
     """Its encoder is the trained one, its decoder is not: what it says at first is no better than a fresh model's."""
-    ours, theirs = (load_model(runs.folder / name) for name in ("visible-continued", "zero1-fp32"))
+    ours, theirs = (load_model(runs.path(name)) for name in ("visible-continued", "zero1-fp32"))
     moved = (ours.embedding.weight - theirs.embedding.weight).abs().max()
     assert 0 < moved < 0.01 and ours.decoder is not None and theirs.decoder is None
 
@@ -252,7 +261,7 @@ def test_continued_pretraining_starts_where_the_other_run_ended(runs):
 
 
 def test_run_folder_is_complete(runs):
-    folder = runs.folder / "zero1-bf16"
+    folder = runs.path("zero1-bf16")
     for name in (
         "config.yaml",
         "environment.json",
@@ -271,3 +280,15 @@ def test_run_folder_is_complete(runs):
     best = json.loads((folder / "checkpoints" / "best" / "best.json").read_text())
     values = {row["step"]: row["accuracy"] for row in runs.rows("zero1-bf16", "valid")}
     assert best["value"] == values[best["step"]] == max(values.values())
+
+
+def test_a_run_that_stays_at_chance_warns_once(runs):
+    """With a learning rate of nearly nothing; a resumed run goes on counting."""
+    for name in ("chance", "chance-again"):
+        assert [row["step"] for row in runs.rows(name, "event") if row["event"] == "chance"] == [5]
+    assert [row["step"] for row in runs.rows("chance-again", "event") if row["event"] == "resume"] == [4]
+
+
+def test_a_run_that_has_learned_is_not_warned():
+    watch = ChanceWatch()
+    assert not any(watch.after_validation(at_chance) for at_chance in [True] * 4 + [False] + [True] * 9)
