@@ -3,8 +3,8 @@
 `model.encoder_tokens: all` and `visible`, the latter with a decoder of the encoder's width and one of half of it, train
 on the same noise from memory with the same objective and optimizer, each in a process of its own. They take turns, one
 step at a time while the others wait, so that the machine is the same to all. A row for each says clips/s, the peak of
-its memory, and how many times as fast as `all` it is: as measured, turn by turn, and as the model's operations
-(engine/model/cost.py) would have it.
+its memory, and how many times as fast as `all` it is: as measured turn by turn; by the fastest step of each, which
+neighbours on the machine have disturbed least; and as the model's operations (engine/model/cost.py) would have it.
 """
 
 from __future__ import annotations
@@ -146,12 +146,14 @@ def measure(size: str, batch: int, turns: int, overrides: list[str]) -> list[Row
                 "turns": turns,
                 "clips_per_s": round(statistics.median(rates[number]), 4),
                 "step_s": round(statistics.median(seconds[number]), 4),
+                "fastest_step_s": round(min(seconds[number]), 4),
                 "peak_gib": round(peaks[number] / 2**30, 3),
                 "gflop_per_clip": round(flops.train / 1e9, 3),
-                "gflop_per_s": round(flops.train / 1e9 * statistics.median(rates[number]), 1),
+                "gflop_per_s": round(flops.train / 1e9 * max(rates[number]), 1),
                 "times": round(1 + verdict.change, 3) if verdict else 1.0,
                 "times_low": round(1 + verdict.low, 3) if verdict else 1.0,
                 "times_high": round(1 + verdict.high, 3) if verdict else 1.0,
+                "times_of_fastest": round(min(seconds[0]) / min(seconds[number]), 3),
                 "times_by_flop": round(reference.train / flops.train, 3),
                 **environment_columns(),
             }
@@ -180,8 +182,8 @@ def main(argv: list[str] | None = None) -> int:
             for row in measure(size, arguments.batch, arguments.turns, arguments.overrides):
                 print(
                     f"{size:6}{row['variant']:28} {row['clips_per_s']:9.3f} clips/s {row['peak_gib']:6.2f} GiB  "
-                    f"{row['times']:.2f} x [{row['times_low']:.2f}, {row['times_high']:.2f}], by operations "
-                    f"{row['times_by_flop']:.2f} x",
+                    f"{row['times']:.2f} x [{row['times_low']:.2f}, {row['times_high']:.2f}], fastest steps "
+                    f"{row['times_of_fastest']:.2f} x, by operations {row['times_by_flop']:.2f} x",
                     file=sys.stderr,
                     flush=True,
                 )
