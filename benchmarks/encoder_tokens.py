@@ -17,14 +17,13 @@ import sys
 import tempfile
 import warnings
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from ssast.engine.config import Config, load_config
 from ssast.engine.errors import UserError
 from ssast.engine.model.config import HEAD_DIM, WIDTHS
-from ssast.engine.model.cost import flops_per_clip
+from ssast.engine.model.cost import Flops, flops_per_clip
 
 from .machine import environment_columns
 from .rows import RESULTS, Row, Sink
@@ -81,58 +80,72 @@ def _child(pipe: Connection, config: Config, folder: str) -> None:
     pipe.send(_peak_bytes() - before)
 
 
-def _receive(pipe: Connection, process: BaseProcess) -> Any:
-    """Raises: UserError: the process has ended; its own words are above."""
-    try:
-        return pipe.recv()
-    except EOFError:
-        process.join()
-        raise UserError(
-            f"a process of the comparison ended with {process.exitcode}, likely for want of memory"
-        ) from None
-
-
 def _peak_bytes() -> int:
     """Resident memory of this process at its highest."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+class Contestant:
+    """One trainer in a process of its own."""
+
+    def __init__(self, config: Config, folder: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=_child, args=(other, config, folder), daemon=True)
+        self._process.start()
+        other.close()  # so that the end of the child is the end of the pipe
+        self.parameters: int = self._receive()
+
+    def step(self) -> float:
+        """Seconds of one more step."""
+        self._pipe.send(True)
+        return self._receive()
+
+    def finish(self) -> int:
+        """Bytes of memory that it had at most, beyond its libraries."""
+        self._pipe.send(False)
+        return self._receive()
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        self._process.terminate()
+        self._process.join()
+
+    def _receive(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            code = self._process.exitcode
+            raise UserError(f"a process of the comparison ended with {code}, likely for want of memory") from None
+
+
 def measure(size: str, batch: int, turns: int, overrides: list[str]) -> list[Row]:
-    """A row for each variant."""
-    context = multiprocessing.get_context("spawn")
+    """A row for each variant.
+
+    Raises:
+        UserError: a process has ended before its time.
+    """
     configs = {name: config_of(size, batch, each, overrides) for name, each in variants(size).items()}
-    pipes, processes, parameters = [], [], []
+    contestants: list[Contestant] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for config in configs.values():
-                pipe, other = context.Pipe()
-                process = context.Process(target=_child, args=(other, config, folder), daemon=True)
-                process.start()
-                other.close()  # so that the end of the child is the end of the pipe
-                pipes.append(pipe)
-                processes.append(process)
-                parameters.append(_receive(pipe, process))
-
-            def step(pipe: Connection, turn: int) -> float:
-                pipe.send(True)
-                return _receive(pipe, processes[pipes.index(pipe)])
-
-            seconds = take_turns(pipes, turns, step)
-            peaks = []
-            for pipe in pipes:
-                pipe.send(False)
-                peaks.append(_receive(pipe, processes[pipes.index(pipe)]))
+            contestants.extend(Contestant(config, folder) for config in configs.values())
+            parameters = [each.parameters for each in contestants]
+            seconds = take_turns(contestants, turns, lambda each, turn: each.step())
+            peaks = [each.finish() for each in contestants]
         finally:
-            for process in processes:
-                process.terminate()
-                process.join()
+            for each in contestants:
+                each.close()
     rates = [[batch / each for each in found] for found in seconds]
-    rows = []
+    rows: list[Row] = []
+    reference: Flops | None = None  # the first one's
     for number, (name, config) in enumerate(configs.items()):
         model, masked = config.architecture, config.mask.num_masked
-        first = next(iter(configs.values()))
-        flops, reference = flops_per_clip(model, masked), flops_per_clip(first.architecture, masked)
-        verdict = compare_turns(rates[0], rates[number]) if number else None
+        passes = 2 if config.objective.masks == "separate" else 1
+        flops = flops_per_clip(model, masked, objective=config.objective.name, passes=passes)
+        reference = reference or flops
+        verdict = compare_turns(rates[0], rates[number])
         rows.append(
             {
                 "size": size,
@@ -150,9 +163,9 @@ def measure(size: str, batch: int, turns: int, overrides: list[str]) -> list[Row
                 "peak_gib": round(peaks[number] / 2**30, 3),
                 "gflop_per_clip": round(flops.train / 1e9, 3),
                 "gflop_per_s": round(flops.train / 1e9 * max(rates[number]), 1),
-                "times": round(1 + verdict.change, 3) if verdict else 1.0,
-                "times_low": round(1 + verdict.low, 3) if verdict else 1.0,
-                "times_high": round(1 + verdict.high, 3) if verdict else 1.0,
+                "times": round(1 + (verdict.change or 0.0), 3),
+                "times_low": round(1 + (verdict.low or 0.0), 3),
+                "times_high": round(1 + (verdict.high or 0.0), 3),
                 "times_of_fastest": round(min(seconds[0]) / min(seconds[number]), 3),
                 "times_by_flop": round(reference.train / flops.train, 3),
                 **environment_columns(),
