@@ -3,18 +3,21 @@
 `model.encoder_tokens: all` and `visible`, the latter with a decoder of the encoder's width and one of half of it, train
 on the same noise from memory with the same objective and optimizer, each in a process of its own. They take turns, one
 step at a time while the others wait, so that the machine is the same to all. A row for each says clips/s, the peak of
-its memory, and how many times as fast as `all` it is: as measured turn by turn; by the fastest step of each, which
-neighbours on the machine have disturbed least; and as the model's operations (engine/model/cost.py) would have it.
+its memory, and how many times as fast as `all` it is, turn by turn: on the clock; in processor time, which a neighbour
+that takes the processor away does not add to; and as the model's operations (engine/model/cost.py) would have it. On a
+machine that others use, OMP_NUM_THREADS=1: threads that wait for each other count as work.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import resource
 import statistics
 import sys
 import tempfile
+import time
 import warnings
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,7 +30,7 @@ from ssast.engine.model.cost import Flops, flops_per_clip
 
 from .machine import environment_columns
 from .rows import RESULTS, Row, Sink
-from .turns import FEWEST_TURNS, compare_turns, take_turns
+from .turns import FEWEST_TURNS, Verdict, compare_turns, take_turns
 
 FILE = RESULTS / "encoder_tokens.csv"
 WARM_UP = 2  # steps; by then the optimizer's state and every buffer exist
@@ -75,8 +78,9 @@ def _child(pipe: Connection, config: Config, folder: str) -> None:
     run_steps(trainer, batches, WARM_UP)
     pipe.send(trainer.engine.num_parameters())
     while pipe.recv():
+        before_step = time.process_time()
         seconds, _ = run_steps(trainer, batches, 1)
-        pipe.send(seconds[0])
+        pipe.send((seconds[0], time.process_time() - before_step))
     pipe.send(_peak_bytes() - before)
 
 
@@ -96,8 +100,8 @@ class Contestant:
         other.close()  # so that the end of the child is the end of the pipe
         self.parameters: int = self._receive()
 
-    def step(self) -> float:
-        """Seconds of one more step."""
+    def step(self) -> tuple[float, float]:
+        """Seconds of one more step, on the clock and of the processor's."""
         self._pipe.send(True)
         return self._receive()
 
@@ -137,7 +141,9 @@ def measure(size: str, batch: int, turns: int, overrides: list[str]) -> list[Row
         finally:
             for each in contestants:
                 each.close()
-    rates = [[batch / each for each in found] for found in seconds]
+    on_clock, on_processor = (
+        [[batch / each[kind] for each in found] for found in seconds] for kind in (0, 1)
+    )  # clips a second, by variant and turn
     rows: list[Row] = []
     reference: Flops | None = None  # the first one's
     for number, (name, config) in enumerate(configs.items()):
@@ -145,7 +151,7 @@ def measure(size: str, batch: int, turns: int, overrides: list[str]) -> list[Row
         passes = 2 if config.objective.masks == "separate" else 1
         flops = flops_per_clip(model, masked, objective=config.objective.name, passes=passes)
         reference = reference or flops
-        verdict = compare_turns(rates[0], rates[number])
+        clock, processor = (compare_turns(rates[0], rates[number]) for rates in (on_clock, on_processor))
         rows.append(
             {
                 "size": size,
@@ -157,21 +163,24 @@ def measure(size: str, batch: int, turns: int, overrides: list[str]) -> list[Row
                 "masked": masked,
                 "objective": config.objective.name,
                 "turns": turns,
-                "clips_per_s": round(statistics.median(rates[number]), 4),
-                "step_s": round(statistics.median(seconds[number]), 4),
-                "fastest_step_s": round(min(seconds[number]), 4),
+                "threads": int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))),
+                "clips_per_s": round(statistics.median(on_clock[number]), 4),
+                "clips_per_processor_s": round(statistics.median(on_processor[number]), 4),
                 "peak_gib": round(peaks[number] / 2**30, 3),
                 "gflop_per_clip": round(flops.train / 1e9, 3),
-                "gflop_per_s": round(flops.train / 1e9 * max(rates[number]), 1),
-                "times": round(1 + (verdict.change or 0.0), 3),
-                "times_low": round(1 + (verdict.low or 0.0), 3),
-                "times_high": round(1 + (verdict.high or 0.0), 3),
-                "times_of_fastest": round(min(seconds[0]) / min(seconds[number]), 3),
+                "gflop_per_processor_s": round(flops.train / 1e9 * statistics.median(on_processor[number]), 1),
+                **_times("times", clock),
+                **_times("processor_times", processor),
                 "times_by_flop": round(reference.train / flops.train, 3),
                 **environment_columns(),
             }
         )
     return rows
+
+
+def _times(name: str, verdict: Verdict) -> dict[str, float]:
+    values = {name: verdict.change, f"{name}_low": verdict.low, f"{name}_high": verdict.high}
+    return {key: round(1 + (value or 0.0), 3) for key, value in values.items()}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -195,8 +204,9 @@ def main(argv: list[str] | None = None) -> int:
             for row in measure(size, arguments.batch, arguments.turns, arguments.overrides):
                 print(
                     f"{size:6}{row['variant']:28} {row['clips_per_s']:9.3f} clips/s {row['peak_gib']:6.2f} GiB  "
-                    f"{row['times']:.2f} x [{row['times_low']:.2f}, {row['times_high']:.2f}], fastest steps "
-                    f"{row['times_of_fastest']:.2f} x, by operations {row['times_by_flop']:.2f} x",
+                    f"{row['times']:.2f} x [{row['times_low']:.2f}, {row['times_high']:.2f}] on the clock, "
+                    f"{row['processor_times']:.2f} x [{row['processor_times_low']:.2f}, "
+                    f"{row['processor_times_high']:.2f}] in processor time, by operations {row['times_by_flop']:.2f} x",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -341,25 +341,27 @@ def encoder_tokens_table() -> str:
     if not rows:
         return UNMEASURED
     lines = [
-        "| model | encoder reads | decoder | clips/s | x `all`, fastest step | in turns | by operations | GFLOP/s "
-        "| peak memory |",
+        "| model | encoder reads | decoder | clips a processor second | x `all`, processor time | on the clock "
+        "| by operations | GFLOP/s | peak memory |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for size in dict.fromkeys(row["size"] for row in rows):
         found = [row for row in rows if row["size"] == size]
         found = found[max(number for number, row in enumerate(found) if row["variant"] == "all") :]
         for row in found:
-            interval = f"{float(row['times']):.2f} [{float(row['times_low']):.2f}, {float(row['times_high']):.2f}]"
-            fastest = int(row["batch"]) / float(row["fastest_step_s"])
+            clock, processor = (
+                f"{float(row[name]):.2f} [{float(row[f'{name}_low']):.2f}, {float(row[f'{name}_high']):.2f}]"
+                for name in ("times", "processor_times")
+            )
             cells = (
                 size,
                 row["variant"].split(",")[0],
                 row["decoder"] or "none",
-                f"{fastest:.3g}",
-                f"**{float(row['times_of_fastest']):.2f}**" if row["decoder"] else "1",
-                interval if row["decoder"] else "1",
+                f"{float(row['clips_per_processor_s']):.3g}",
+                f"**{processor.replace(' ', '** ', 1)}" if row["decoder"] else "1",
+                clock if row["decoder"] else "1",
                 f"{float(row['times_by_flop']):.2f}",
-                f"{float(row['gflop_per_s']):.0f}",
+                f"{float(row['gflop_per_processor_s']):.0f}",
                 f"{float(row['peak_gib']):.2f} GiB",
             )
             lines.append(f"| {' | '.join(cells)} |")
@@ -367,10 +369,10 @@ def encoder_tokens_table() -> str:
     lines += [
         "",
         f"Steps of {last['batch']} clips in fp32, {last['masked']} of {last['patches']} patches masked, "
-        f"{last['objective']} objective. Clips/s, GFLOP/s and the first ratio are of the fastest of {last['turns']} "
-        "steps, which neighbours on the machine disturbed least; the second ratio is the mean over turns with its 95% "
-        f"interval. Peak memory is what the process took beyond its libraries. {last['cores']} cores of "
-        f"{last['device']}, torch {last['torch']}, commit {last['commit']}, {last['date']}.",
+        f"{last['objective']} objective, {last['threads']} thread(s), {last['turns']} turns; ratios are means "
+        "over turns with their 95% intervals. A neighbour on the machine costs time on the clock, and processor time "
+        "only by what the two share. Peak memory is what the process took beyond its libraries. "
+        f"{last['cores']} cores of {last['device']}, torch {last['torch']}, commit {last['commit']}, {last['date']}.",
     ]
     return "\n".join(lines)
 

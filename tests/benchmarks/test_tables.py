@@ -144,17 +144,20 @@ def test_precision_table(results):
 def test_encoder_tokens_table(results):
     """Of each size the last run."""
     assert tables.encoder_tokens_table() == "not measured yet"
-    common = {"batch": 8, "patches": 512, "masked": 400, "objective": "joint", "turns": 5, "gflop_per_s": "80.1"}
+    common = {"batch": 8, "patches": 512, "masked": 400, "objective": "joint", "turns": 5}
     common |= {"cores": 2, "device": "CPU X", "torch": "2.13", "commit": "abc", "date": "2026-01-02"}
 
     def row(variant, decoder, clips_per_s, times, low, high):
-        figures = {"fastest_step_s": 8 / clips_per_s, "times_of_fastest": times + 0.25, "peak_gib": 2.5}
-        figures |= {"times": times, "times_low": low, "times_high": high}
+        figures = {"clips_per_processor_s": clips_per_s, "peak_gib": 2.5, "gflop_per_processor_s": 80.1, "threads": 1}
+        for name, more in (("times", 0), ("processor_times", 0.25)):
+            figures |= {name: times + more, f"{name}_low": low + more, f"{name}_high": high + more}
         return {"size": "base", "variant": variant, "decoder": decoder, **figures, "times_by_flop": 2.626, **common}
 
     results("encoder_tokens.csv", row("all", "", 9, 1, 1, 1), row("visible", "2 x 768", 9, 9, 9, 9))
     results("encoder_tokens.csv", row("all", "", 0.3, 1, 1, 1), row("visible", "2 x 768", 0.75, 2.5, 2.25, 2.7512))
     lines = tables.encoder_tokens_table().splitlines()
     assert lines[2].startswith("| base | all | none | 0.3 | 1 | 1 |")
-    assert lines[3] == "| base | visible | 2 x 768 | 0.75 | **2.75** | 2.50 [2.25, 2.75] | 2.63 | 80 | 2.50 GiB |"
+    assert lines[3] == (
+        "| base | visible | 2 x 768 | 0.75 | **2.75** [2.50, 3.00] | 2.50 [2.25, 2.75] | 2.63 | 80 | 2.50 GiB |"
+    )
     assert len(lines) == 6 and lines[5].endswith("2 cores of CPU X, torch 2.13, commit abc, 2026-01-02.")
