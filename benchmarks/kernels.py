@@ -1,4 +1,4 @@
-"""How fast the operators are: `python -m ssast.benchmarks.kernels [fbank mask embed loss attention] [options]`.
+"""How fast the operators are: `python -m ssast.benchmarks.kernels [OPERATOR ...] [options]`.
 
 Every provider of a case is first checked against the exact result in float64, outputs and gradients. One that fails is
 said to, is never timed, and makes the exit status 1. The others are timed side by side (timing.py tells how) in three
