@@ -8,6 +8,13 @@ Legend of the shapes in all files:
     B clips   S samples   T frames   F mel bins   f, t  patch rows (frequency) and columns (time) of the grid
     P = f * t patches   K values of a patch (256)   M masked patches   V = P - M visible ones   D model width
     H heads   N = 2 + P tokens   d = D / H
+
+Names in the kernels of all files:
+    x_ptr, x_ptrs    a tensor's address, and a tensor of addresses   x_stride_b, _p, _n ...    strides, by dimension
+    d_x              gradient of the loss with respect to x (dq, dk, dv: of q, k, v)
+    X_2              the next power of two of a size X               BLOCK_X    how much of X a program takes at a time
+    COMPUTE          dtype of a product's factors; sums are float32
+Tensors come in with their last dimension contiguous (`backend.last_dim_contiguous`), other strides as they are.
 """
 
 from .attention import attention, available_attention

@@ -19,65 +19,57 @@ import triton.language as tl
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .backend import resolve_backend
+from .backend import last_dim_contiguous, resolve_backend
 
 HEAD_DIMS = (16, 32, 64, 128)  # of the Triton kernel
 
-# Launches: rows (or keys) of which a program computes the result, keys (or rows) that it takes at a time, warps. They
-# are fixed, not tuned at run time, so that all ranks and all runs compute the same. Chosen from what the compiler says
-# for sm_80, sm_90 and sm_100: nothing spills, and on sm_90 at d = 64 a multiprocessor holds two programs of dQ (122
-# registers, 8 warps) and three of dK and dV (140, 4 warps), but one of the forward pass (156, 8 warps). 64 keys at a
-# time there would let it hold two, and spill on sm_80.
-_NARROW = {"forward": (128, 128, 8), "dq": (128, 64, 8), "dkv": (64, 32, 4)}  # bf16 and fp16, d <= 64
-# At d = 128 the accumulators take twice the registers. Nobody trains with it here: its tails spill a little.
-_WIDE = {"forward": (128, 64, 8), "dq": (128, 32, 8), "dkv": (128, 16, 8)}
-# fp32 multiplies outside the tensor cores, from registers. It is for checking: at d = 128 it spills.
-_SINGLE = {"forward": (32, 32, 8), "dq": (32, 32, 8), "dkv": (32, 32, 8)}
-# one tile on its way while one is computed on; with a third, no second program of the forward kernel would fit beside
-_STAGES = 2
-_TAIL_OTHER = 32  # a tail tile has fewer warps to hold what it takes
-_SMALLEST = 16  # rows, columns and depth of a tile that the tensor cores take
+
+def _reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return functional.scaled_dot_product_attention(q, k, v)
+
+
+# --- the kernels ------------------------------------------------------------------------------------------------------
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def _load_rows(ptr, first, stride, N, ROWS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
-    """[ROWS, D] from row `first` on; MASKED: rows past N are zero."""
-    row = first + tl.arange(0, ROWS)
-    at = ptr + row[:, None] * stride + tl.arange(0, D)[None, :]
+def _load_rows(ptr, first, stride, N, BLOCK_ROWS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+    """[BLOCK_ROWS, D] from row `first` on; MASKED: rows past N are zero."""
+    row = first + tl.arange(0, BLOCK_ROWS)
+    ptrs = ptr + row[:, None] * stride + tl.arange(0, D)[None, :]
     if MASKED:
-        tile = tl.load(at, mask=(row < N)[:, None], other=0.0)
+        tile = tl.load(ptrs, mask=(row < N)[:, None], other=0.0)
     else:
-        tile = tl.load(at)
+        tile = tl.load(ptrs)
     return tile
 
 
 @triton.jit
-def _store_rows(ptr, tile, first, stride, N, ROWS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
-    row = first + tl.arange(0, ROWS)
-    at = ptr + row[:, None] * stride + tl.arange(0, D)[None, :]
+def _store_rows(ptr, tile, first, stride, N, BLOCK_ROWS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+    row = first + tl.arange(0, BLOCK_ROWS)
+    ptrs = ptr + row[:, None] * stride + tl.arange(0, D)[None, :]
     if MASKED:
-        tl.store(at, tile.to(ptr.dtype.element_ty), mask=(row < N)[:, None])
+        tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=(row < N)[:, None])
     else:
-        tl.store(at, tile.to(ptr.dtype.element_ty))
+        tl.store(ptrs, tile.to(ptr.dtype.element_ty))
 
 
 @triton.jit
 def _attend(
-    acc, total, peak, q, k_ptr, v_ptr, first, k_row, v_row, N,
-    KEYS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, SCALE: tl.constexpr,
+    acc, total, peak, q, k_ptr, v_ptr, first, k_stride_n, v_stride_n, N,
+    BLOCK_KEYS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax; logits are in units of log 2, since exp2 is what the hardware has."""
-    k = _load_rows(k_ptr, first, k_row, N, KEYS, D, MASKED)
-    s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [ROWS, KEYS]
+    k = _load_rows(k_ptr, first, k_stride_n, N, BLOCK_KEYS, D, MASKED)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_ROWS, BLOCK_KEYS]
     if MASKED:
-        s = tl.where((first + tl.arange(0, KEYS) < N)[None, :], s, float("-inf"))
+        s = tl.where((first + tl.arange(0, BLOCK_KEYS) < N)[None, :], s, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(s, axis=1) * (SCALE * _LOG2_E))
     p = tl.exp2(s * (SCALE * _LOG2_E) - new_peak[:, None])
     shrink = tl.exp2(peak - new_peak)
     total = total * shrink + tl.sum(p, axis=1)
-    v = _load_rows(v_ptr, first, v_row, N, KEYS, D, MASKED)
+    v = _load_rows(v_ptr, first, v_stride_n, N, BLOCK_KEYS, D, MASKED)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, total, new_peak
 
@@ -93,85 +85,86 @@ def _forward_kernel(
     tiles,
     N,
     H,
-    q_batch, q_head, q_row,
-    k_batch, k_head, k_row,
-    v_batch, v_head, v_row,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    TAIL: tl.constexpr,  # keys of the last tile, 0: none
+    q_stride_b, q_stride_h, q_stride_n,
+    k_stride_b, k_stride_h, k_stride_n,
+    v_stride_b, v_stride_h, v_stride_n,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,  # keys of the last tile, 0: none
     D: tl.constexpr,
     MASKED: tl.constexpr,
     SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Rows `first` + i * ROWS ... of each head, i < tiles. Programs of one head follow each other, so its keys stay in
-    the L2 cache.
+    """Rows `first` + i * BLOCK_ROWS ... of each head, i < tiles. Programs of one head follow each other, so its keys
+    stay in the L2 cache.
     """
     head = (tl.program_id(0) // tiles).to(tl.int64)
-    first += tl.program_id(0) % tiles * ROWS
-    b, h = head // H, head % H
-    q_ptr += b * q_batch + h * q_head
-    k_ptr += b * k_batch + h * k_head
-    v_ptr += b * v_batch + h * v_head
-    out_ptr += (b * N * H + h) * D
+    first += tl.program_id(0) % tiles * BLOCK_ROWS
+    clip, h = head // H, head % H
+    q_ptr += clip * q_stride_b + h * q_stride_h
+    k_ptr += clip * k_stride_b + h * k_stride_h
+    v_ptr += clip * v_stride_b + h * v_stride_h
+    out_ptr += (clip * N * H + h) * D
     lse_ptr += head * N
 
-    q = _load_rows(q_ptr, first, q_row, N, ROWS, D, MASKED)
-    peak = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, D), tl.float32)
+    q = _load_rows(q_ptr, first, q_stride_n, N, BLOCK_ROWS, D, MASKED)
+    peak = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_ROWS,), tl.float32)
+    acc = tl.zeros((BLOCK_ROWS, D), tl.float32)
     # The tail comes first: after the loop it makes the assembler wait for every matrix instruction in it (C7515).
-    if TAIL > 0:
+    if BLOCK_TAIL > 0:
         acc, total, peak = _attend(
-            acc, total, peak, q, k_ptr, v_ptr, N // KEYS * KEYS, k_row, v_row, N, TAIL, D, True, SCALE
-        )
-    for tile in tl.range(N // KEYS, disable_licm=True):  # hoisted out of the loop, q would sit in registers all along
+            acc, total, peak, q, k_ptr, v_ptr, N // BLOCK_KEYS * BLOCK_KEYS, k_stride_n, v_stride_n, N,
+            BLOCK_TAIL, D, True, SCALE,
+        )  # fmt: skip
+    for tile in tl.range(N // BLOCK_KEYS, disable_licm=True):  # hoisted out of the loop, q would sit in registers
         acc, total, peak = _attend(
-            acc, total, peak, q, k_ptr, v_ptr, tile * KEYS, k_row, v_row, N, KEYS, D, False, SCALE
+            acc, total, peak, q, k_ptr, v_ptr, tile * BLOCK_KEYS, k_stride_n, v_stride_n, N, BLOCK_KEYS, D, False, SCALE
         )
 
-    _store_rows(out_ptr, acc / total[:, None], first, H * D, N, ROWS, D, MASKED)
-    row = first + tl.arange(0, ROWS)
+    _store_rows(out_ptr, acc / total[:, None], first, H * D, N, BLOCK_ROWS, D, MASKED)
+    row = first + tl.arange(0, BLOCK_ROWS)
     tl.store(lse_ptr + row, peak + tl.log2(total), mask=row < N)
 
 
 @triton.jit
 def _add_dq(
-    dq, q, dout, lse, delta, k_ptr, v_ptr, first, k_row, v_row, N,
-    KEYS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, SCALE: tl.constexpr,
+    dq, q, d_out, lse, delta, k_ptr, v_ptr, first, k_stride_n, v_stride_n, N,
+    BLOCK_KEYS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """dQ + dS K of one tile of keys, its probabilities computed again from the saved lse (Dao 2023, algorithm 2)."""
-    k = _load_rows(k_ptr, first, k_row, N, KEYS, D, MASKED)
-    s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [ROWS, KEYS]
+    k = _load_rows(k_ptr, first, k_stride_n, N, BLOCK_KEYS, D, MASKED)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_ROWS, BLOCK_KEYS]
     p = tl.exp2(s * (SCALE * _LOG2_E) - lse[:, None])
     if MASKED:  # a key past N has logit 0, which may be far above the others
-        p = tl.where((first + tl.arange(0, KEYS) < N)[None, :], p, 0.0)
-    v = _load_rows(v_ptr, first, v_row, N, KEYS, D, MASKED)
-    dp = tl.dot(dout, tl.trans(v), input_precision="ieee")  # [ROWS, KEYS]
+        p = tl.where((first + tl.arange(0, BLOCK_KEYS) < N)[None, :], p, 0.0)
+    v = _load_rows(v_ptr, first, v_stride_n, N, BLOCK_KEYS, D, MASKED)
+    dp = tl.dot(d_out, tl.trans(v), input_precision="ieee")  # [BLOCK_ROWS, BLOCK_KEYS]
     ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
 @triton.jit
 def _dq_kernel(
-    dout_ptr,
+    d_out_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
     out_ptr,  # [B, N, H, d]
     lse_ptr,  # [B, H, N] fp32
     delta_ptr,  # [B, H, N] fp32, written: rowsum(dO * O)
-    grad_ptr,  # [B, N, 3, H, d]
+    d_qkv_ptr,  # [B, N, 3, H, d]
     first,
     tiles,
     N,
     H,
-    dout_batch, dout_head, dout_row,
-    q_batch, q_head, q_row,
-    k_batch, k_head, k_row,
-    v_batch, v_head, v_row,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    TAIL: tl.constexpr,
+    d_out_stride_b, d_out_stride_h, d_out_stride_n,
+    q_stride_b, q_stride_h, q_stride_n,
+    k_stride_b, k_stride_h, k_stride_n,
+    v_stride_b, v_stride_h, v_stride_n,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
     D: tl.constexpr,
     MASKED: tl.constexpr,
     SCALE: tl.constexpr,
@@ -180,55 +173,61 @@ def _dq_kernel(
     else.
     """
     head = (tl.program_id(0) // tiles).to(tl.int64)
-    first += tl.program_id(0) % tiles * ROWS
-    b, h = head // H, head % H
-    dout_ptr += b * dout_batch + h * dout_head
-    q_ptr += b * q_batch + h * q_head
-    k_ptr += b * k_batch + h * k_head
-    v_ptr += b * v_batch + h * v_head
-    out_ptr += (b * N * H + h) * D
-    dq_ptr = grad_ptr + (b * N * 3 * H + h) * D
+    first += tl.program_id(0) % tiles * BLOCK_ROWS
+    clip, h = head // H, head % H
+    d_out_ptr += clip * d_out_stride_b + h * d_out_stride_h
+    q_ptr += clip * q_stride_b + h * q_stride_h
+    k_ptr += clip * k_stride_b + h * k_stride_h
+    v_ptr += clip * v_stride_b + h * v_stride_h
+    out_ptr += (clip * N * H + h) * D
+    dq_ptr = d_qkv_ptr + (clip * N * 3 * H + h) * D
     lse_ptr += head * N
     delta_ptr += head * N
 
-    row = first + tl.arange(0, ROWS)
-    dout = _load_rows(dout_ptr, first, dout_row, N, ROWS, D, MASKED)
-    out = _load_rows(out_ptr, first, H * D, N, ROWS, D, MASKED)
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1)
+    row = first + tl.arange(0, BLOCK_ROWS)
+    d_out = _load_rows(d_out_ptr, first, d_out_stride_n, N, BLOCK_ROWS, D, MASKED)
+    out = _load_rows(out_ptr, first, H * D, N, BLOCK_ROWS, D, MASKED)
+    delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), axis=1)
     tl.store(delta_ptr + row, delta, mask=row < N)
 
-    q = _load_rows(q_ptr, first, q_row, N, ROWS, D, MASKED)
+    q = _load_rows(q_ptr, first, q_stride_n, N, BLOCK_ROWS, D, MASKED)
     lse = tl.load(lse_ptr + row, mask=row < N, other=0.0)
-    dq = tl.zeros((ROWS, D), tl.float32)
-    if TAIL > 0:
-        dq = _add_dq(dq, q, dout, lse, delta, k_ptr, v_ptr, N // KEYS * KEYS, k_row, v_row, N, TAIL, D, True, SCALE)
-    for tile in tl.range(N // KEYS, disable_licm=True):
-        dq = _add_dq(dq, q, dout, lse, delta, k_ptr, v_ptr, tile * KEYS, k_row, v_row, N, KEYS, D, False, SCALE)
-    _store_rows(dq_ptr, dq * SCALE, first, 3 * H * D, N, ROWS, D, MASKED)
+    dq = tl.zeros((BLOCK_ROWS, D), tl.float32)
+    if BLOCK_TAIL > 0:
+        dq = _add_dq(
+            dq, q, d_out, lse, delta, k_ptr, v_ptr, N // BLOCK_KEYS * BLOCK_KEYS, k_stride_n, v_stride_n, N,
+            BLOCK_TAIL, D, True, SCALE,
+        )  # fmt: skip
+    for tile in tl.range(N // BLOCK_KEYS, disable_licm=True):
+        dq = _add_dq(
+            dq, q, d_out, lse, delta, k_ptr, v_ptr, tile * BLOCK_KEYS, k_stride_n, v_stride_n, N,
+            BLOCK_KEYS, D, False, SCALE,
+        )  # fmt: skip
+    _store_rows(dq_ptr, dq * SCALE, first, 3 * H * D, N, BLOCK_ROWS, D, MASKED)
 
 
 @triton.jit
 def _add_dkv(
-    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, first, q_row, dout_row, N,
-    ROWS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, SCALE: tl.constexpr,
+    dk, dv, k, v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, first, q_stride_n, d_out_stride_n, N,
+    BLOCK_ROWS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """Everything is transposed, keys x rows: the probabilities then go from one product into the next without leaving
     the registers. Rows past N add nothing, their q, dO and delta being zero; keys past N may overflow, each in a row of
     its own that is not stored.
     """
-    row = first + tl.arange(0, ROWS)
-    q = _load_rows(q_ptr, first, q_row, N, ROWS, D, MASKED)
-    dout = _load_rows(dout_ptr, first, dout_row, N, ROWS, D, MASKED)
+    row = first + tl.arange(0, BLOCK_ROWS)
+    q = _load_rows(q_ptr, first, q_stride_n, N, BLOCK_ROWS, D, MASKED)
+    d_out = _load_rows(d_out_ptr, first, d_out_stride_n, N, BLOCK_ROWS, D, MASKED)
     if MASKED:
         lse = tl.load(lse_ptr + row, mask=row < N, other=0.0)
         delta = tl.load(delta_ptr + row, mask=row < N, other=0.0)
     else:
         lse = tl.load(lse_ptr + row)
         delta = tl.load(delta_ptr + row)
-    s = tl.dot(k, tl.trans(q), input_precision="ieee")  # [KEYS, ROWS]
+    s = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BLOCK_KEYS, BLOCK_ROWS]
     p = tl.exp2(s * (SCALE * _LOG2_E) - lse[None, :])
-    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-    dp = tl.dot(v, tl.trans(dout), input_precision="ieee")  # [KEYS, ROWS]
+    dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee")
+    dp = tl.dot(v, tl.trans(d_out), input_precision="ieee")  # [BLOCK_KEYS, BLOCK_ROWS]
     ds = p * (dp - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
@@ -236,62 +235,82 @@ def _add_dkv(
 
 @triton.jit
 def _dkv_kernel(
-    dout_ptr,
+    d_out_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
     lse_ptr,  # [B, H, N] fp32
     delta_ptr,  # [B, H, N] fp32
-    grad_ptr,  # [B, N, 3, H, d]
+    d_qkv_ptr,  # [B, N, 3, H, d]
     first,
     tiles,
     N,
     H,
-    dout_batch, dout_head, dout_row,
-    q_batch, q_head, q_row,
-    k_batch, k_head, k_row,
-    v_batch, v_head, v_row,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    TAIL: tl.constexpr,  # rows of the last tile, 0: none
+    d_out_stride_b, d_out_stride_h, d_out_stride_n,
+    q_stride_b, q_stride_h, q_stride_n,
+    k_stride_b, k_stride_h, k_stride_n,
+    v_stride_b, v_stride_h, v_stride_n,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,  # rows of the last tile, 0: none
     D: tl.constexpr,
     MASKED: tl.constexpr,
     SCALE: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of keys `first` + i * KEYS ... of each head, i < tiles."""
+    """dK and dV of keys `first` + i * BLOCK_KEYS ... of each head, i < tiles."""
     head = (tl.program_id(0) // tiles).to(tl.int64)
-    first += tl.program_id(0) % tiles * KEYS
-    b, h = head // H, head % H
-    dout_ptr += b * dout_batch + h * dout_head
-    q_ptr += b * q_batch + h * q_head
-    k_ptr += b * k_batch + h * k_head
-    v_ptr += b * v_batch + h * v_head
-    dk_ptr = grad_ptr + (b * N * 3 * H + H + h) * D
+    first += tl.program_id(0) % tiles * BLOCK_KEYS
+    clip, h = head // H, head % H
+    d_out_ptr += clip * d_out_stride_b + h * d_out_stride_h
+    q_ptr += clip * q_stride_b + h * q_stride_h
+    k_ptr += clip * k_stride_b + h * k_stride_h
+    v_ptr += clip * v_stride_b + h * v_stride_h
+    dk_ptr = d_qkv_ptr + (clip * N * 3 * H + H + h) * D
     dv_ptr = dk_ptr + H * D
     lse_ptr += head * N
     delta_ptr += head * N
 
-    k = _load_rows(k_ptr, first, k_row, N, KEYS, D, MASKED)
-    v = _load_rows(v_ptr, first, v_row, N, KEYS, D, MASKED)
-    dk = tl.zeros((KEYS, D), tl.float32)
-    dv = tl.zeros((KEYS, D), tl.float32)
-    if TAIL > 0 and not MASKED:
+    k = _load_rows(k_ptr, first, k_stride_n, N, BLOCK_KEYS, D, MASKED)
+    v = _load_rows(v_ptr, first, v_stride_n, N, BLOCK_KEYS, D, MASKED)
+    dk = tl.zeros((BLOCK_KEYS, D), tl.float32)
+    dv = tl.zeros((BLOCK_KEYS, D), tl.float32)
+    tail = N // BLOCK_ROWS * BLOCK_ROWS
+    if BLOCK_TAIL > 0 and not MASKED:
         dk, dv = _add_dkv(
-            dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, N // ROWS * ROWS, q_row, dout_row, N,
-            TAIL, D, True, SCALE,
+            dk, dv, k, v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, tail, q_stride_n, d_out_stride_n, N,
+            BLOCK_TAIL, D, True, SCALE,
         )  # fmt: skip
-    for tile in tl.range(N // ROWS, disable_licm=True):
+    for tile in tl.range(N // BLOCK_ROWS, disable_licm=True):
         dk, dv = _add_dkv(
-            dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, tile * ROWS, q_row, dout_row, N, ROWS, D, False, SCALE
-        )
+            dk, dv, k, v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, tile * BLOCK_ROWS, q_stride_n, d_out_stride_n, N,
+            BLOCK_ROWS, D, False, SCALE,
+        )  # fmt: skip
     # One warp has no such matrix instructions, and would spill registers on sm_100 with the tail in front.
-    if TAIL > 0 and MASKED:
+    if BLOCK_TAIL > 0 and MASKED:
         dk, dv = _add_dkv(
-            dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, N // ROWS * ROWS, q_row, dout_row, N,
-            TAIL, D, True, SCALE,
+            dk, dv, k, v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, tail, q_stride_n, d_out_stride_n, N,
+            BLOCK_TAIL, D, True, SCALE,
         )  # fmt: skip
-    _store_rows(dk_ptr, dk * SCALE, first, 3 * H * D, N, KEYS, D, MASKED)
-    _store_rows(dv_ptr, dv, first, 3 * H * D, N, KEYS, D, MASKED)
+    _store_rows(dk_ptr, dk * SCALE, first, 3 * H * D, N, BLOCK_KEYS, D, MASKED)
+    _store_rows(dv_ptr, dv, first, 3 * H * D, N, BLOCK_KEYS, D, MASKED)
+
+
+# --- the launches -----------------------------------------------------------------------------------------------------
+
+# Launches: rows (or keys) of which a program computes the result, keys (or rows) that it takes at a time, warps. They
+# are fixed, not tuned at run time, so that all ranks and all runs compute the same. Chosen from what the compiler says
+# for sm_80, sm_90 and sm_100: nothing spills, and on sm_90 at d = 64 a multiprocessor holds two programs of dQ (122
+# registers, 8 warps) and three of dK and dV (140, 4 warps), but one of the forward pass (156, 8 warps). 64 keys at a
+# time there would let it hold two, and spill on sm_80.
+_NARROW = {"forward": (128, 128, 8), "dq": (128, 64, 8), "dkv": (64, 32, 4)}  # bf16 and fp16, d <= 64
+# At d = 128 the accumulators take twice the registers. Nobody trains with it here: its tails spill a little.
+_WIDE = {"forward": (128, 64, 8), "dq": (128, 32, 8), "dkv": (128, 16, 8)}
+# fp32 multiplies outside the tensor cores, from registers. It is for checking: at d = 128 it spills.
+_SINGLE = {"forward": (32, 32, 8), "dq": (32, 32, 8), "dkv": (32, 32, 8)}
+# one tile on its way while one is computed on; with a third, no second program of the forward kernel would fit beside
+_STAGES = 2
+_TAIL_OTHER = 32  # a tail tile has fewer warps to hold what it takes
+_SMALLEST = 16  # rows, columns and depth of a tile that the tensor cores take
 
 
 class _Launch(NamedTuple):
@@ -343,9 +362,9 @@ def _run(kernel: triton.JITFunction, name: str, strided: tuple[torch.Tensor, ...
                 N,
                 H,
                 *strides,
-                ROWS=rows,
-                KEYS=keys,
-                TAIL=_tail(N % each.other),
+                BLOCK_ROWS=rows,
+                BLOCK_KEYS=keys,
+                BLOCK_TAIL=_tail(N % each.other),
                 D=D,
                 MASKED=each.is_tail,
                 SCALE=1 / math.sqrt(D),
@@ -354,10 +373,13 @@ def _run(kernel: triton.JITFunction, name: str, strided: tuple[torch.Tensor, ...
             )
 
 
+# --- the operator -----------------------------------------------------------------------------------------------------
+
+
 @torch.library.custom_op("ssast::attention_forward", mutates_args=())
 def _forward_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[B, H, N, d] output, laid out as [B, N, H, d], and [B, H, N] fp32 log2 of the softmax's denominators."""
-    q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
+    q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
     out, lse = _empty_outputs(q)
     _run(_forward_kernel, "forward", (q, k, v), out, lse)
     return out, lse
@@ -375,30 +397,26 @@ def _empty_outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.library.custom_op("ssast::attention_backward", mutates_args=())
 def _backward_op(
-    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+    d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
 ) -> torch.Tensor:
     """[B, N, 3, H, d]: dQ, dK and dV, laid out as the projection that made q, k and v lays those out."""
-    dout, q, k, v = _rows_contiguous(dout), _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
+    d_out, q, k, v = (last_dim_contiguous(x) for x in (d_out, q, k, v))
     out = out.transpose(1, 2).contiguous()  # [B, N, H, d], as it was made: nothing is copied
     grad = _empty_gradient(q)
     delta = torch.empty_like(lse)
-    _run(_dq_kernel, "dq", (dout, q, k, v), out, lse, delta, grad)
-    _run(_dkv_kernel, "dkv", (dout, q, k, v), lse, delta, grad)
+    _run(_dq_kernel, "dq", (d_out, q, k, v), out, lse, delta, grad)
+    _run(_dkv_kernel, "dkv", (d_out, q, k, v), lse, delta, grad)
     return grad
 
 
 @_backward_op.register_fake
-def _(dout, q, k, v, out, lse):
+def _(d_out, q, k, v, out, lse):
     return _empty_gradient(q)
 
 
 def _empty_gradient(q: torch.Tensor) -> torch.Tensor:
     B, H, N, D = q.shape
     return q.new_empty(B, N, 3, H, D)
-
-
-def _rows_contiguous(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _setup_context(ctx, inputs, output):
@@ -408,18 +426,17 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs, out, lse)
 
 
-def _backward(ctx, dout, _):
-    if dout is None:
+def _backward(ctx, d_out, _):
+    if d_out is None:
         return None, None, None
-    grad = _backward_op(dout, *ctx.saved_tensors)
+    grad = _backward_op(d_out, *ctx.saved_tensors)
     return grad.permute(2, 0, 3, 1, 4).unbind()
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return functional.scaled_dot_product_attention(q, k, v)
+# --- the other implementations, and which of them can run -------------------------------------------------------------
 
 
 def _math(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -466,7 +483,7 @@ def _triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 BACKENDS = {
-    "torch": _torch,
+    "torch": _reference,
     "math": _math,
     "flash": _flash,
     "cudnn": _cudnn,
@@ -482,60 +499,8 @@ _FLASH_ATTN_MODULES = {
 }
 
 
-def attention(
-    q: torch.Tensor,  # [B, H, N, d]
-    k: torch.Tensor,  # [B, H, N, d]
-    v: torch.Tensor,  # [B, H, N, d]
-    *,
-    backend: str | None = None,
-) -> torch.Tensor:  # [B, H, N, d]
-    """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, equation 1), differentiable once.
-
-    Args:
-        q, k, v: of one shape and dtype; strided as they come, views of one projection included.
-        backend:
-            "torch", None    PyTorch's scaled_dot_product_attention, which chooses among its own kernels: the reference
-            "math", "flash", "cudnn"    one of those kernels
-            "flash-attn-2", "flash-attn-3", "flash-attn-4"    the installed package of that generation
-            "triton"  the kernel of this file: bf16, fp16 or fp32 with fp32 sums; d of 16, 32, 64 or 128; no atomics, so
-                      the same bits in every run. None never means it, in Triton's interpreter neither: it must first
-                      win a measurement.
-
-    Returns:
-        In the dtype of q. Most backends lay it out as [B, N, H, d], so that joining the heads moves nothing.
-
-    Raises:
-        ValueError: shapes or dtypes that differ, an unknown backend, or one that cannot run here.
-    """
-    if q.ndim != 4 or not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype:
-        given = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (q, k, v))
-        raise ValueError(f"q, k and v must be [B, H, N, d] of one shape and dtype, not {given}")
-    name = backend or "torch"
-    if name != "torch" and not torch.compiler.is_compiling():  # the check is not traceable, nor needed twice
-        check_backend(name, q.device, q.dtype, q.shape[3])
-    return BACKENDS[name](q, k, v)
-
-
-def available_attention(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> list[str]:
-    """Names of the backends of `attention` that can run, "torch" first."""
-    device = torch.device(device)
-    return [name for name in BACKENDS if obstacle(name, device, dtype, head_dim) is None]
-
-
-def check_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-    """A backend to be used must be able to run here.
-
-    Raises:
-        ValueError: it cannot; the message says what is available.
-    """
-    reason = obstacle(name, device, dtype, head_dim)
-    if reason is not None:
-        available = ", ".join(available_attention(device, dtype, head_dim))
-        raise ValueError(f"attention backend {name!r} {reason}; available: {available}")
-
-
 def obstacle(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the backend cannot run; None: it can."""
+    """Why a backend of `attention` cannot run, to follow its name in a sentence; None: it can."""
     if name not in BACKENDS:
         return "is unknown"
     if name in ("torch", "math") or (name == "flash" and device.type == "cpu"):
@@ -590,5 +555,62 @@ def _flash_attn_obstacle(name: str, capability: tuple[int, int], dtype: torch.dt
 
 
 def first_line(error: Exception) -> str:
-    """Of an error's message."""
+    """Of an error's message; empty where it has none."""
     return next(iter(str(error).splitlines()), "")
+
+
+def check_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Check that a backend of `attention` can run.
+
+    Raises:
+        ValueError: it cannot; the message says why, and which ones can.
+    """
+    reason = obstacle(name, device, dtype, head_dim)
+    if reason is not None:
+        available = ", ".join(available_attention(device, dtype, head_dim))
+        raise ValueError(f"attention backend {name!r} {reason}; available: {available}")
+
+
+# --- the public functions ---------------------------------------------------------------------------------------------
+
+
+def attention(
+    q: torch.Tensor,  # [B, H, N, d]
+    k: torch.Tensor,  # [B, H, N, d]
+    v: torch.Tensor,  # [B, H, N, d]
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:  # [B, H, N, d]
+    """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, equation 1), differentiable once.
+
+    Args:
+        q, k, v: of one shape and dtype; strided as they come, views of one projection included.
+        backend:
+            "torch", None    PyTorch's scaled_dot_product_attention, which chooses among its own kernels: the reference
+            "math", "flash", "cudnn"    one of those kernels
+            "flash-attn-2", "flash-attn-3", "flash-attn-4"    the installed package of that generation
+            "triton"  the kernel of this file: bf16, fp16 or fp32 with fp32 sums; d of 16, 32, 64 or 128; no atomics, so
+                      the same bits in every run. None never means it, in Triton's interpreter neither: it must first
+                      win a measurement.
+
+    Returns:
+        In the dtype of q. Most backends lay it out as [B, N, H, d], so that joining the heads moves nothing.
+
+    Raises:
+        ValueError: shapes or dtypes that differ, an unknown backend, or one that cannot run here.
+    """
+    if q.ndim != 4 or not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype:
+        given = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (q, k, v))
+        raise ValueError(f"q, k and v must be [B, H, N, d] of one shape and dtype, not {given}")
+    name = backend or "torch"
+    if name != "torch" and not torch.compiler.is_compiling():  # the check is not traceable, nor needed twice
+        check_backend(name, q.device, q.dtype, q.shape[3])
+    return BACKENDS[name](q, k, v)
+
+
+def available_attention(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> list[str]:
+    """Names of the backends of `attention` that can run with tensors of this dtype and head dimension d, "torch"
+    first.
+    """
+    device = torch.device(device)
+    return [name for name in BACKENDS if obstacle(name, device, dtype, head_dim) is None]

@@ -1,6 +1,9 @@
 """Which implementation of an operator runs: "torch" (the reference) or "triton"."""
 
+from typing import overload
+
 import torch
+import triton.language as tl
 from triton import knobs
 
 INTERPRETED = knobs.runtime.interpret
@@ -11,9 +14,23 @@ ASSUMED_CAPABILITY = (9, 0)
 """Of the GPU that CPU tensors stand for, in the interpreter and where kernels are compiled without a GPU."""
 
 
+TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
 def capability(device: torch.device) -> tuple[int, int]:
     """CUDA compute capability: (8, 0) A100, (9, 0) H100 and H200, (10, 0) B200."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else ASSUMED_CAPABILITY
+
+
+@overload
+def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor: ...
+@overload
+def last_dim_contiguous(x: torch.Tensor | None) -> torch.Tensor | None: ...
+def last_dim_contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor as the kernels read it: its last dimension in one piece, all others with strides of their own. A copy
+    only where it is not so already; None stays None.
+    """
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 def resolve_backend(name: str | None, *tensors: torch.Tensor | torch.device | None) -> str:

@@ -32,8 +32,8 @@ def choose_attention(
     """Measure the backends of `attention` at the shape of a run, and name the fastest.
 
     Every backend first has to agree with float64 on the last clip of a whole batch, output and gradients, within twice
-    the error of plain PyTorch in `dtype` and 2 ulp. Timings differ from rank to rank: measure on one,
-    and take its choice on all.
+    the error of plain PyTorch in `dtype` and 2 ulp. Timings differ from rank to rank: measure on one and
+    take its choice on all.
 
     Args:
         shape: [B, H, N, d] of q. As much memory as attention takes there must be free.
@@ -85,21 +85,21 @@ def _example(
 
 
 def _train(
-    function: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor
+    function: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, d_out: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     out = function(q, k, v)
-    return out, *torch.autograd.grad(out.transpose(1, 2).reshape(dout.shape), (q, k, v), dout)
+    return out, *torch.autograd.grad(out.transpose(1, 2).reshape(d_out.shape), (q, k, v), d_out)
 
 
-def _disagreement(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor) -> str | None:
+def _disagreement(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, d_out: torch.Tensor) -> str | None:
     """Why the backend must not be used: it raises, or it computes something else."""
     try:
-        actual = _train(functools.partial(attention, backend=name), q, k, v, dout)
+        actual = _train(functools.partial(attention, backend=name), q, k, v, d_out)
     except Exception as error:
         return f"raised {type(error).__name__}: {first_line(error)}"
     last = [x[-1:].detach() for x in (q, k, v)]
-    same_dtype = _train(_definition, *(x.requires_grad_() for x in last), dout[-1:])
-    exact = _train(_definition, *(x.detach().double().requires_grad_() for x in last), dout[-1:].double())
+    same_dtype = _train(_definition, *(x.requires_grad_() for x in last), d_out[-1:])
+    exact = _train(_definition, *(x.detach().double().requires_grad_() for x in last), d_out[-1:].double())
     for label, x, same, true in zip(("output", "dq", "dk", "dv"), actual, same_dtype, exact, strict=True):
         ulp = torch.finfo(q.dtype).eps * true.abs().max()
         error, allowed = (x[-1:] - true).abs().max(), 2 * (same - true).abs().max() + 2 * ulp

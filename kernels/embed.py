@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .backend import resolve_backend
+from .backend import TRITON_DTYPE, last_dim_contiguous, resolve_backend
 
 NUM_PREFIX = 2  # cls and dist
 
@@ -77,13 +77,19 @@ _SUM_COLUMNS = 128  # of the width D
 _PROGRAMS = 128  # about one for each multiprocessor: into how many the sums over clips are split
 
 
-def _tiles(compute: torch.dtype) -> dict[str, dict[str, int]]:
+def _blocks(compute: torch.dtype) -> dict[str, dict[str, int]]:
     """Rows and columns of the products' results, and how much of the dimension that is summed over at a time. float32
     is multiplied outside the matrix units, which takes all factors from registers: small tiles.
     """
     if compute == torch.float32:
-        return {"tokens": {"BR": 32, "BD": 32, "BK": 32}, "weight": {"BD": 32, "BK": 32, "BR": 32}}
-    return {"tokens": {"BR": _ROWS, "BD": 128, "BK": 64}, "weight": {"BD": 128, "BK": 256, "BR": 64}}
+        return {
+            "tokens": {"BLOCK_ROWS": 32, "BLOCK_D": 32, "BLOCK_K": 32},
+            "weight": {"BLOCK_D": 32, "BLOCK_K": 32, "BLOCK_ROWS": 32},
+        }
+    return {
+        "tokens": {"BLOCK_ROWS": _ROWS, "BLOCK_D": 128, "BLOCK_K": 64},
+        "weight": {"BLOCK_D": 128, "BLOCK_K": 256, "BLOCK_ROWS": 64},
+    }
 
 
 @triton.jit
@@ -123,8 +129,8 @@ def _embed_kernel(
     mask_ptr,  # [B, M] int64, or None
     visible_ptr,  # [B, P - M] int32, or None: all are visible
     out_ptr,  # [B, 2 + P, D]; VISIBLE_ONLY: [B, 2 + P - M, D]
-    clip_stride,  # of patches
-    patch_stride,
+    patches_stride_b,
+    patches_stride_p,
     VISIBLE_ONLY: tl.constexpr,
     P: tl.constexpr,
     M: tl.constexpr,
@@ -132,32 +138,32 @@ def _embed_kernel(
     D: tl.constexpr,
     COMPUTE: tl.constexpr,  # dtype of the product's factors
     PRECISION: tl.constexpr,
-    BR: tl.constexpr,
-    BD: tl.constexpr,
-    BK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """One program for BR tokens of one clip, all of their width: first tiles of visible patches, then of masked ones;
-    the first program of a clip writes its prefix tokens too.
+    """One program for BLOCK_ROWS tokens of one clip, all of their width: first tiles of visible patches, then of masked
+    ones; the first program of a clip writes its prefix tokens too.
     """
     clip = tl.program_id(1).to(tl.int64)
     tile = tl.program_id(0)
-    VISIBLE: tl.constexpr = P - M
-    VISIBLE_TILES: tl.constexpr = (VISIBLE + BR - 1) // BR
-    out_ptr += clip * (2 + (VISIBLE if VISIBLE_ONLY else P)) * D
+    V: tl.constexpr = P - M
+    VISIBLE_TILES: tl.constexpr = (V + BLOCK_ROWS - 1) // BLOCK_ROWS
+    out_ptr += clip * (2 + (V if VISIBLE_ONLY else P)) * D
     if tile < VISIBLE_TILES:
-        row = tile * BR + tl.arange(0, BR)
-        is_row = row < VISIBLE
+        row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        is_row = row < V
         number = row
         if visible_ptr is not None:
-            number = tl.load(visible_ptr + clip * VISIBLE + row, mask=is_row, other=0)
-        patch_ptr = patches_ptr + clip * clip_stride + number.to(tl.int64) * patch_stride  # [BR]
-        for d0 in range(0, D, BD):
-            d = d0 + tl.arange(0, BD)
-            tokens = tl.zeros((BR, BD), tl.float32)
-            for k0 in range(0, K, BK):
-                k = k0 + tl.arange(0, BK)
-                # [BR, BK]
-                patches = tl.load(patch_ptr[:, None] + k[None, :], mask=is_row[:, None] & (k < K)[None, :], other=0.0)
+            number = tl.load(visible_ptr + clip * V + row, mask=is_row, other=0)
+        patch_ptrs = patches_ptr + clip * patches_stride_b + number.to(tl.int64) * patches_stride_p  # [BLOCK_ROWS]
+        for d0 in range(0, D, BLOCK_D):
+            d = d0 + tl.arange(0, BLOCK_D)
+            tokens = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
+            for k0 in range(0, K, BLOCK_K):
+                k = k0 + tl.arange(0, BLOCK_K)
+                # [BLOCK_ROWS, BLOCK_K]
+                patches = tl.load(patch_ptrs[:, None] + k[None, :], mask=is_row[:, None] & (k < K)[None, :], other=0.0)
                 weight = tl.load(
                     weight_ptr + d[None, :] * K + k[:, None], mask=(d < D)[None, :] & (k < K)[:, None], other=0.0
                 )
@@ -170,19 +176,19 @@ def _embed_kernel(
                 place = (2 + row)[:, None] * D + d[None, :]
             tl.store(out_ptr + place, tokens.to(out_ptr.dtype.element_ty), mask=keep)
     elif M > 0 and not VISIBLE_ONLY:
-        row = (tile - VISIBLE_TILES) * BR + tl.arange(0, BR)
+        row = (tile - VISIBLE_TILES) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         number = tl.load(mask_ptr + clip * M + row, mask=row < M, other=-1).to(tl.int32)
         is_row = (number >= 0) & (number < P)  # nothing is written beyond the clip, whatever the mask says
-        for d0 in range(0, D, BD):
-            d = d0 + tl.arange(0, BD)
+        for d0 in range(0, D, BLOCK_D):
+            d = d0 + tl.arange(0, BLOCK_D)
             place = (2 + number)[:, None] * D + d[None, :]
             keep = is_row[:, None] & (d < D)[None, :]
             tokens = tl.load(position_ptr + place, mask=keep, other=0.0).to(tl.float32)
             tokens += tl.load(mask_token_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
             tl.store(out_ptr + place, tokens.to(out_ptr.dtype.element_ty), mask=keep)
     if tile == 0:
-        for d0 in range(0, D, BD):
-            d = d0 + tl.arange(0, BD)
+        for d0 in range(0, D, BLOCK_D):
+            d = d0 + tl.arange(0, BLOCK_D)
             place = tl.arange(0, 2)[:, None] * D + d[None, :]
             keep = (d < D)[None, :]
             tokens = tl.load(position_ptr + place, mask=keep, other=0.0).to(tl.float32)
@@ -192,41 +198,41 @@ def _embed_kernel(
 
 @triton.jit
 def _token_sums_kernel(
-    grad_ptr,  # [B, 2 + P, D]; VISIBLE_ONLY: [B, 2 + V, D]
+    d_out_ptr,  # [B, 2 + P, D]; VISIBLE_ONLY: [B, 2 + V, D]
     slot_ptr,  # [B, P] int32, or None: all are visible
     position_ptr,  # [SPLITS, 2 + P, D] float32: sums over a split's clips
     visible_ptr,  # [SPLITS * token tiles, D] float32: sums over visible patches
     masked_ptr,  # likewise over masked ones
-    batch,
+    B,
     VISIBLE_ONLY: tl.constexpr,
     P: tl.constexpr,
     V: tl.constexpr,  # visible patches of a clip
     D: tl.constexpr,
     SPLITS: tl.constexpr,
-    BR: tl.constexpr,
-    BD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     tile, split = tl.program_id(0), tl.program_id(2)
-    token = tile * BR + tl.arange(0, BR)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    token = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     is_patch = (token >= 2) & (token < 2 + P)
     place = token[:, None] * D + d[None, :]
     keep = (token < 2 + P)[:, None] & (d < D)[None, :]
-    every = tl.zeros((BR, BD), tl.float32)
-    masked = tl.zeros((BR, BD), tl.float32)
-    for clip in range(split, batch, SPLITS):
-        clip_grad_ptr = grad_ptr + tl.cast(clip, tl.int64) * (2 + (V if VISIBLE_ONLY else P)) * D
+    every = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
+    masked = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
+    for clip in range(split, B, SPLITS):
+        clip_d_out_ptr = d_out_ptr + tl.cast(clip, tl.int64) * (2 + (V if VISIBLE_ONLY else P)) * D
         if VISIBLE_ONLY:  # a masked patch has no token
             slot = tl.load(slot_ptr + tl.cast(clip, tl.int64) * P + token - 2, mask=is_patch, other=-1)
             row = tl.where(is_patch, 2 + slot, token)
             has_token = keep & (~is_patch | (slot >= 0))[:, None]
-            every += tl.load(clip_grad_ptr + row[:, None] * D + d[None, :], mask=has_token, other=0.0).to(tl.float32)
+            every += tl.load(clip_d_out_ptr + row[:, None] * D + d[None, :], mask=has_token, other=0.0).to(tl.float32)
         else:
-            grad = tl.load(clip_grad_ptr + place, mask=keep, other=0.0).to(tl.float32)
-            every += grad
+            d_out = tl.load(clip_d_out_ptr + place, mask=keep, other=0.0).to(tl.float32)
+            every += d_out
             if slot_ptr is not None:
                 slot = tl.load(slot_ptr + tl.cast(clip, tl.int64) * P + token - 2, mask=is_patch, other=0)
-                masked += tl.where((slot < 0)[:, None], grad, 0.0)
+                masked += tl.where((slot < 0)[:, None], d_out, 0.0)
     tl.store(position_ptr + tl.cast(split, tl.int64) * (2 + P) * D + place, every, mask=keep)
     part = (tl.cast(split, tl.int64) * tl.num_programs(0) + tile) * D + d
     visible = tl.where(is_patch[:, None], every - masked, 0.0)
@@ -236,55 +242,55 @@ def _token_sums_kernel(
 
 @triton.jit
 def _weight_sums_kernel(
-    grad_ptr,  # [B, 2 + P, D]; VISIBLE_ONLY: [B, 2 + VISIBLE, D]
+    d_out_ptr,  # [B, 2 + P, D]; VISIBLE_ONLY: [B, 2 + V, D]
     patches_ptr,  # [B, P, K]
     visible_ptr,  # [B, P - M] int32, or None
     out_ptr,  # [SPLITS, D, K] float32: sums over a split's clips
-    batch,
-    clip_stride,  # of patches
-    patch_stride,
+    B,
+    patches_stride_b,
+    patches_stride_p,
     VISIBLE_ONLY: tl.constexpr,
     P: tl.constexpr,
-    VISIBLE: tl.constexpr,
+    V: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     SPLITS: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
-    BR: tl.constexpr,
-    BD: tl.constexpr,
-    BK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     split = tl.program_id(2)
-    d = tl.program_id(0) * BD + tl.arange(0, BD)
-    k = tl.program_id(1) * BK + tl.arange(0, BK)
-    total = tl.zeros((BD, BK), tl.float32)
-    for clip in range(split, batch, SPLITS):
-        clip_grad_ptr = grad_ptr + tl.cast(clip, tl.int64) * (2 + (VISIBLE if VISIBLE_ONLY else P)) * D
-        clip_patches_ptr = patches_ptr + tl.cast(clip, tl.int64) * clip_stride
-        for r0 in range(0, VISIBLE, BR):
-            row = r0 + tl.arange(0, BR)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_D, BLOCK_K), tl.float32)
+    for clip in range(split, B, SPLITS):
+        clip_d_out_ptr = d_out_ptr + tl.cast(clip, tl.int64) * (2 + (V if VISIBLE_ONLY else P)) * D
+        clip_patches_ptr = patches_ptr + tl.cast(clip, tl.int64) * patches_stride_b
+        for r0 in range(0, V, BLOCK_ROWS):
+            row = r0 + tl.arange(0, BLOCK_ROWS)
             number = row
             if visible_ptr is not None:
-                number = tl.load(visible_ptr + tl.cast(clip, tl.int64) * VISIBLE + row, mask=row < VISIBLE, other=0)
-            grad_ptrs = clip_grad_ptr + (2 + (row if VISIBLE_ONLY else number))[:, None] * D + d[None, :]
-            # [BR, BD]
-            grad = tl.load(grad_ptrs, mask=(row < VISIBLE)[:, None] & (d < D)[None, :], other=0.0).to(COMPUTE)
-            patch_ptrs = clip_patches_ptr + number.to(tl.int64)[:, None] * patch_stride + k[None, :]
-            # [BR, BK]
-            patches = tl.load(patch_ptrs, mask=(row < VISIBLE)[:, None] & (k < K)[None, :], other=0.0).to(COMPUTE)
-            total = tl.dot(tl.trans(grad), patches, total, input_precision=PRECISION)
+                number = tl.load(visible_ptr + tl.cast(clip, tl.int64) * V + row, mask=row < V, other=0)
+            d_out_ptrs = clip_d_out_ptr + (2 + (row if VISIBLE_ONLY else number))[:, None] * D + d[None, :]
+            # [BLOCK_ROWS, BLOCK_D]
+            d_out = tl.load(d_out_ptrs, mask=(row < V)[:, None] & (d < D)[None, :], other=0.0).to(COMPUTE)
+            patch_ptrs = clip_patches_ptr + number.to(tl.int64)[:, None] * patches_stride_p + k[None, :]
+            # [BLOCK_ROWS, BLOCK_K]
+            patches = tl.load(patch_ptrs, mask=(row < V)[:, None] & (k < K)[None, :], other=0.0).to(COMPUTE)
+            total = tl.dot(tl.trans(d_out), patches, total, input_precision=PRECISION)
     keep = (d < D)[:, None] & (k < K)[None, :]
     tl.store(out_ptr + tl.cast(split, tl.int64) * D * K + d[:, None] * K + k[None, :], total, mask=keep)
 
 
 @triton.jit
-def _sum_parts_kernel(parts_ptr, out_ptr, num_parts, size, BN: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_parts_kernel(parts_ptr, out_ptr, num_parts, size, BLOCK_PARTS: tl.constexpr, BLOCK_VALUES: tl.constexpr):
     """parts [num_parts, size] float32 -> their sums [size] in the output's dtype, always in the same order."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BN, BLOCK), tl.float32)
-    for part0 in range(0, num_parts, BN):
-        part = part0 + tl.arange(0, BN)
+    place = tl.program_id(0).to(tl.int64) * BLOCK_VALUES + tl.arange(0, BLOCK_VALUES)
+    total = tl.zeros((BLOCK_PARTS, BLOCK_VALUES), tl.float32)
+    for part0 in range(0, num_parts, BLOCK_PARTS):
+        part = part0 + tl.arange(0, BLOCK_PARTS)
         keep = (part < num_parts)[:, None] & (place < size)[None, :]
         total += tl.load(parts_ptr + part.to(tl.int64)[:, None] * size + place[None, :], mask=keep, other=0.0)
     tl.store(out_ptr + place, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=place < size)
@@ -295,16 +301,15 @@ def sum_parts(parts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
     block = 128
     grid = (triton.cdiv(out.numel(), block),)
-    _sum_parts_kernel[grid](parts, out, parts.numel() // out.numel(), out.numel(), BN=16, BLOCK=block, num_warps=4)
+    _sum_parts_kernel[grid](
+        parts, out, parts.numel() // out.numel(), out.numel(), BLOCK_PARTS=16, BLOCK_VALUES=block, num_warps=4
+    )
     return out
 
 
 def _precision(dtype: torch.dtype) -> str:
     # of float32 factors; the others are multiplied exactly in any case
     return "ieee" if dtype == torch.float32 else "tf32"
-
-
-_TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @torch.library.custom_op("ssast::embed_patches", mutates_args=())
@@ -323,7 +328,7 @@ def _embed_op(
     tokens, visible, slot = _new_outputs(patches, weight, position, mask, visible_only, compute)
     batch, num_patches, values = patches.shape
     num_masked = 0 if mask is None else mask.shape[1]
-    patches = patches if patches.stride(2) == 1 else patches.contiguous()
+    patches = last_dim_contiguous(patches)
     if batch == 0:
         return tokens, visible, slot
     with torch.cuda.device_of(patches):
@@ -339,10 +344,10 @@ def _embed_op(
                 P_2=num_patches_2,
                 num_warps=max(4, num_patches_2 // 256),
             )
-        blocks = _tiles(compute)["tokens"]
-        tiles = triton.cdiv(num_patches - num_masked, blocks["BR"])
+        blocks = _blocks(compute)["tokens"]
+        tiles = triton.cdiv(num_patches - num_masked, blocks["BLOCK_ROWS"])
         if not visible_only:
-            tiles += triton.cdiv(num_masked, blocks["BR"])
+            tiles += triton.cdiv(num_masked, blocks["BLOCK_ROWS"])
         _embed_kernel[(tiles, batch)](
             patches,
             weight.contiguous(),
@@ -360,7 +365,7 @@ def _embed_op(
             M=num_masked,
             K=values,
             D=weight.shape[0],
-            COMPUTE=_TRITON_DTYPE[compute],
+            COMPUTE=TRITON_DTYPE[compute],
             PRECISION=_precision(compute),
             **blocks,
             num_warps=8,
@@ -393,7 +398,7 @@ def _new_outputs(
 
 @torch.library.custom_op("ssast::embed_patches_backward", mutates_args=())
 def _embed_backward_op(
-    grad: torch.Tensor,
+    d_out: torch.Tensor,
     patches: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
@@ -412,17 +417,17 @@ def _embed_backward_op(
     if batch == 0:
         like = (weight, bias, position, prefix, bias.new_empty(0) if mask_token is None else mask_token)
         return tuple(torch.zeros_like(each, memory_format=torch.contiguous_format) for each in like)
-    grad = grad.contiguous()
-    patches = patches if patches.stride(2) == 1 else patches.contiguous()
-    with torch.cuda.device_of(grad):
+    d_out = d_out.contiguous()
+    patches = last_dim_contiguous(patches)
+    with torch.cuda.device_of(d_out):
         column_tiles, row_tiles = triton.cdiv(width, _SUM_COLUMNS), triton.cdiv(tokens, _SUM_ROWS)
 
         splits = min(batch, max(1, 4 * _PROGRAMS // (row_tiles * column_tiles)))
-        position_parts = torch.empty(splits, tokens, width, dtype=torch.float32, device=grad.device)
-        visible_parts = torch.empty(splits * row_tiles, width, dtype=torch.float32, device=grad.device)
+        position_parts = torch.empty(splits, tokens, width, dtype=torch.float32, device=d_out.device)
+        visible_parts = torch.empty(splits * row_tiles, width, dtype=torch.float32, device=d_out.device)
         masked_parts = torch.empty_like(visible_parts)
         _token_sums_kernel[(row_tiles, column_tiles, splits)](
-            grad,
+            d_out,
             slot if has_mask else None,
             position_parts,
             visible_parts,
@@ -433,17 +438,17 @@ def _embed_backward_op(
             V=visible.shape[1] if has_mask else num_patches,
             D=width,
             SPLITS=splits,
-            BR=_SUM_ROWS,
-            BD=_SUM_COLUMNS,
+            BLOCK_ROWS=_SUM_ROWS,
+            BLOCK_D=_SUM_COLUMNS,
             num_warps=4,
         )
 
-        blocks = _tiles(compute)["weight"]
-        grid = (triton.cdiv(width, blocks["BD"]), triton.cdiv(values, blocks["BK"]))
+        blocks = _blocks(compute)["weight"]
+        grid = (triton.cdiv(width, blocks["BLOCK_D"]), triton.cdiv(values, blocks["BLOCK_K"]))
         splits = min(batch, max(1, _PROGRAMS // (grid[0] * grid[1])))
-        weight_parts = torch.empty(splits, width, values, dtype=torch.float32, device=grad.device)
+        weight_parts = torch.empty(splits, width, values, dtype=torch.float32, device=d_out.device)
         _weight_sums_kernel[(*grid, splits)](
-            grad,
+            d_out,
             patches,
             visible if has_mask else None,
             weight_parts,
@@ -452,11 +457,11 @@ def _embed_backward_op(
             patches.stride(1),
             VISIBLE_ONLY=visible_only,
             P=num_patches,
-            VISIBLE=visible.shape[1] if has_mask else num_patches,
+            V=visible.shape[1] if has_mask else num_patches,
             K=values,
             D=width,
             SPLITS=splits,
-            COMPUTE=_TRITON_DTYPE[compute],
+            COMPUTE=TRITON_DTYPE[compute],
             PRECISION=_precision(compute),
             **blocks,
             num_warps=8,
@@ -472,7 +477,7 @@ def _embed_backward_op(
 
 
 @_embed_backward_op.register_fake
-def _(grad, patches, weight, bias, position, prefix, mask_token, visible, slot, visible_only, compute):
+def _(d_out, patches, weight, bias, position, prefix, mask_token, visible, slot, visible_only, compute):
     like = (weight, bias, position, prefix, bias.new_empty(0) if mask_token is None else mask_token)
     return tuple(torch.empty_like(each, memory_format=torch.contiguous_format) for each in like)
 
@@ -484,20 +489,20 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(visible, slot)
 
 
-def _backward(ctx, grad, _grad_visible, _grad_slot):
+def _backward(ctx, d_out, _d_visible, _d_slot):
     patches, weight, bias, position, prefix, mask_token, visible, slot = ctx.saved_tensors
-    *grads, grad_mask_token = _embed_backward_op(
-        grad, patches, weight, bias, position, prefix, mask_token, visible, slot, ctx.visible_only, ctx.compute
+    *grads, d_mask_token = _embed_backward_op(
+        d_out, patches, weight, bias, position, prefix, mask_token, visible, slot, ctx.visible_only, ctx.compute
     )
-    grad_patches = None
+    d_patches = None
     if ctx.needs_input_grad[0]:  # never in training: patches are data
-        grad_patches = torch.nn.functional.linear(grad[:, NUM_PREFIX:].to(weight.dtype), weight.T)
+        d_patches = torch.nn.functional.linear(d_out[:, NUM_PREFIX:].to(weight.dtype), weight.T)
         if ctx.visible_only:
-            grad_patches = grad_patches.gather(1, slot.clamp(min=0).long()[..., None].expand(patches.shape))
+            d_patches = d_patches.gather(1, slot.clamp(min=0).long()[..., None].expand(patches.shape))
         if slot.shape[1] > 0:
-            grad_patches = grad_patches.masked_fill(slot[..., None] < 0, 0.0)
-        grad_patches = grad_patches.to(patches.dtype)
-    return grad_patches, *grads, None if mask_token is None else grad_mask_token, None, None, None
+            d_patches = d_patches.masked_fill(slot[..., None] < 0, 0.0)
+        d_patches = d_patches.to(patches.dtype)
+    return d_patches, *grads, None if mask_token is None else d_mask_token, None, None, None
 
 
 _embed_op.register_autograd(_backward, setup_context=_setup_context)

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .backend import capability, resolve_backend
+from .backend import capability, last_dim_contiguous, resolve_backend
 from .embed import patchify
 
 FRAME_SECONDS, SHIFT_SECONDS = 0.025, 0.010
@@ -208,9 +208,9 @@ def _fbank_kernel(
     basis_ptr,  # [2 even and odd bins, 2 cosine and sine, 2 high and low, Q bins, Q] float16
     filters_ptr,  # [2 even and odd bins, F_2, Q] float32
     out_ptr,  # [B, T, F], or [B, P, K]
-    samples,  # S
-    clip_stride,
-    num_frames,  # T
+    S,
+    wave_stride_b,
+    T,
     mean,
     inverse_spread,  # 1 / (2 std)
     unit,  # value of a sample of 1
@@ -225,36 +225,36 @@ def _fbank_kernel(
     PRE: tl.constexpr,
     FLOOR: tl.constexpr,
     MEL_PRECISION: tl.constexpr,
-    BT: tl.constexpr,
-    BJ: tl.constexpr,
-    BM: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_BINS: tl.constexpr,
+    BLOCK_SAMPLES: tl.constexpr,
 ):
-    """One program for BT frames of one clip, all mel bins. Frames are columns: the basis is then the left factor of the
-    products, whose rows are never fewer than the matrix instruction takes.
+    """One program for BLOCK_T frames of one clip, all mel bins. Frames are columns: the basis is then the left factor
+    of the products, whose rows are never fewer than the matrix instruction takes.
     """
     MIDDLE: tl.constexpr = (WINDOW + 1) // 2
     clip = tl.program_id(1).to(tl.int64)
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
-    length = samples
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    length = S
     if lengths_ptr is not None:
-        length = tl.minimum(tl.load(lengths_ptr + clip), samples).to(tl.int32)
+        length = tl.minimum(tl.load(lengths_ptr + clip), S).to(tl.int32)
     whole_frames = tl.where(length >= WINDOW, 1 + (length - WINDOW) // SHIFT, 0)
-    is_frame = (t < whole_frames) & (t < num_frames)
+    is_frame = (t < whole_frames) & (t < T)
 
-    clip_ptr = wave_ptr + clip * clip_stride
-    start = t * SHIFT  # [BT]; 32-bit offsets from one pointer take half the registers of pointers
-    mel = tl.zeros((F_2, BT), tl.float32)
-    power_unit = tl.zeros((BT,), tl.float32)  # value of 1 in the scaled frames
-    if tl.program_id(0) * BT < whole_frames:
+    clip_ptr = wave_ptr + clip * wave_stride_b
+    start = t * SHIFT  # [BLOCK_T]; 32-bit offsets from one pointer take half the registers of pointers
+    mel = tl.zeros((F_2, BLOCK_T), tl.float32)
+    power_unit = tl.zeros((BLOCK_T,), tl.float32)  # value of 1 in the scaled frames
+    if tl.program_id(0) * BLOCK_T < whole_frames:
         dc, gain, inverse = _level(clip_ptr, start, is_frame, WINDOW)
         power_unit = unit * inverse
-        for j0 in tl.static_range(0, Q, BJ):
-            re_even = tl.zeros((BJ, BT), tl.float32)
-            im_even = tl.zeros((BJ, BT), tl.float32)
-            re_odd = tl.zeros((BJ, BT), tl.float32)
-            im_odd = tl.zeros((BJ, BT), tl.float32)
-            for m0 in range(0, Q, BM):
-                m = m0 + tl.arange(0, BM)
+        for j0 in tl.static_range(0, Q, BLOCK_BINS):
+            re_even = tl.zeros((BLOCK_BINS, BLOCK_T), tl.float32)
+            im_even = tl.zeros((BLOCK_BINS, BLOCK_T), tl.float32)
+            re_odd = tl.zeros((BLOCK_BINS, BLOCK_T), tl.float32)
+            im_odd = tl.zeros((BLOCK_BINS, BLOCK_T), tl.float32)
+            for m0 in range(0, Q, BLOCK_SAMPLES):
+                m = m0 + tl.arange(0, BLOCK_SAMPLES)
                 right = _windowed(clip_ptr, start, is_frame, dc, gain, hann_ptr, MIDDLE + m, WINDOW, PRE)
                 left = _windowed(clip_ptr, start, is_frame, dc, gain, hann_ptr, MIDDLE - 1 - m, WINDOW, PRE)
                 # where the second fold lays m' = N / 2 - 1 - m over m
@@ -266,15 +266,18 @@ def _fbank_kernel(
                 )
                 even, even_far = right + left, right_far + left_far
                 odd, odd_far = right - left, right_far - left_far
-                place = (j0 + tl.arange(0, BJ))[:, None] * Q + m[None, :]  # [BJ, BM]
+                place = (j0 + tl.arange(0, BLOCK_BINS))[:, None] * Q + m[None, :]  # [BLOCK_BINS, BLOCK_SAMPLES]
                 re_even = _dot_split(basis_ptr, place, even + even_far, re_even, Q)
                 im_even = _dot_split(basis_ptr + 2 * Q * Q, place, odd - odd_far, im_even, Q)
                 re_odd = _dot_split(basis_ptr + 4 * Q * Q, place, even - even_far, re_odd, Q)
                 im_odd = _dot_split(basis_ptr + 6 * Q * Q, place, odd + odd_far, im_odd, Q)
-            filters = filters_ptr + tl.arange(0, F_2)[:, None] * Q + (j0 + tl.arange(0, BJ))[None, :]  # [F_2, BJ]
-            mel = tl.dot(tl.load(filters), re_even * re_even + im_even * im_even, mel, input_precision=MEL_PRECISION)
+            j = j0 + tl.arange(0, BLOCK_BINS)
+            filter_ptrs = filters_ptr + tl.arange(0, F_2)[:, None] * Q + j[None, :]  # [F_2, BLOCK_BINS]
             mel = tl.dot(
-                tl.load(filters + Q * F_2), re_odd * re_odd + im_odd * im_odd, mel, input_precision=MEL_PRECISION
+                tl.load(filter_ptrs), re_even * re_even + im_even * im_even, mel, input_precision=MEL_PRECISION
+            )
+            mel = tl.dot(
+                tl.load(filter_ptrs + Q * F_2), re_odd * re_odd + im_odd * im_odd, mel, input_precision=MEL_PRECISION
             )
 
     power = mel * power_unit[None, :] * power_unit[None, :]
@@ -288,10 +291,10 @@ def _fbank_kernel(
     f = tl.arange(0, F_2)
     if PATCH_F == 0:
         place = t.to(tl.int64)[None, :] * F + f[:, None]
-        keep = (t < num_frames)[None, :] & (f < F)[:, None]
-        clip_size = num_frames * F
+        keep = (t < T)[None, :] & (f < F)[:, None]
+        clip_size = T * F
     else:
-        columns = num_frames // PATCH_T
+        columns = T // PATCH_T
         patch = (f // PATCH_F)[:, None] * columns + (t // PATCH_T)[None, :]
         place = patch.to(tl.int64) * (PATCH_F * PATCH_T) + (f % PATCH_F)[:, None] * PATCH_T + (t % PATCH_T)[None, :]
         keep = (t < columns * PATCH_T)[None, :] & (f < F // PATCH_F * PATCH_F)[:, None]
@@ -301,8 +304,8 @@ def _fbank_kernel(
 
 @triton.jit
 def _level(clip_ptr, start, is_frame, WINDOW: tl.constexpr):
-    """Of each frame [BT]: its mean, the power of two that brings its largest sample to between 2048 and 4096, and the
-    inverse of that.
+    """Of each frame [BLOCK_T]: its mean, the power of two that brings its largest sample to between 2048 and 4096, and
+    the inverse of that.
 
     Folded, such samples stay below float16's 65504: four of them, each up to 2 x 1.97 after DC removal and
     pre-emphasis, under window values that sum to at most 2.
@@ -330,8 +333,8 @@ def _level(clip_ptr, start, is_frame, WINDOW: tl.constexpr):
 
 @triton.jit
 def _windowed(clip_ptr, start, is_frame, dc, gain, hann_ptr, n, WINDOW: tl.constexpr, PRE: tl.constexpr):
-    """Samples n [BM] of the frames without DC, pre-emphasised, scaled and under the window: [BM, BT], zero where n is
-    outside.
+    """Samples n [BLOCK_SAMPLES] of the frames without DC, pre-emphasised, scaled and under the window: [BLOCK_SAMPLES,
+    BLOCK_T], zero where n is outside.
     """
     inside = (n >= 0) & (n < WINDOW)
     mask = inside[:, None] & is_frame[None, :]
@@ -401,8 +404,7 @@ def _fbank_op(
     window, shift, fft_length = frame_geometry(sample_rate)
     size = max(fft_length // 4, 16)
     frame_tile = _frame_tile(waveform, fft_length)
-    if waveform.stride(1) != 1:
-        waveform = waveform.contiguous()
+    waveform = last_dim_contiguous(waveform)
     if out.numel() == 0:
         return out
     with torch.cuda.device_of(waveform):
@@ -430,9 +432,9 @@ def _fbank_op(
             MEL_PRECISION="tf32"
             if dtype.itemsize == 2
             else "ieee",  # tf32's 11 bits are as many as float16 keeps of the result
-            BT=frame_tile,
-            BJ=min(_BIN_TILE, size),
-            BM=_SUM_TILE,
+            BLOCK_T=frame_tile,
+            BLOCK_BINS=min(_BIN_TILE, size),
+            BLOCK_SAMPLES=_SUM_TILE,
             num_warps=_WARPS,
             num_stages=_STAGES,
         )

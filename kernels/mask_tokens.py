@@ -40,21 +40,22 @@ def _insert_kernel(
     P: tl.constexpr,
     V: tl.constexpr,
     D: tl.constexpr,
-    BR: tl.constexpr,
-    BD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """One program for BR tokens of one clip, all of their width."""
+    """One program for BLOCK_ROWS tokens of one clip, all of their width."""
     clip = tl.program_id(1).to(tl.int64)
-    token = tl.program_id(0) * BR + tl.arange(0, BR)
+    token = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     is_patch = (token >= 2) & (token < 2 + P)
     slot = tl.load(slot_ptr + clip * P + token - 2, mask=is_patch, other=-1)
     is_encoded = (token < 2) | ((slot >= 0) & (slot < V))
     row = tl.where(is_patch, 2 + slot, token)
-    for d0 in range(0, D, BD):
-        d = d0 + tl.arange(0, BD)
+    for d0 in range(0, D, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)
         keep = (token < 2 + P)[:, None] & (d < D)[None, :]
         encoded_ptrs = encoded_ptr + clip * (2 + V) * D + row[:, None] * D + d[None, :]
-        encoded = tl.load(encoded_ptrs, mask=keep & is_encoded[:, None], other=0.0).to(tl.float32)  # [BR, BD]
+        # [BLOCK_ROWS, BLOCK_D]
+        encoded = tl.load(encoded_ptrs, mask=keep & is_encoded[:, None], other=0.0).to(tl.float32)
         mask_token = tl.load(mask_token_ptr + d, mask=d < D, other=0.0).to(tl.float32)
         place = token[:, None] * D + d[None, :]
         tokens = tl.load(position_ptr + place, mask=keep, other=0.0).to(tl.float32)
@@ -64,37 +65,37 @@ def _insert_kernel(
 
 @triton.jit
 def _insert_gradients_kernel(
-    grad_ptr,  # [B, 2 + P, D]
+    d_out_ptr,  # [B, 2 + P, D]
     slot_ptr,  # [B, P] int32
-    encoded_grad_ptr,  # [B, 2 + V, D]
+    d_encoded_ptr,  # [B, 2 + V, D]
     position_ptr,  # [SPLITS, 2 + P, D] float32: sums over a split's clips
     masked_ptr,  # [SPLITS * token tiles, D] float32: sums over masked patches
-    batch,
+    B,
     P: tl.constexpr,
     V: tl.constexpr,
     D: tl.constexpr,
     SPLITS: tl.constexpr,
-    BR: tl.constexpr,
-    BD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     tile, split = tl.program_id(0), tl.program_id(2)
-    token = tile * BR + tl.arange(0, BR)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    token = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     is_patch = (token >= 2) & (token < 2 + P)
     place = token[:, None] * D + d[None, :]
     keep = (token < 2 + P)[:, None] & (d < D)[None, :]
-    every = tl.zeros((BR, BD), tl.float32)
-    masked = tl.zeros((BR, BD), tl.float32)
-    for clip in range(split, batch, SPLITS):
+    every = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
+    masked = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
+    for clip in range(split, B, SPLITS):
         slot = tl.load(slot_ptr + tl.cast(clip, tl.int64) * P + token - 2, mask=is_patch, other=-1)
         is_encoded = (token < 2) | ((slot >= 0) & (slot < V))
         row = tl.where(is_patch, 2 + slot, token)
-        grad = tl.load(grad_ptr + tl.cast(clip, tl.int64) * (2 + P) * D + place, mask=keep, other=0.0)
-        encoded_grad_ptrs = encoded_grad_ptr + tl.cast(clip, tl.int64) * (2 + V) * D + row[:, None] * D + d[None, :]
-        encoded_grad = grad.to(encoded_grad_ptr.dtype.element_ty)
-        tl.store(encoded_grad_ptrs, encoded_grad, mask=keep & is_encoded[:, None])
-        every += grad.to(tl.float32)
-        masked += tl.where(is_encoded[:, None], 0.0, grad.to(tl.float32))
+        d_out = tl.load(d_out_ptr + tl.cast(clip, tl.int64) * (2 + P) * D + place, mask=keep, other=0.0)
+        d_encoded_ptrs = d_encoded_ptr + tl.cast(clip, tl.int64) * (2 + V) * D + row[:, None] * D + d[None, :]
+        d_encoded = d_out.to(d_encoded_ptr.dtype.element_ty)
+        tl.store(d_encoded_ptrs, d_encoded, mask=keep & is_encoded[:, None])
+        every += d_out.to(tl.float32)
+        masked += tl.where(is_encoded[:, None], 0.0, d_out.to(tl.float32))
     tl.store(position_ptr + tl.cast(split, tl.int64) * (2 + P) * D + place, every, mask=keep)
     part = (tl.cast(split, tl.int64) * tl.num_programs(0) + tile) * D + d
     tl.store(masked_ptr + part, tl.sum(masked, axis=0), mask=d < D)
@@ -118,8 +119,8 @@ def _insert_op(
             P=num_tokens - NUM_PREFIX,
             V=encoded.shape[1] - NUM_PREFIX,
             D=width,
-            BR=_ROWS,
-            BD=_COLUMNS,
+            BLOCK_ROWS=_ROWS,
+            BLOCK_D=_COLUMNS,
             num_warps=4,
         )
     return out
@@ -137,7 +138,7 @@ def _new_output(encoded: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("ssast::insert_mask_tokens_backward", mutates_args=())
 def _insert_backward_op(
-    grad: torch.Tensor,
+    d_out: torch.Tensor,
     mask_token: torch.Tensor,
     position: torch.Tensor,
     slot: torch.Tensor,
@@ -145,20 +146,20 @@ def _insert_backward_op(
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of encoded (in `dtype`), mask token and position."""
-    encoded_grad, mask_token_grad, position_grad = _new_gradients(grad, mask_token, position, num_visible, dtype)
-    batch, (num_tokens, width) = grad.shape[0], position.shape
+    d_encoded, d_mask_token, d_position = _new_gradients(d_out, mask_token, position, num_visible, dtype)
+    batch, (num_tokens, width) = d_out.shape[0], position.shape
     if batch == 0:
-        return encoded_grad, mask_token_grad.zero_(), position_grad.zero_()
-    grad = grad.contiguous()
-    with torch.cuda.device_of(grad):
+        return d_encoded, d_mask_token.zero_(), d_position.zero_()
+    d_out = d_out.contiguous()
+    with torch.cuda.device_of(d_out):
         row_tiles, column_tiles = triton.cdiv(num_tokens, _ROWS), triton.cdiv(width, _COLUMNS)
         splits = min(batch, max(1, _PROGRAMS // (row_tiles * column_tiles)))
-        position_parts = torch.empty(splits, num_tokens, width, dtype=torch.float32, device=grad.device)
-        masked_parts = torch.empty(splits * row_tiles, width, dtype=torch.float32, device=grad.device)
+        position_parts = torch.empty(splits, num_tokens, width, dtype=torch.float32, device=d_out.device)
+        masked_parts = torch.empty(splits * row_tiles, width, dtype=torch.float32, device=d_out.device)
         _insert_gradients_kernel[(row_tiles, column_tiles, splits)](
-            grad,
+            d_out,
             slot.contiguous(),
-            encoded_grad,
+            d_encoded,
             position_parts,
             masked_parts,
             batch,
@@ -166,23 +167,23 @@ def _insert_backward_op(
             V=num_visible,
             D=width,
             SPLITS=splits,
-            BR=_ROWS,
-            BD=_COLUMNS,
+            BLOCK_ROWS=_ROWS,
+            BLOCK_D=_COLUMNS,
             num_warps=4,
         )
-        return encoded_grad, sum_parts(masked_parts, mask_token), sum_parts(position_parts, position)
+        return d_encoded, sum_parts(masked_parts, mask_token), sum_parts(position_parts, position)
 
 
 @_insert_backward_op.register_fake
-def _(grad, mask_token, position, slot, num_visible, dtype):
-    return _new_gradients(grad, mask_token, position, num_visible, dtype)
+def _(d_out, mask_token, position, slot, num_visible, dtype):
+    return _new_gradients(d_out, mask_token, position, num_visible, dtype)
 
 
 def _new_gradients(
-    grad: torch.Tensor, mask_token: torch.Tensor, position: torch.Tensor, num_visible: int, dtype: torch.dtype
+    d_out: torch.Tensor, mask_token: torch.Tensor, position: torch.Tensor, num_visible: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
-        grad.new_empty(grad.shape[0], NUM_PREFIX + num_visible, grad.shape[2], dtype=dtype),
+        d_out.new_empty(d_out.shape[0], NUM_PREFIX + num_visible, d_out.shape[2], dtype=dtype),
         torch.empty_like(mask_token, memory_format=torch.contiguous_format),
         torch.empty_like(position, memory_format=torch.contiguous_format),
     )
@@ -194,8 +195,8 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*saved)
 
 
-def _backward(ctx, grad):
-    return *_insert_backward_op(grad, *ctx.saved_tensors, ctx.num_visible, ctx.dtype), None
+def _backward(ctx, d_out):
+    return *_insert_backward_op(d_out, *ctx.saved_tensors, ctx.num_visible, ctx.dtype), None
 
 
 _insert_op.register_autograd(_backward, setup_context=_setup_context)

@@ -17,9 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .backend import resolve_backend
+from .backend import TRITON_DTYPE, last_dim_contiguous, resolve_backend
 
-_PRODUCT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _MAX_VALUES = 512  # of a patch: with more, 32 rows and 32 columns in fp32 no longer fit into shared memory together
 
 
@@ -85,58 +84,59 @@ def _scores_kernel(
     highest_ptr,  # [B, M] fp32: highest score of each softmax
     log_sum_ptr,  # [B, M] fp32: log(sum(exp(score - highest)))
     partial_ptr,  # [3, programs] fp32: sum of L_d's terms, number found, sum of squares
-    class_clip,  # strides
-    class_row,
-    recon_clip,
-    recon_row,
-    target_clip,
-    target_row,
+    class_stride_b,
+    class_stride_m,
+    recon_stride_b,
+    recon_stride_m,
+    target_stride_b,
+    target_stride_p,
     M: tl.constexpr,
     K: tl.constexpr,
     K_2: tl.constexpr,  # the next power of two
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PRODUCT: tl.constexpr,  # type of the factors
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    COMPUTE: tl.constexpr,  # type of the factors
     # rows are targets, columns predictions; else the other way round, and predictions are looked for
     TARGET_ROWS: tl.constexpr,
     # `highest` and `log_sum` are those of the columns and known; else those of the rows, to be found
     IS_NORMALISED: tl.constexpr,
 ):
-    """One program for ROWS rows of S (or of its transpose) against all columns.
+    """One program for BLOCK_ROWS rows of S (or of its transpose) against all columns.
 
     The squares come last: before the loop their pointers would hold registers that the loop needs.
     """
-    BLOCKS: tl.constexpr = (M + ROWS - 1) // ROWS
+    TILES: tl.constexpr = (M + BLOCK_ROWS - 1) // BLOCK_ROWS
     program = tl.program_id(0)
-    clip = (program // BLOCKS).to(tl.int64)  # blocks of one clip side by side: they share its columns in the cache
-    row = (program % BLOCKS) * ROWS + tl.arange(0, ROWS)
+    clip = (program // TILES).to(tl.int64)  # blocks of one clip side by side: they share its columns in the cache
+    row = (program % TILES) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     is_row = row < M
-    target_ptr += clip * target_clip
+    target_ptr += clip * target_stride_b
     if mask_ptr is not None:
         mask_ptr += clip * M
 
     if class_ptr is not None:
-        class_ptr += clip * class_clip
+        class_ptr += clip * class_stride_b
         highest_ptr += clip * M
         log_sum_ptr += clip * M
         if TARGET_ROWS:
-            own = _load(_pointers(target_ptr, mask_ptr, row, target_row, M), is_row, K, K_2).to(PRODUCT)
+            own = _load(_row_ptrs(target_ptr, mask_ptr, row, target_stride_p, M), is_row, K, K_2).to(COMPUTE)
         else:
-            own = _load(_pointers(class_ptr, None, row, class_row, M), is_row, K, K_2).to(PRODUCT)
-        highest = tl.full((ROWS,), float("-inf"), tl.float32)
-        total = tl.zeros((ROWS,), tl.float32)
+            own = _load(_row_ptrs(class_ptr, None, row, class_stride_m, M), is_row, K, K_2).to(COMPUTE)
+        highest = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_ROWS,), tl.float32)
         # Reduced along the columns after the loop: inside, every block would cost shuffles between threads.
-        true = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)  # the diagonal of S
-        before = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)  # the best to the left of it
-        after = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)  # the best to the right of it
-        for start in range(0, M, COLUMNS):
-            column = start + tl.arange(0, COLUMNS)
+        true = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), float("-inf"), tl.float32)  # the diagonal of S
+        before = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), float("-inf"), tl.float32)  # the best to the left of it
+        after = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), float("-inf"), tl.float32)  # the best to the right of it
+        for start in range(0, M, BLOCK_COLUMNS):
+            column = start + tl.arange(0, BLOCK_COLUMNS)
             is_column = column < M
             if TARGET_ROWS:
-                others = _load(_pointers(class_ptr, None, column, class_row, M), is_column, K, K_2).to(PRODUCT)
+                others = _load(_row_ptrs(class_ptr, None, column, class_stride_m, M), is_column, K, K_2).to(COMPUTE)
             else:
-                others = _load(_pointers(target_ptr, mask_ptr, column, target_row, M), is_column, K, K_2).to(PRODUCT)
-            score = tl.dot(own, tl.trans(others), input_precision="ieee")  # [ROWS, COLUMNS]
+                ptrs = _row_ptrs(target_ptr, mask_ptr, column, target_stride_p, M)
+                others = _load(ptrs, is_column, K, K_2).to(COMPUTE)
+            score = tl.dot(own, tl.trans(others), input_precision="ieee")  # [BLOCK_ROWS, BLOCK_COLUMNS]
             if IS_NORMALISED:
                 score -= tl.load(highest_ptr + column, mask=is_column, other=0.0)[None, :]
                 log_sum = tl.load(log_sum_ptr + column, mask=is_column, other=0.0)
@@ -169,14 +169,14 @@ def _scores_kernel(
             tl.store(partial_ptr + tl.num_programs(0) + program, tl.sum(is_found.to(tl.float32)))
 
     if recon_ptr is not None:
-        recon = _load(_pointers(recon_ptr + clip * recon_clip, None, row, recon_row, M), is_row, K, K_2)
-        target = _load(_pointers(target_ptr, mask_ptr, row, target_row, M), is_row, K, K_2)
-        difference = recon.to(tl.float32) - target.to(tl.float32)  # [ROWS, K_2]
+        recon = _load(_row_ptrs(recon_ptr + clip * recon_stride_b, None, row, recon_stride_m, M), is_row, K, K_2)
+        target = _load(_row_ptrs(target_ptr, mask_ptr, row, target_stride_p, M), is_row, K, K_2)
+        difference = recon.to(tl.float32) - target.to(tl.float32)  # [BLOCK_ROWS, K_2]
         tl.store(partial_ptr + 2 * tl.num_programs(0) + program, tl.sum(difference * difference))
 
 
 @triton.jit
-def _pointers(ptr, mask_ptr, row, stride, M: tl.constexpr):
+def _row_ptrs(ptr, mask_ptr, row, stride, M: tl.constexpr):
     """[R] pointers to the masked patches `row` [R] of a clip: rows of a tensor, picked through the mask where there is
     one.
     """
@@ -186,10 +186,10 @@ def _pointers(ptr, mask_ptr, row, stride, M: tl.constexpr):
 
 
 @triton.jit
-def _load(pointers, is_row, K: tl.constexpr, K_2: tl.constexpr):
+def _load(ptrs, is_row, K: tl.constexpr, K_2: tl.constexpr):
     """[R, K_2], zero outside."""
     value = tl.arange(0, K_2)
-    return tl.load(pointers[:, None] + value[None, :], mask=is_row[:, None] & (value < K)[None, :], other=0.0)
+    return tl.load(ptrs[:, None] + value[None, :], mask=is_row[:, None] & (value < K)[None, :], other=0.0)
 
 
 @triton.jit
@@ -260,46 +260,47 @@ def _gradients_kernel(
     d_mse_ptr,
     d_class_ptr,  # [B, M, K]
     d_recon_ptr,  # [B, M, K]
-    class_clip,  # strides
-    class_row,
-    recon_clip,
-    recon_row,
-    target_clip,
-    target_row,
+    class_stride_b,
+    class_stride_m,
+    recon_stride_b,
+    recon_stride_m,
+    target_stride_b,
+    target_stride_p,
     recon_weight,
     nce_scale,  # 1 / (B M)
     mse_scale,  # 2 / (B M K)
     M: tl.constexpr,
     K: tl.constexpr,
     K_2: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PRODUCT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    COMPUTE: tl.constexpr,
     # `highest` and `log_sum` belong to the targets, which are the columns; else to the rows
     OVER_PREDICTIONS: tl.constexpr,
 ):
-    """One program for ROWS predictions of a clip: d c_i = scale * sum over j of (softmax[j, i] - [i == j]) x_j."""
-    BLOCKS: tl.constexpr = (M + ROWS - 1) // ROWS
-    clip = (tl.program_id(0) // BLOCKS).to(tl.int64)
-    row = (tl.program_id(0) % BLOCKS) * ROWS + tl.arange(0, ROWS)
+    """One program for BLOCK_ROWS predictions of a clip: d c_i = scale * sum over j of (softmax[j, i] - [i = j]) x_j."""
+    TILES: tl.constexpr = (M + BLOCK_ROWS - 1) // BLOCK_ROWS
+    clip = (tl.program_id(0) // TILES).to(tl.int64)
+    row = (tl.program_id(0) % TILES) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     is_row = row < M
-    target_ptr += clip * target_clip
+    target_ptr += clip * target_stride_b
     if mask_ptr is not None:
         mask_ptr += clip * M
 
     if class_ptr is not None:
         highest_ptr += clip * M
         log_sum_ptr += clip * M
-        own = _load(_pointers(class_ptr + clip * class_clip, None, row, class_row, M), is_row, K, K_2).to(PRODUCT)
+        own_ptrs = _row_ptrs(class_ptr + clip * class_stride_b, None, row, class_stride_m, M)
+        own = _load(own_ptrs, is_row, K, K_2).to(COMPUTE)
         if not OVER_PREDICTIONS:
             highest = tl.load(highest_ptr + row, mask=is_row, other=0.0)[:, None]
             log_sum = tl.load(log_sum_ptr + row, mask=is_row, other=0.0)[:, None]
-        total = tl.zeros((ROWS, K_2), tl.float32)
-        for start in range(0, M, COLUMNS):
-            column = start + tl.arange(0, COLUMNS)
+        total = tl.zeros((BLOCK_ROWS, K_2), tl.float32)
+        for start in range(0, M, BLOCK_COLUMNS):
+            column = start + tl.arange(0, BLOCK_COLUMNS)
             is_column = column < M
-            others = _load(_pointers(target_ptr, mask_ptr, column, target_row, M), is_column, K, K_2).to(PRODUCT)
-            score = tl.dot(own, tl.trans(others), input_precision="ieee")  # [ROWS, COLUMNS]
+            others = _load(_row_ptrs(target_ptr, mask_ptr, column, target_stride_p, M), is_column, K, K_2).to(COMPUTE)
+            score = tl.dot(own, tl.trans(others), input_precision="ieee")  # [BLOCK_ROWS, BLOCK_COLUMNS]
             if OVER_PREDICTIONS:
                 highest = tl.load(highest_ptr + column, mask=is_column, other=0.0)[None, :]
                 log_sum = tl.load(log_sum_ptr + column, mask=is_column, other=0.0)[None, :]
@@ -308,15 +309,15 @@ def _gradients_kernel(
             # S is computed anew, its products summed in another order: what was the highest may come out higher.
             below = tl.minimum(score - highest, 0.0, propagate_nan=tl.PropagateNan.ALL)
             share = tl.exp(tl.where(is_column[None, :], below - log_sum, float("-inf")))
-            # Less one before it is rounded to PRODUCT: next to one, bf16 would leave nothing of a small difference.
+            # Less one before it is rounded to COMPUTE: next to one, bf16 would leave nothing of a small difference.
             share = tl.where(column[None, :] == row[:, None], share - 1.0, share)
-            total = tl.dot(share.to(PRODUCT), others, total, input_precision="ieee")
+            total = tl.dot(share.to(COMPUTE), others, total, input_precision="ieee")
         scale = _upstream(d_loss_ptr, 1.0, d_nce_ptr) * nce_scale
         _store(d_class_ptr + clip * M * K, row, scale * total, M, K, K_2)
 
     if recon_ptr is not None:
-        recon = _load(_pointers(recon_ptr + clip * recon_clip, None, row, recon_row, M), is_row, K, K_2)
-        target = _load(_pointers(target_ptr, mask_ptr, row, target_row, M), is_row, K, K_2)
+        recon = _load(_row_ptrs(recon_ptr + clip * recon_stride_b, None, row, recon_stride_m, M), is_row, K, K_2)
+        target = _load(_row_ptrs(target_ptr, mask_ptr, row, target_stride_p, M), is_row, K, K_2)
         difference = recon.to(tl.float32) - target.to(tl.float32)
         scale = _upstream(d_loss_ptr, recon_weight, d_mse_ptr) * mse_scale
         _store(d_recon_ptr + clip * M * K, row, scale * difference, M, K, K_2)
@@ -341,7 +342,7 @@ def _blocks(product: torch.dtype, values_2: int, *, is_backward: bool) -> dict[s
     multiplies while the other reduces.
 
     Many rows, since every program reads all columns of its clip: 205 KB at M = 400 in bf16. Few columns, which waste
-    least of M and keep a stage of the pipeline small (16 KB). The backward pass also holds sums [ROWS, K] in registers:
+    least of M and keep a stage of the pipeline small (16 KB). The backward pass also holds sums [rows, K] in registers:
     half the rows. Products in fp32 run on the ordinary units, which take all their factors from registers: small
     blocks.
     """
@@ -353,12 +354,7 @@ def _blocks(product: torch.dtype, values_2: int, *, is_backward: bool) -> dict[s
         rows, columns, warps, stages = 64, 32, 4, 3
     else:
         rows, columns, warps, stages = 128, 32, 8, 3
-    return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, "num_stages": stages}
-
-
-def _with_rows(x: torch.Tensor | None) -> torch.Tensor | None:
-    """Rows in one piece; clips and rows may lie anywhere."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+    return {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "num_warps": warps, "num_stages": stages}
 
 
 def _strides(*tensors: torch.Tensor | None) -> list[int]:
@@ -383,7 +379,7 @@ def _forward_op(
     These two stay apart. PyTorch's log_softmax takes them off one after the other, too; with scores in the hundreds
     their sum would round away what is left of a softmax that is all but one.
     """
-    class_pred, recon_pred, target = _with_rows(class_pred), _with_rows(recon_pred), _with_rows(target)
+    class_pred, recon_pred, target = (last_dim_contiguous(x) for x in (class_pred, recon_pred, target))
     mask = None if mask is None else mask.contiguous()
     batch, masked, values = (recon_pred if class_pred is None else class_pred).shape
     loss, nce, mse, accuracy = (target.new_empty((), dtype=torch.float32) for _ in range(4))
@@ -391,7 +387,7 @@ def _forward_op(
     highest, log_sum = (None, None) if class_pred is None else normaliser
     product, values_2 = _product_type(class_pred, target), max(16, triton.next_power_of_2(values))
     blocks = _blocks(product, values_2, is_backward=False)
-    programs = batch * triton.cdiv(masked, blocks["ROWS"])
+    programs = batch * triton.cdiv(masked, blocks["BLOCK_ROWS"])
     partial = target.new_empty((3, programs), dtype=torch.float32)
 
     def launch(squares_of: torch.Tensor | None, *, target_rows: bool, is_normalised: bool) -> None:
@@ -402,7 +398,7 @@ def _forward_op(
                 M=masked,
                 K=values,
                 K_2=values_2,
-                PRODUCT=_PRODUCT[product],
+                COMPUTE=TRITON_DTYPE[product],
                 TARGET_ROWS=target_rows,
                 IS_NORMALISED=is_normalised,
                 **blocks,
@@ -442,7 +438,7 @@ def _backward_op(
     recon_weight: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the two predictions; empty for one that is None."""
-    class_pred, recon_pred, target = _with_rows(class_pred), _with_rows(recon_pred), _with_rows(target)
+    class_pred, recon_pred, target = (last_dim_contiguous(x) for x in (class_pred, recon_pred, target))
     mask = None if mask is None else mask.contiguous()
     batch, masked, values = (recon_pred if class_pred is None else class_pred).shape
     d_class, d_recon = _new_gradient(class_pred, target), _new_gradient(recon_pred, target)
@@ -452,7 +448,7 @@ def _backward_op(
     if batch * masked == 0:
         return d_class, d_recon
     with torch.cuda.device_of(target):
-        _gradients_kernel[(batch * triton.cdiv(masked, blocks["ROWS"]),)](
+        _gradients_kernel[(batch * triton.cdiv(masked, blocks["BLOCK_ROWS"]),)](
             *(class_pred, recon_pred, target, mask, highest, log_sum, d_loss, d_nce, d_mse, d_class, d_recon),
             *_strides(class_pred, recon_pred, target),
             recon_weight,
@@ -461,7 +457,7 @@ def _backward_op(
             M=masked,
             K=values,
             K_2=values_2,
-            PRODUCT=_PRODUCT[product],
+            COMPUTE=TRITON_DTYPE[product],
             OVER_PREDICTIONS=over_predictions,
             **blocks,
         )
@@ -553,7 +549,7 @@ def mspm_loss(
     if resolve_backend(backend, class_pred, recon_pred, target, mask) == "torch":
         return _reference(class_pred, recon_pred, target, mask, softmax_over, recon_weight)
     if target.shape[2] > _MAX_VALUES or any(
-        x is not None and x.dtype not in _PRODUCT for x in (class_pred, recon_pred, target)
+        x is not None and x.dtype not in TRITON_DTYPE for x in (class_pred, recon_pred, target)
     ):
         raise ValueError(
             f"the kernels take up to {_MAX_VALUES} values a patch of bf16, fp16 or fp32; for others use backend='torch'"

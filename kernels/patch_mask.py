@@ -116,7 +116,7 @@ def _keep_smallest(key: torch.Tensor, count: int) -> torch.Tensor:
 
 @triton.jit(do_not_specialize=["seed", "offset"])
 def _mask_kernel(
-    out_ptr,  # [B, NUM_MASKED] int64
+    out_ptr,  # [B, M] int64
     sides_ptr,  # [NUM_SIDES] int64
     seed,
     offset,
@@ -124,7 +124,7 @@ def _mask_kernel(
     COLUMNS: tl.constexpr,
     ROWS_2: tl.constexpr,  # the next powers of two
     COLUMNS_2: tl.constexpr,
-    NUM_MASKED: tl.constexpr,
+    M: tl.constexpr,
     NUM_SIDES: tl.constexpr,  # 0: uniform
     SQUARES: tl.constexpr,
     SQUARE_BITS: tl.constexpr,  # hold SQUARES + 1 and something above it
@@ -153,7 +153,7 @@ def _mask_kernel(
         # Later squares change nothing once enough patches are covered: `official` looks for one more than are masked,
         # and not at patch 0. Of the eight words for 400 of 512 the first two or four suffice.
         word, covered = 0, 0
-        while (word < SQUARES // 32) & (covered <= NUM_MASKED):
+        while (word < SQUARES // 32) & (covered <= M):
             bit = tl.arange(0, 32)
             drawn = tl.philox(seed, (word * 32 + bit).to(tl.uint32), clip_low, clip_high, STREAM_SQUARES)
             start, parity = ((drawn[0].to(tl.int64) * P) >> 32).to(tl.int32), drawn[2].to(tl.int32)
@@ -181,23 +181,23 @@ def _mask_kernel(
     if OFFICIAL and NUM_SIDES > 0:
         first = tl.where(number == 0, SQUARES + 1, first)  # patch 0 is never masked
         first = tl.where(is_patch, first, (1 << SQUARE_BITS) - 1)
-        last_square = _nth_smallest(first, NUM_MASKED + 1, SQUARE_BITS)
+        last_square = _nth_smallest(first, M + 1, SQUARE_BITS)
         key = tl.where(first <= last_square, number, number + P).to(tl.int64)
         key = tl.where(is_patch, key, (1 << NUMBER_BITS) - 1)
-        masked = _is_among_smallest(key, NUM_MASKED, NUMBER_BITS)
+        masked = _is_among_smallest(key, M, NUMBER_BITS)
     else:
         tie = tl.philox(seed, number.to(tl.uint32), clip_low, clip_high, STREAM_TIES)[0]
         if NUM_SIDES > 0:
             key = (first << 32) | tie.to(tl.int64)
             key = tl.where(is_patch, key, ((1 << SQUARE_BITS) - 1) << 32)
-            masked = _is_among_smallest(key, NUM_MASKED, 32 + SQUARE_BITS)
+            masked = _is_among_smallest(key, M, 32 + SQUARE_BITS)
         else:
             key = tie.to(tl.int64) * P + number
             key = tl.where(is_patch, key, (1 << (32 + NUMBER_BITS)) - 1)
-            masked = _is_among_smallest(key, NUM_MASKED, 32 + NUMBER_BITS)
+            masked = _is_among_smallest(key, M, 32 + NUMBER_BITS)
 
     slot = tl.cumsum(masked.to(tl.int32)) - 1
-    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * NUM_MASKED + slot, number.to(tl.int64), mask=masked)
+    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * M + slot, number.to(tl.int64), mask=masked)
 
 
 @triton.jit
@@ -259,7 +259,7 @@ def _mask_op(
             COLUMNS=columns,
             ROWS_2=rows_2,
             COLUMNS_2=columns_2,
-            NUM_MASKED=num_masked,
+            M=num_masked,
             NUM_SIDES=len(cluster),
             SQUARES=squares,
             SQUARE_BITS=(squares + 2).bit_length(),
