@@ -5,7 +5,7 @@ have.
 import functools
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,15 +53,16 @@ def choose_attention(
         check_backend(name, device, dtype, head_dim)
         return AttentionChoice(name, {}, {})
 
-    inputs = _example(shape, dtype, device)
-    steps, left_out = {}, {}
+    *qkv, d_out = inputs = _example(shape, dtype, device)
+    steps: dict[str, Callable[[], object]] = {}
+    left_out: dict[str, str] = {}
     for each in BACKENDS:
         reason = obstacle(each, device, dtype, head_dim)
         if compiled and each == "flash-attn-4":
             reason = reason or "torch.compile cannot trace it"
         reason = reason or _disagreement(each, *inputs)
         if reason is None:
-            steps[each] = functools.partial(_train, functools.partial(attention, backend=each), *inputs)
+            steps[each] = functools.partial(_train, functools.partial(attention, backend=each), qkv, d_out)
         else:
             left_out[each] = reason
     if not steps:
@@ -85,26 +86,27 @@ def _example(
 
 
 def _train(
-    function: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, d_out: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    out = function(q, k, v)
-    return out, *torch.autograd.grad(out.transpose(1, 2).reshape(d_out.shape), (q, k, v), d_out)
+    function: Callable[..., torch.Tensor], qkv: Sequence[torch.Tensor], d_out: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """O, dQ, dK and dV."""
+    out = function(*qkv)
+    return out, *torch.autograd.grad(out.transpose(1, 2).reshape(d_out.shape), qkv, d_out)
 
 
 def _disagreement(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, d_out: torch.Tensor) -> str | None:
     """Why the backend must not be used: it raises, or it computes something else."""
     try:
-        actual = _train(functools.partial(attention, backend=name), q, k, v, d_out)
+        actual = _train(functools.partial(attention, backend=name), (q, k, v), d_out)
     except Exception as error:
         return f"raised {type(error).__name__}: {first_line(error)}"
     last = [x[-1:].detach() for x in (q, k, v)]
-    same_dtype = _train(_definition, *(x.requires_grad_() for x in last), d_out[-1:])
-    exact = _train(_definition, *(x.detach().double().requires_grad_() for x in last), d_out[-1:].double())
+    same_dtype = _train(_definition, [x.requires_grad_() for x in last], d_out[-1:])
+    exact = _train(_definition, [x.detach().double().requires_grad_() for x in last], d_out[-1:].double())
     for label, x, same, true in zip(("output", "dq", "dk", "dv"), actual, same_dtype, exact, strict=True):
         ulp = torch.finfo(q.dtype).eps * true.abs().max()
-        error, allowed = (x[-1:] - true).abs().max(), 2 * (same - true).abs().max() + 2 * ulp
-        if not error <= allowed:  # NaN, too
-            return f"{label} is off by {error:.2g}, where {allowed:.2g} is allowed"
+        deviation, allowed = (x[-1:] - true).abs().max(), 2 * (same - true).abs().max() + 2 * ulp
+        if not deviation <= allowed:  # NaN, too
+            return f"{label} is off by {deviation:.2g}, where {allowed:.2g} is allowed"
     return None
 
 
@@ -116,7 +118,7 @@ def _measure(steps: dict[str, Callable[[], object]], warm_up: int = 3, rounds: i
     """Median milliseconds on the GPU. The steps take turns, so that a clock that changes meanwhile is the same to
     all.
     """
-    times = {name: [] for name in steps}
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(warm_up + rounds):
         for name, step in steps.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -416,7 +416,10 @@ def _embed_backward_op(
     width, tokens = weight.shape[0], position.shape[0]
     if batch == 0:
         like = (weight, bias, position, prefix, bias.new_empty(0) if mask_token is None else mask_token)
-        return tuple(torch.zeros_like(each, memory_format=torch.contiguous_format) for each in like)
+        d_weight, d_bias, d_position, d_prefix, d_mask_token = (
+            torch.zeros_like(each, memory_format=torch.contiguous_format) for each in like
+        )
+        return d_weight, d_bias, d_position, d_prefix, d_mask_token
     d_out = d_out.contiguous()
     patches = last_dim_contiguous(patches)
     with torch.cuda.device_of(d_out):

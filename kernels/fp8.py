@@ -99,10 +99,10 @@ def _product(
             wide = torch.promote_types(dtype, torch.float32)
             sums = (a.to(wide) @ b.to(wide).t()) * scales[0] * scales[1]
             return (sums if bias is None else sums + bias).to(dtype)
-        in_product = bias is not None and dtype != torch.float32  # cuBLASLt adds no bias to a float32 result
-        joined = bias.to(dtype) if in_product else None
+        # cuBLASLt adds no bias to a float32 result
+        joined = bias.to(dtype) if bias is not None and dtype != torch.float32 else None
         result = torch._scaled_mm(a, b.t(), *scales, bias=joined, out_dtype=dtype, use_fast_accum=fast)
-        return result if bias is None or in_product else result + bias
+        return result if bias is None or joined is not None else result + bias
 
 
 class _FP8Linear(torch.autograd.Function):

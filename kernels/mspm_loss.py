@@ -357,6 +357,13 @@ def _blocks(product: torch.dtype, values_2: int, *, is_backward: bool) -> dict[s
     return {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "num_warps": warps, "num_stages": stages}
 
 
+def _predictions_shape(class_pred: torch.Tensor | None, recon_pred: torch.Tensor | None) -> torch.Size:
+    """[B, M, K], of predictions one of which may be missing."""
+    pred = recon_pred if class_pred is None else class_pred
+    assert pred is not None  # `mspm_loss` refuses two missing ones
+    return pred.shape
+
+
 def _strides(*tensors: torch.Tensor | None) -> list[int]:
     return [stride for x in tensors for stride in ((0, 0) if x is None else x.stride()[:2])]
 
@@ -379,9 +386,10 @@ def _forward_op(
     These two stay apart. PyTorch's log_softmax takes them off one after the other, too; with scores in the hundreds
     their sum would round away what is left of a softmax that is all but one.
     """
-    class_pred, recon_pred, target = (last_dim_contiguous(x) for x in (class_pred, recon_pred, target))
+    class_pred, recon_pred = last_dim_contiguous(class_pred), last_dim_contiguous(recon_pred)
+    target = last_dim_contiguous(target)
     mask = None if mask is None else mask.contiguous()
-    batch, masked, values = (recon_pred if class_pred is None else class_pred).shape
+    batch, masked, values = _predictions_shape(class_pred, recon_pred)
     loss, nce, mse, accuracy = (target.new_empty((), dtype=torch.float32) for _ in range(4))
     normaliser = target.new_empty((0 if class_pred is None else 2, batch, masked), dtype=torch.float32)
     highest, log_sum = (None, None) if class_pred is None else normaliser
@@ -420,7 +428,7 @@ def _forward_op(
 @_forward_op.register_fake
 def _(class_pred, recon_pred, target, mask, over_predictions, recon_weight):
     scalars = [target.new_empty((), dtype=torch.float32) for _ in range(4)]
-    batch, masked, _ = (recon_pred if class_pred is None else class_pred).shape
+    batch, masked, _ = _predictions_shape(class_pred, recon_pred)
     return *scalars, target.new_empty((0 if class_pred is None else 2, batch, masked), dtype=torch.float32)
 
 
@@ -438,9 +446,10 @@ def _backward_op(
     recon_weight: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the two predictions; empty for one that is None."""
-    class_pred, recon_pred, target = (last_dim_contiguous(x) for x in (class_pred, recon_pred, target))
+    class_pred, recon_pred = last_dim_contiguous(class_pred), last_dim_contiguous(recon_pred)
+    target = last_dim_contiguous(target)
     mask = None if mask is None else mask.contiguous()
-    batch, masked, values = (recon_pred if class_pred is None else class_pred).shape
+    batch, masked, values = _predictions_shape(class_pred, recon_pred)
     d_class, d_recon = _new_gradient(class_pred, target), _new_gradient(recon_pred, target)
     highest, log_sum = (None, None) if class_pred is None else normaliser
     product, values_2 = _product_type(class_pred, target), max(16, triton.next_power_of_2(values))
