@@ -266,6 +266,8 @@ def _disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     usage = re.search(r"REG:\d+ STACK:\d+ SHARED:\d+ LOCAL:\d+", text)
+    if usage is None:
+        raise ValueError(f"{command[0]}: no line on the use of registers and memory")
     return {name: int(value) for name, value in (pair.split(":") for pair in usage[0].split())}, text
 
 

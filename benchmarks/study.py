@@ -139,10 +139,11 @@ def run_study(arguments: argparse.Namespace) -> None:
     ranks = ["--ranks", str(arguments.ranks)]
     unlabeled = work / "manifests" / "unlabeled.txt"
     all_ranks = ["--ranks", str(arguments.ranks * arguments.jobs)]
-    pretrained = {arm: work / f"pretrain-{arm}" for arm in arguments.arms if ARMS[arm] is not None}
+    pretraining = {arm: keys for arm in arguments.arms if (keys := ARMS[arm]) is not None}
+    pretrained = {arm: work / f"pretrain-{arm}" for arm in pretraining}
     for arm, folder in pretrained.items():
         given = [f"data.train={unlabeled}", f"run.folder={work}", f"run.name={folder.name}"]
-        _ssast("pretrain", CONFIGS / "pretrain.yaml", *all_ranks, *given, *for_pretraining, *ARMS[arm])
+        _ssast("pretrain", CONFIGS / "pretrain.yaml", *all_ranks, *given, *for_pretraining, *pretraining[arm])
     budgets = {arm: pretraining_budget(folder) for arm, folder in pretrained.items()}
     for arm, budget in budgets.items():
         print(f"{arm}: pretrained on {budget['pretraining_samples']} clips in {budget['pretraining_s'] / 60:.1f} min")
