@@ -9,10 +9,11 @@ import importlib.util
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, overload
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from ssast.kernels.fbank import samples_of
 
@@ -231,8 +232,8 @@ class TrainSection(Section):
     """Optimizer steps; this or `minutes` says how long to train."""
     minutes: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Of training, validations and checkpoints included: as many steps as fit. A resumed run uses what is left."""
-    schedule: Literal["plateau", "cosine", "constant"] = "plateau"
-    """Of the learning rate after warm-up; the paper's is plateau."""
+    schedule: Literal["plateau", "cosine", "constant", "decay"] = "plateau"
+    """Of the learning rate after warm-up."""
     warmup_steps: int | None = Field(1000, ge=0)
     """Steps of linear warm-up; null under `minutes`: a twentieth of them."""
     plateau_factor: float = Field(0.5, gt=0, lt=1)
@@ -259,6 +260,17 @@ class TrainSection(Section):
         if tree.get("minutes") is not None:
             return {**dict.fromkeys(keys), **tree}
         return {key: value for key, value in tree.items() if key not in keys or value is not None}
+
+    def step_decay(self, step: int) -> float:
+        """Factor of the learning rate at a step of the schedule `decay`, which only fine-tuning has."""
+        raise NotImplementedError
+
+
+class PretrainTrainSection(TrainSection):
+    """As of every training; epochs are not known."""
+
+    schedule: Literal["plateau", "cosine", "constant"] = "plateau"
+    """Of the learning rate after warm-up; the paper's is plateau."""
 
 
 class RunConfig(Section):
@@ -346,6 +358,7 @@ class Config(RunConfig):
     """Of pretraining."""
 
     model: ModelSection
+    train: PretrainTrainSection
     mask: MaskSection = MaskSection()
     objective: ObjectiveSection = ObjectiveSection()
 
@@ -395,7 +408,15 @@ class Config(RunConfig):
         return self
 
 
-def load_config(source: str | Path, overrides: Iterable[str] = (), kind: type[C] = Config) -> C:
+@overload
+def load_config(source: str | Path, overrides: Iterable[str] = ()) -> Config: ...
+
+
+@overload
+def load_config(source: str | Path, overrides: Iterable[str], kind: type[C]) -> C: ...
+
+
+def load_config(source: str | Path, overrides: Iterable[str] = (), kind: type[RunConfig] = Config) -> RunConfig:
     """Read a YAML file, or a preset by name, apply `key.sub=value` overrides, and validate.
 
     A file may start from another with `extends: NAME-OR-PATH`, relative to itself.
@@ -417,7 +438,7 @@ def load_config(source: str | Path, overrides: Iterable[str] = (), kind: type[C]
     return validated(tree, path, kind)
 
 
-def validated(tree: dict[str, Any], path: Path, kind: type[C] = Config) -> C:
+def validated(tree: dict[str, Any], path: Path, kind: type[C]) -> C:
     """The settings as a config; `path` says where they come from.
 
     Raises:
@@ -564,14 +585,14 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 _UNION_TAGS = re.compile(r"(function-|literal\[|list\[|dict\[|tuple\[|constrained-|nullable|(str|int|float|bool)$)")
 
 
-def _place(problem: dict[str, Any]) -> tuple[str, ...]:
+def _place(problem: ErrorDetails) -> tuple[str, ...]:
     """Where it is, without the names that pydantic gives to the members of a union."""
     return tuple(str(part) for part in problem["loc"] if not _UNION_TAGS.match(str(part)) and part != "[key]")
 
 
-def _deepest(problems: Sequence[dict[str, Any]], kind: type[RunConfig]) -> list[dict[str, Any]]:
+def _deepest(problems: Sequence[ErrorDetails], kind: type[RunConfig]) -> list[ErrorDetails]:
     """One problem for a place: where a value may be of several types, the one of the type that fits best."""
-    kept: dict[tuple[str, ...], dict[str, Any]] = {}
+    kept: dict[tuple[str, ...], ErrorDetails] = {}
     for problem in problems:
         place = _place(problem)
         if place in kept and problem["type"] == "literal_error":
@@ -584,7 +605,7 @@ def _deepest(problems: Sequence[dict[str, Any]], kind: type[RunConfig]) -> list[
     return list(kept.values())
 
 
-def _explain(problem: dict[str, Any], kind: type[RunConfig]) -> str:
+def _explain(problem: ErrorDetails, kind: type[RunConfig]) -> str:
     key = ".".join(_place(problem))
     if problem["type"] == "string_type" and isinstance(problem["input"], bool):
         key = ".".join(part for part in _place(problem) if not part.isdecimal())

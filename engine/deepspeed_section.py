@@ -64,6 +64,8 @@ def micro_batch(section: dict[str, Any], world_size: int) -> tuple[int, int]:
     """
     batch, micro, steps = (section.get(key) for key in BATCH_KEYS)
     if micro is None:
+        if batch is None:
+            raise ValueError("deepspeed: train_batch_size or train_micro_batch_size_per_gpu must be given")
         micro = batch // (steps or 1) // world_size
     elif steps is None:
         steps = 1 if batch is None else batch // micro // world_size

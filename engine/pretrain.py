@@ -146,7 +146,7 @@ def _finish(config: Config, data: Dataset, progress: Progress, done: bool) -> No
 def _status_after_stop(config: Config) -> int:
     """By the last thing that the run wrote down before it left."""
     rows = read_rows(config.run_dir / "metrics.jsonl")
-    status = {"stop": STOPPED, "done": 0}.get(rows[-1].get("event") if rows else None)
+    status = {"stop": STOPPED, "done": 0}.get(rows[-1].get("event", "") if rows else "")
     if status is not None:
         return status
     print("ssast: stopped without saving; the last checkpoint, if there is one, is whole", file=sys.stderr)

@@ -18,7 +18,7 @@ import tempfile
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +179,9 @@ class _Cache:
     _TABLE = f"checked_{CHECK_VERSION}"
 
     def __init__(self, path: Path) -> None:
-        self._path, self._db, self._rows, self._committed = path, None, [], time.monotonic()
+        self._path, self._committed = path, time.monotonic()
+        self._db: sqlite3.Connection | None = None
+        self._rows: list[tuple] = []
         with self._guard():
             self._db = sqlite3.connect(path, timeout=10)
             columns = "path BLOB PRIMARY KEY, size, mtime, frames, rate, channels, copy_size, copy_mtime, reason"
@@ -230,7 +232,7 @@ class _Cache:
 
 def _probe_all(
     todo: deque[int], job: Callable[[int], list[Any]], count: int, timeout_s: float, memory_limit_bytes: int
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Generator[tuple[int, dict[str, Any]], None, None]:
     """(number, verdict) of all that is to do, as they come, from `count` workers; closing the generator ends them."""
     with contextlib.closing(Pool(probe.__file__, [str(memory_limit_bytes)], timeout_s)) as pool:
         while todo or pool.workers:

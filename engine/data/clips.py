@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from .record import Record, split_labels
 from .texts import Texts
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Clips:
     """The clips that can be read, one column each for what is known of them.
 
@@ -23,8 +23,8 @@ class Clips:
     from. From byte `offsets` int64 [N] on (0: the clip is the whole file; nothing in a shard begins there), `sizes`
     int64 [N] bytes are an audio file, of `frames` int64 [N] samples per channel at `sample_rates` int32 [N] Hz and
     `channels` int32 [N]. `datasets` int32 [N] numbers the entries of a list of data sets. `labels` are texts as
-    `record.split_labels` reads them, `splits` train, valid, test or "". Lists are taken for texts; offsets, speakers,
-    data sets and folds may be left out.
+    `record.split_labels` reads them, `splits` train, valid, test or "". Columns of texts may be given as lists;
+    offsets, speakers, data sets and folds may be left out.
     """
 
     paths: Texts
@@ -35,25 +35,41 @@ class Clips:
     sample_rates: np.ndarray
     channels: np.ndarray
     sizes: np.ndarray
-    offsets: np.ndarray = field(default=None)  # type: ignore[assignment]
-    speakers: Texts = field(default=None)  # type: ignore[assignment]
-    datasets: np.ndarray = field(default=None)  # type: ignore[assignment]
-    folds: Texts = field(default=None)  # type: ignore[assignment]
+    offsets: np.ndarray
+    speakers: Texts
+    datasets: np.ndarray
+    folds: Texts
 
-    def __post_init__(self) -> None:
-        count = len(self.paths)
-        for name in ("paths", "sources", "labels", "splits"):
-            if not isinstance(getattr(self, name), Texts):
-                object.__setattr__(self, name, Texts.from_list(getattr(self, name)))
-        if self.offsets is None:
-            object.__setattr__(self, "offsets", np.broadcast_to(np.int64(0), count))
-        for name in ("speakers", "folds"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, Texts.empty(count))
-            elif not isinstance(getattr(self, name), Texts):
-                object.__setattr__(self, name, Texts.from_list(getattr(self, name)))
-        if self.datasets is None:
-            object.__setattr__(self, "datasets", np.broadcast_to(np.int32(0), count))
+    def __init__(
+        self,
+        paths: Sequence[str],
+        sources: Sequence[str],
+        labels: Sequence[str],
+        splits: Sequence[str],
+        frames: np.ndarray,
+        sample_rates: np.ndarray,
+        channels: np.ndarray,
+        sizes: np.ndarray,
+        offsets: np.ndarray | None = None,
+        speakers: Sequence[str] | None = None,
+        datasets: np.ndarray | None = None,
+        folds: Sequence[str] | None = None,
+    ) -> None:
+        count = len(paths)
+        self.__dict__.update(  # frozen: there are no attributes to set
+            paths=_texts(paths),
+            sources=_texts(sources),
+            labels=_texts(labels),
+            splits=_texts(splits),
+            frames=frames,
+            sample_rates=sample_rates,
+            channels=channels,
+            sizes=sizes,
+            offsets=np.broadcast_to(np.int64(0), count) if offsets is None else offsets,
+            speakers=Texts.empty(count) if speakers is None else _texts(speakers),
+            datasets=np.broadcast_to(np.int32(0), count) if datasets is None else datasets,
+            folds=Texts.empty(count) if folds is None else _texts(folds),
+        )
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -70,21 +86,43 @@ class Clips:
                 taken[id(column)] = column[index]
             return taken[id(column)]
 
-        columns = (getattr(self, name) for name in self.__dataclass_fields__)
-        return Clips(*(Texts(c._blocks, take(c.rows)) if isinstance(c, Texts) else take(c) for c in columns))
+        def texts(column: Texts) -> Texts:
+            return Texts(column._blocks, take(column.rows))
+
+        return Clips(
+            paths=texts(self.paths),
+            sources=texts(self.sources),
+            labels=texts(self.labels),
+            splits=texts(self.splits),
+            frames=take(self.frames),
+            sample_rates=take(self.sample_rates),
+            channels=take(self.channels),
+            sizes=take(self.sizes),
+            offsets=take(self.offsets),
+            speakers=texts(self.speakers),
+            datasets=take(self.datasets),
+            folds=texts(self.folds),
+        )
 
     @staticmethod
     def joined(parts: Sequence[Clips]) -> Clips:
         """One after the other; each part becomes a data set of its own by number."""
         if len(parts) == 1:
             return parts[0]
-        columns = {}
-        for name in Clips.__dataclass_fields__:
-            values = [getattr(part, name) for part in parts]
-            if name == "datasets":
-                values = [np.broadcast_to(np.int32(number), len(part)) for number, part in enumerate(parts)]
-            columns[name] = Texts.joined(values) if isinstance(values[0], Texts) else np.concatenate(values)
-        return Clips(**columns)
+        return Clips(
+            paths=Texts.joined([part.paths for part in parts]),
+            sources=Texts.joined([part.sources for part in parts]),
+            labels=Texts.joined([part.labels for part in parts]),
+            splits=Texts.joined([part.splits for part in parts]),
+            frames=np.concatenate([part.frames for part in parts]),
+            sample_rates=np.concatenate([part.sample_rates for part in parts]),
+            channels=np.concatenate([part.channels for part in parts]),
+            sizes=np.concatenate([part.sizes for part in parts]),
+            offsets=np.concatenate([part.offsets for part in parts]),
+            speakers=Texts.joined([part.speakers for part in parts]),
+            datasets=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts]),
+            folds=Texts.joined([part.folds for part in parts]),
+        )
 
     def records(self) -> Iterator[Record]:
         """A row for each clip, whose path is what it was made from, unless it lies in a shard."""
@@ -115,10 +153,14 @@ class Clips:
     def fingerprint(self) -> list[int]:
         """Changes whenever the clips or their order do."""
         if self.in_shards.any():
-            crc = zlib.crc32(np.ascontiguousarray(self.offsets), zlib.crc32(self.sources.hashes()))
+            crc = zlib.crc32(np.ascontiguousarray(self.offsets).data, zlib.crc32(self.sources.hashes().data))
         else:
             crc = zlib.crc32(b"\n".join(self.sources.encoded()))
         return [len(self), crc, int(self.sizes.sum())]
+
+
+def _texts(column: Sequence[str]) -> Texts:
+    return column if isinstance(column, Texts) else Texts.from_list(column)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import soundfile
@@ -28,6 +28,7 @@ from .wav import HEADER_BYTES, wav_header
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
+    from nvidia.dali.tensors import TensorListCPU
 
 _BLOCK = 1 << 18  # samples of all channels that are decoded at a time
 
@@ -151,12 +152,12 @@ class AudioDecoder:
                 if is_resampled and not offset:
                     return self._read_resampled(file, clip, start, window)
                 content = np.empty(size, dtype=np.uint8)
-                got = _read_into(file, content, offset)
+                got = _read_into(file, content.data, offset)
         except OSError as error:
             return f"cannot be read any more: {error.strerror or error}"
         if got != size:
             return f"changed since it was checked: {got} bytes instead of {size}"
-        return self._read_resampled(io.BytesIO(content), clip, start, window) if is_resampled else content
+        return self._read_resampled(io.BytesIO(content.data), clip, start, window) if is_resampled else content
 
     def _is_bare(self, file: int, clip: int) -> bool:
         """Whether a clip begins with the header of 44 bytes that says what is known of it."""
@@ -235,7 +236,7 @@ class AudioDecoder:
         try:
             self._pipeline.feed_input("encoded", contents)
             self._pipeline.feed_input("start", list(start.astype(np.int32)[:, None]))
-            windows, shapes, rates = self._pipeline.run()
+            windows, shapes, rates = cast("tuple[TensorListCPU, ...]", self._pipeline.run())  # it has no GPU
             return (
                 windows.as_array(),
                 shapes.as_array()[:, 0].tolist(),
@@ -306,7 +307,7 @@ def _decode_span(sound: soundfile.SoundFile, first: int, last: int) -> np.ndarra
     return samples
 
 
-def _read_into(file: int, buffer: np.ndarray | bytearray, offset: int) -> int:
+def _read_into(file: int, buffer: memoryview | bytearray, offset: int) -> int:
     """Bytes read at `offset`: fewer than the buffer holds only at the end of the file. One call reads no more than 2
     GiB.
     """
@@ -318,20 +319,20 @@ def _read_into(file: int, buffer: np.ndarray | bytearray, offset: int) -> int:
 
 def _read_samples(file: int, samples: np.ndarray, offset: int) -> None:
     """Fill int16 [n] from the bytes at `offset`. Raises `OSError` where the file ends before."""
-    if _read_into(file, samples.view(np.uint8), offset) < samples.nbytes:
+    if _read_into(file, samples.view(np.uint8).data, offset) < samples.nbytes:
         raise OSError(0, "ends too early")
 
 
 def _build_pipeline(num_samples: int, batch_size: int, num_threads: int) -> Pipeline:
     from nvidia.dali import fn, pipeline_def, types  # steps that are fed from memory do without
 
-    @pipeline_def(
+    @pipeline_def(  # type: ignore[call-overload] # device_id None, for no GPU at all, is documented but not in the stub
         batch_size=batch_size, num_threads=num_threads, device_id=None, exec_pipelined=False, exec_async=False
     )
     def windows() -> tuple:
-        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
-        start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
-        audio, rate = fn.decoders.audio(encoded, dtype=types.INT16, downmix=True)
+        encoded = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1, no_copy=True)
+        start = fn.external_source(name="start", dtype=types.DALIDataType.INT32, ndim=1)
+        audio, rate = fn.decoders.audio(encoded, dtype=types.DALIDataType.INT16, downmix=True)
         window = fn.slice(audio, start, [num_samples], axes=[0], out_of_bounds_policy="pad", fill_values=0)
         return window, audio.shape(), rate
 

@@ -19,7 +19,7 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 
@@ -102,7 +102,7 @@ def _writing(path: str) -> Iterator[None]:
         raise _CannotWriteError(f"cannot write to {folder}: {error.strerror} ({free:.0f} MiB free)") from error
 
 
-def _write(file: BinaryIO, content: bytes) -> None:
+def _write(file: IO[bytes], content: bytes) -> None:
     with _writing(file.name), memoryview(content) as view:
         written = 0
         while written < len(view):  # a write without a buffer may be a partial one
@@ -157,7 +157,7 @@ def as_file(path: str, offset: int, size: int, folder: str) -> Iterator[str]:
         raise Reject("changed while it was being prepared")
 
 
-def _copy_range(path: str, offset: int, size: int, copy: BinaryIO) -> None:
+def _copy_range(path: str, offset: int, size: int, copy: IO[bytes]) -> None:
     if not size:
         raise Reject("empty file")
     with open(path, "rb") as file:

@@ -31,8 +31,10 @@ HEADERLESS_EXTENSIONS = frozenset("al alaw pcm raw s16 s16le s24le s32le sln ul 
 AUDIO_EXTENSIONS = frozenset(_KNOWN.split()) | HEADERLESS_EXTENSIONS
 
 # The starts of audio containers; EBML is Matroska and WebM, 30 26 B2 75 is ASF (wma).
-_MAGIC = (b"RIFF", b"RF64", b"RIFX", b"BW64", b"riff", b"fLaC", b"OggS", b"ID3", b"FORM", b".snd", b"caff", b"NIST_1A")
-_MAGIC += (b"\x1aE\xdf\xa3", b"0&\xb2u", b"wvPk", b"MAC ", b"TTA1", b"#!AMR")
+_MAGIC = (
+    *(b"RIFF", b"RF64", b"RIFX", b"BW64", b"riff", b"fLaC", b"OggS", b"ID3", b"FORM", b".snd", b"caff", b"NIST_1A"),
+    *(b"\x1aE\xdf\xa3", b"0&\xb2u", b"wvPk", b"MAC ", b"TTA1", b"#!AMR"),
+)
 # The second byte after FF: MPEG audio layers III and II, and ADTS. FF FE is left out: it is the byte order mark of
 # UTF-16 text.
 _MPEG_SYNC = frozenset(b"\xfb\xfa\xf3\xf2\xe3\xe2\xfd\xfc\xf5\xf4\xf1\xf9\xf0\xf8")
@@ -213,8 +215,8 @@ def _metadata_rows(path: str, file: TextIO, remarks: list[str]) -> Iterator[Reco
     if not columns.has_label:
         known = ", ".join(LABEL_COLUMNS)
         remarks.append(f"{path} has no labels: none of its columns {', '.join(header)} is one of {known}")
-    for number, row in rows:
-        yield columns.record(dict(zip(header, row, strict=True)), base, f"{path}, line {number}")
+    for number, cells in rows:
+        yield columns.record(dict(zip(header, cells, strict=True)), base, f"{path}, line {number}")
 
 
 def require_most(path: str, matched: int, listed: int, absent: str) -> None:

@@ -18,8 +18,8 @@ from .record import Record, split_and_fold, split_labels
 from .table import open_text, read_table
 
 EXTENSIONS = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".lst")
-PATH_COLUMNS = ("path", "wav", "file", "filename", "audio", "audio_path", "file_name", "filepath", "file_path")
-PATH_COLUMNS += ("audio_filepath",)
+_PATH_COLUMNS = "path wav file filename audio audio_path file_name filepath file_path audio_filepath"
+PATH_COLUMNS = tuple(_PATH_COLUMNS.split())
 LABEL_COLUMNS = ("label", "labels", "category")
 SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
 START_COLUMNS = ("start", "start_s", "start_time", "start_sec", "start_seconds", "begin", "onset")

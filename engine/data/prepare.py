@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NotRequired, TypedDict
 
 import numpy as np
 import soundfile
@@ -152,18 +152,26 @@ def _sizes(paths: list[str]) -> Iterator[int]:
     return (size for chunk in chunks for size in chunk)
 
 
+class Part(TypedDict):
+    """What is written down of a finished shard."""
+
+    clips: list[list[int]]  # [recording, piece, offset, size, samples, crc32] of each
+    rejected: list[tuple[int, str]]  # (recording, reason)
+    remarks: NotRequired[list[tuple[int, str]]]  # (recording, remark); older versions wrote none
+    bytes: int
+    sha256: str
+
+
 @dataclass
 class _Shard:
-    """A shard in the making: `clips` are [recording, piece, offset, size, samples, crc32], `rejected` and
-    `remarks` [recording, reason].
-    """
+    """A shard in the making."""
 
     number: int
     first: int
     count: int
     clips: list[list[int]] = field(default_factory=list)
-    rejected: list[list[Any]] = field(default_factory=list)
-    remarks: list[list[Any]] = field(default_factory=list)
+    rejected: list[tuple[int, str]] = field(default_factory=list)
+    remarks: list[tuple[int, str]] = field(default_factory=list)
     done: int = 0
     end: int = 0
     failed: int = -1  # the recording that the process before ended with
@@ -175,10 +183,10 @@ class _Shard:
             return
         recording = self.first + self.done
         if "reason" in answer:
-            self.rejected.append([recording, answer["reason"]])
+            self.rejected.append((recording, answer["reason"]))
         else:
             self.clips += [[recording, *clip] for clip in answer["clips"]]
-            self.remarks += [[recording, text] for text in answer["remarks"]]
+            self.remarks += [(recording, text) for text in answer["remarks"]]
             self.end = answer["end"]
         self.done += 1
 
@@ -191,7 +199,7 @@ class _Shard:
         else:
             self.failed = self.done
 
-    def part(self) -> dict[str, Any]:
+    def part(self) -> Part:
         return {
             "clips": self.clips,
             "rejected": self.rejected,
@@ -261,13 +269,16 @@ class Folder:
         """Where it is written what a shard holds."""
         return self.shards / f".{number:05d}.json"
 
-    def part(self, number: int) -> dict[str, Any] | None:
+    def part(self, number: int) -> Part | None:
         """What is in a finished shard; None if it is not finished."""
         try:
-            part = json.loads(self.part_path(number).read_bytes())
+            part = self._recorded_part(number)
             return part if (self.shards / shard_name(number)).stat().st_size == part["bytes"] else None
         except FileNotFoundError:
             return None
+
+    def _recorded_part(self, number: int) -> Part:
+        return json.loads(self.part_path(number).read_bytes())
 
     def keep(self, shard: _Shard) -> None:
         """Puts a shard in its place, then what is in it: a shard without that is made again."""
@@ -281,7 +292,7 @@ class Folder:
         Raises:
             UserError: no recording can be used.
         """
-        parts = (self.part(number) for number in range(self.count))
+        parts = map(self._recorded_part, range(self.count))
         index, described, rejected, sources = Index(self.path / "index"), [], [], 0
         remarks = Remarks()
         for number, part in enumerate(parts):
@@ -300,7 +311,7 @@ class Folder:
                 {"name": shard_name(number), "bytes": part["bytes"], "clips": len(clips), "sha256": part["sha256"]}
             )
             rejected += [(self.plan.recordings[recording].source, reason) for recording, reason in part["rejected"]]
-            for recording, text in part.get("remarks", []):  # absent where an older version made the shard
+            for recording, text in part.get("remarks", []):
                 remarks.add(self.plan.recordings[recording].source, [text])
             sources += len(np.unique(clips[:, 0]))
         index.close()
@@ -484,18 +495,19 @@ def _make_shards(folder: Folder, workers: int, timeout_s: float, memory: int, pr
             while waiting and len(pool.workers) < workers:
                 pool.start()
             for worker, answers, end in pool.wait():
-                shard: _Shard | None = worker.number
-                for answer in answers:
-                    if "fatal" in answer:
-                        raise UserError(
-                            f"{answer['fatal']}: finished shards are kept, run the same command again to go on"
-                        )
-                    before = shard.done
-                    shard.take(answer)
-                    bar.update(shard.done - before)
-                    rejected += "reason" in answer
-                    bar.set_postfix(rejected=rejected, refresh=False)
-                if end:
+                shard: _Shard | None = worker.number  # None: it has just started
+                if shard is not None:
+                    for answer in answers:
+                        if "fatal" in answer:
+                            raise UserError(
+                                f"{answer['fatal']}: finished shards are kept, run the same command again to go on"
+                            )
+                        before = shard.done
+                        shard.take(answer)
+                        bar.update(shard.done - before)
+                        rejected += "reason" in answer
+                        bar.set_postfix(rejected=rejected, refresh=False)
+                if shard is not None and end:
                     shard.fail(end)
                     waiting.appendleft(shard)
                 elif shard is None or shard.sha256:

@@ -185,9 +185,8 @@ def open_native(path: str, size: int) -> Iterator[Native]:
                 is_mended = sound is None or _sees_all(mended, layout)
                 sound = mended if is_mended else sound
         remark = layout.remark if layout is not None else ""
-        is_native = sound is not None and sound.subtype in DALI_FORMATS.get(sound.format, ())
         # A FLAC written to a pipe knows no length, and DALI then decodes nothing.
-        if is_native and sound.frames < 2**62:
+        if sound is not None and sound.subtype in DALI_FORMATS.get(sound.format, ()) and sound.frames < 2**62:
             _check_rate(sound.samplerate)
             yield Native(sound, "", is_mended, remark)
         else:
@@ -351,7 +350,8 @@ class _Sound:
         """(rate, mean of the channels), float32 [n], full scale 1: many frames at a time, of which most codecs make
         short ones.
         """
-        rate, pieces, held = 0, [], 0
+        rate, held = 0, 0
+        pieces: list[np.ndarray] = []
         for frame in self._frames():
             _check_rate(frame.sample_rate)
             samples = frame.to_ndarray()
@@ -440,7 +440,11 @@ def _differ(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def _main(memory: int) -> None:
-    serve(memory, lambda job: [_verdict(*job, memory)])
+    def handle(job: Any) -> list[dict[str, Any]]:
+        path, size, mtime_ns, copy = job
+        return [_verdict(path, size, mtime_ns, copy, memory)]
+
+    serve(memory, handle)
 
 
 if __name__ == "__main__":

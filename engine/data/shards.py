@@ -20,7 +20,7 @@ import struct
 import sys
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
@@ -36,6 +36,7 @@ from ssast.engine.files import encode_text
 from .clips import Clips
 from .record import split_and_fold
 from .remarks import Remarks
+from .tars import each_member
 from .texts import Block, Texts
 from .wav import HEADER_BYTES, wav_header
 
@@ -126,7 +127,7 @@ class Index:
         for column in self._ends.values():
             column.append([0])
 
-    def append(self, numbers: dict[str, Sequence[int]], texts: dict[str, Sequence[str]]) -> None:
+    def append(self, numbers: Mapping[str, Sequence[int] | np.ndarray], texts: dict[str, Sequence[str]]) -> None:
         """Add rows: of each column of `NUMBERS` and of `TEXTS` as many values."""
         for name, column in self._numbers.items():
             column.append(numbers[name])
@@ -234,7 +235,8 @@ def _splits_and_folds(texts: Texts) -> tuple[Texts, Texts]:
     example = np.empty(len(values), dtype=np.int64)
     example[which] = np.arange(len(hashes))
     read = [split_and_fold(text) for text in texts.subset(example)]
-    return tuple(Texts.from_list(list(column)).subset(which) for column in zip(*read, strict=True))
+    splits, folds = Texts.from_list([split for split, _ in read]), Texts.from_list([fold for _, fold in read])
+    return splits.subset(which), folds.subset(which)
 
 
 def describe(folder: Path) -> Description:
@@ -385,7 +387,7 @@ def _shard_faults(
     return faults
 
 
-def _member_faults(file: BinaryIO, rows: list[dict[str, Any]], codec: str, rate: int) -> Iterator[str]:
+def _member_faults(file: io.RawIOBase, rows: list[dict[str, Any]], codec: str, rate: int) -> Iterator[str]:
     """Compares the members of a tar with the rows of the index, one by one."""
     members = _members(file)
     for place, row in enumerate(rows):
@@ -421,12 +423,12 @@ def _member_faults(file: BinaryIO, rows: list[dict[str, Any]], codec: str, rate:
         yield f"{more} members that are not in the index"
 
 
-def _members(file: BinaryIO) -> Iterator[tuple[str, int, bytes]]:
+def _members(file: io.RawIOBase) -> Iterator[tuple[str, int, bytes]]:
     """(name, where its content begins, content) of each member of a tar."""
     with tarfile.open(fileobj=file, mode="r|", bufsize=1 << 20) as tar:
-        for info in tar:
-            yield info.name, info.offset_data, tar.extractfile(info).read() if info.isreg() else b""
-            tar.members.clear()  # it would keep them all
+        for info in each_member(tar):
+            content = tar.extractfile(info) if info.isreg() else None
+            yield info.name, info.offset_data, b"" if content is None else content.read()
 
 
 def _shortened(faults: Iterable[str]) -> Iterator[str]:

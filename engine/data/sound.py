@@ -113,28 +113,30 @@ class _Decoder:
         self._arguments, self._timeout_s, self._remarks = arguments, timeout_s, remarks
         self._source = ""
         self._worker: Worker | None = None
-        self._problem = ""
+        self._reader: Worker | str = ""  # what decodes the recording, or why nothing does
         self._is_done = True
 
     def begin(self, recording: Record) -> None:
-        self._problem, self._is_done, self._source = "", False, recording.source
+        self._is_done, self._source = False, recording.source
         status = file_status(recording.path)
         if isinstance(status, str):
-            self._problem = status
+            self._reader = status
             return
         if self._worker is None:
             self._worker = Worker(__file__, self._arguments, self._timeout_s)
             with contextlib.suppress(OSError):  # more than a user may have: it is then less far ahead
-                fcntl.fcntl(self._worker.process.stdout, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+                fcntl.fcntl(self._worker.output, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         size = status[0] if recording.offset < 0 else recording.size
+        self._reader = self._worker
         self._worker.send(None, [recording.path, recording.offset, size, recording.start, recording.end])
 
     def blocks(self) -> Iterator[np.ndarray]:
-        if self._problem:
+        worker = self._reader
+        if isinstance(worker, str):
             self._is_done = True
-            raise UnreadableError(self._problem)
+            raise UnreadableError(worker)
         while not self._is_done:
-            for answer in self._answers():
+            for answer in self._answers(worker):
                 if "samples" in answer:
                     yield np.frombuffer(base64.b64decode(answer["samples"]), dtype=np.int16)
                     continue
@@ -155,23 +157,22 @@ class _Decoder:
             self._worker.stop()
             self._worker = None
 
-    def _answers(self) -> list[Any]:
-        worker = self._worker
+    def _answers(self, worker: Worker) -> list[Any]:
         # it may have waited for us meanwhile: time starts now
         patience = max(self._timeout_s, 0.0 if worker.ready else 60.0)
         end = time.monotonic() + patience
         while (left := end - time.monotonic()) > 0:
-            if not select.select([worker.process.stdout], [], [], left)[0]:
+            if not select.select([worker.output], [], [], left)[0]:
                 break
             answers = worker.answers()
             if answers is None:
-                return self._ended("")
+                return self._ended(worker, "")
             if answers:
                 return answers
-        return self._ended(f"took longer than {patience:g} s")
+        return self._ended(worker, f"took longer than {patience:g} s")
 
-    def _ended(self, problem: str) -> list[Any]:
-        worker, self._worker = self._worker, None
+    def _ended(self, worker: Worker, problem: str) -> list[Any]:
+        self._worker = None
         how, complaint = worker.stop()
         if not worker.ready:
             raise RuntimeError(f"a process that decodes audio did not start ({problem or how}): {complaint}")

@@ -24,8 +24,7 @@ from .tars import read_tar
 from .texts import Texts
 
 SPEECH_COMMANDS_12 = "speech_commands_12"
-_PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip", ".7z", ".rar")
-_PACKED += (".gz", ".bz2", ".xz", ".zst")
+_PACKED = tuple(".tar.gz .tgz .tar.bz2 .tbz2 .tar.xz .txz .tar.zst .zip .7z .rar .gz .bz2 .xz .zst".split())
 
 
 @dataclass

@@ -18,6 +18,13 @@ _NOTES = ("json", "cls", "txt")
 _NOTE_LIMIT = 1 << 20  # bytes of a note
 
 
+def each_member(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar in their order, none of which is kept."""
+    for member in tar:
+        tar.members.clear()  # type: ignore[attr-defined] # a public attribute, which typeshed does not have
+        yield member
+
+
 def read_tar(path: str, remarks: list[str]) -> list[Record]:
     """The audio members of a tar, each with what stands beside it under its name: .json (label, speaker, split), .cls
     or .txt (one label). Where no note says it, the folders in the tar say the split.
@@ -33,8 +40,7 @@ def read_tar(path: str, remarks: list[str]) -> list[Record]:
     others, hidden = 0, 0
     try:
         with tarfile.open(path, "r:", errors="surrogateescape") as tar:
-            for member in tar:
-                tar.members.clear()  # it would keep them all
+            for member in each_member(tar):
                 if not member.isreg():
                     continue
                 name = _plain(member.name)

@@ -63,10 +63,9 @@ class Texts(Sequence[str]):
         return map(_decode, self.encoded())
 
     def __eq__(self, other: object) -> bool:
-        same_length = isinstance(other, Sequence) and not isinstance(other, str) and len(self) == len(other)
-        return same_length and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
-
-    __hash__ = None  # as of a list
+        if not isinstance(other, Sequence) or isinstance(other, str) or len(self) != len(other):
+            return False
+        return all(mine == theirs for mine, theirs in zip(self, other, strict=True))
 
     def __repr__(self) -> str:
         return f"Texts({list(self[:3])}{' ...' if len(self) > 3 else ''}, {len(self)} in all)"
@@ -124,7 +123,7 @@ class Block:
     def encoded(self, rows: np.ndarray) -> Iterator[memoryview]:
         """UTF-8 of the texts at `rows` int64 [N]."""
         offsets, utf8 = self.arrays
-        view = memoryview(utf8)
+        view = utf8.data
         return (
             view[start:stop] for start, stop in zip(offsets[rows].tolist(), offsets[rows + 1].tolist(), strict=True)
         )

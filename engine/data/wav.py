@@ -19,14 +19,19 @@ import io
 import os
 import struct
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")
 HEADER_BYTES = HEADER.size
 WAV_MAGIC = (b"RIFF", b"RIFX", b"RF64", b"BW64")
 _FIXED = (1, 3, 6, 7, 0xFFFE)  # PCM, float, A-law, mu-law, WAVE_FORMAT_EXTENSIBLE: a frame is `align` bytes
-_NAMES = (b"fmt ", b"data", b"fact", b"LIST", b"JUNK", b"PAD ", b"FLLR", b"bext", b"cue ", b"smpl", b"inst", b"id3 ")
-_NAMES += (b"ID3 ", b"PEAK", b"iXML", b"afsp", b"_PMX", b"acid", b"plst", b"DISP")
+_NAMES = (
+    *(b"fmt ", b"data", b"fact", b"LIST", b"JUNK", b"PAD ", b"FLLR", b"bext", b"cue ", b"smpl", b"inst", b"id3 "),
+    *(b"ID3 ", b"PEAK", b"iXML", b"afsp", b"_PMX", b"acid", b"plst", b"DISP"),
+)
 _4_GIB = 1 << 32
 
 
@@ -165,7 +170,7 @@ class Mended(io.RawIOBase):
         self._at = max(0, base + offset)
         return self._at
 
-    def readinto(self, buffer: bytearray) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
         """As of any file: the header first, then the samples."""
         view = memoryview(buffer).cast("B")
         if self._at < len(self._head):

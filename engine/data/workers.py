@@ -36,10 +36,17 @@ class Worker:
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         # A session of its own: Ctrl-C reaches this process alone, which then ends the worker.
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._stderr}
-        command = [sys.executable, "-P", script, *arguments]
-        self.process = subprocess.Popen(command, **pipes, env=env, start_new_session=True)
-        os.set_blocking(self.process.stdout.fileno(), False)
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", script, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env=env,
+            start_new_session=True,
+        )
+        assert self.process.stdin is not None and self.process.stdout is not None  # pipes, as asked for
+        self._jobs, self.output = self.process.stdin, self.process.stdout
+        os.set_blocking(self.output.fileno(), False)
 
     def send(self, number: Any, job: Any) -> None:
         """Give it a job, to be called once it is ready or has answered all of the one before: it then reads, and the
@@ -47,15 +54,15 @@ class Worker:
         """
         self.number, self.deadline = number, time.monotonic() + self.timeout_s
         with contextlib.suppress(BrokenPipeError):  # its end is seen by reading
-            self.process.stdin.write(json.dumps(job).encode() + b"\n")
-            self.process.stdin.flush()
+            self._jobs.write(json.dumps(job).encode() + b"\n")
+            self._jobs.flush()
 
     def answers(self) -> list[Any] | None:
         """What has come since the last call, after which the time for the next answer starts anew; None at the
         process's end.
         """
         try:
-            data = os.read(self.process.stdout.fileno(), 1 << 20)
+            data = os.read(self.output.fileno(), 1 << 20)
         except BlockingIOError:
             return []
         *lines, self._rest = (self._rest + data).split(b"\n")
@@ -73,8 +80,8 @@ class Worker:
         self._stderr.seek(0)
         complaint = self._stderr.read()[-2000:].decode(errors="replace").strip()
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.process.stdout.close()
+            self._jobs.close()
+        self.output.close()
         self._stderr.close()
         return signal.Signals(-code).name if code < 0 else f"exit status {code}", complaint
 
@@ -93,7 +100,7 @@ class Pool:
         """Start one more process."""
         worker = self._make()
         self.workers.add(worker)
-        self._selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+        self._selector.register(worker.output, selectors.EVENT_READ, worker)
 
     def wait(self) -> list[tuple[Worker, list[Any], str]]:
         """Waits for something to happen: workers that are ready or have answered, their answers, and how each ended, ""
@@ -103,7 +110,7 @@ class Pool:
         """
         patience = min(worker.deadline for worker in self.workers) - time.monotonic()
         heard = {key.data for key, _ in self._selector.select(None if patience == math.inf else max(0.0, patience))}
-        events = []
+        events: list[tuple[Worker, list[Any], str]] = []
         for worker in list(self.workers):
             answers = worker.answers() if worker in heard else []
             late = answers is not None and worker.deadline <= time.monotonic()
@@ -120,7 +127,7 @@ class Pool:
 
     def stop(self, worker: Worker) -> tuple[str, str]:
         """End a process: how it ended, and what it complained of."""
-        self._selector.unregister(worker.process.stdout)
+        self._selector.unregister(worker.output)
         self.workers.remove(worker)
         return worker.stop()
 

@@ -160,6 +160,12 @@ class FinetuneTrainSection(TrainSection):
     steps_per_epoch: int | None = Field(None, ge=1)
     """Set when the clips are known."""
 
+    def step_decay(self, step: int) -> float:
+        """As of torch.optim.lr_scheduler.MultiStepLR with a milestone every `decay_every` epochs."""
+        assert self.steps_per_epoch is not None  # see `FinetuneConfig.timed`
+        past = step // self.steps_per_epoch - self.decay_from
+        return self.decay ** max(0, past // self.decay_every + 1)
+
 
 class FinetuneConfig(RunConfig):
     """Of fine-tuning."""
@@ -198,10 +204,13 @@ class FinetuneConfig(RunConfig):
         """
         micro, accumulation = self.batch_sizes(world_size)
         per_epoch = -(-clips // (micro * accumulation * world_size))
-        steps = self.train.steps or self.train.epochs * per_epoch
-        changes = {"steps": steps, "steps_per_epoch": per_epoch}
-        if self.train.steps is None:  # of a small data set a usual warm-up would be all there is
+        steps, changes = self.train.steps, {"steps_per_epoch": per_epoch}
+        if steps is None:
+            assert self.train.epochs is not None  # `_fits_the_task`: one of both says how long
+            steps = self.train.epochs * per_epoch
+            # of a small data set a usual warm-up would be all there is
             changes["warmup_steps"] = min(self.train.warmup_steps, steps // 10)
+        changes["steps"] = steps
         changes["valid_every"] = self.train.valid_every or per_epoch
         changes["checkpoint_every"] = self.train.checkpoint_every or per_epoch
         if self.task.select == "average":

@@ -14,6 +14,7 @@ from ssast.engine.data.clips import Clips, Skipped
 from ssast.engine.data.dataset import CONVERTED_RATE, Dataset, cache_folder, clip_statistics, require_whole_files
 from ssast.engine.data.record import KNOWN, Record, unknown_split
 from ssast.engine.data.shards import is_prepared, open_shards, print_remarks
+from ssast.engine.data.texts import Texts
 from ssast.engine.errors import UserError
 
 from .config import FinetuneConfig, FinetuneDataSection
@@ -68,7 +69,7 @@ def read_task(config: FinetuneConfig) -> LabelledClips:
         )
     marked = [(data.train, ""), (data.valid, "valid"), (data.test, "test")]
     records: list[Record] = []
-    shards: list[Clips] = []
+    parts: list[Clips] = []
     notes: list[str] = []
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -90,15 +91,15 @@ def read_task(config: FinetuneConfig) -> LabelledClips:
                     if wrong is not None and not split:
                         raise unknown_split(wrong, source)
                     if split:
-                        shards.append(replace(clips, splits=[split] * len(clips)))
+                        parts.append(replace(clips, splits=Texts.from_list([split] * len(clips))))
                     else:
-                        shards.append(clips.subset(_kept(list(clips.splits), data)))
+                        parts.append(clips.subset(_kept(list(clips.splits), data)))
     _refuse_twice(records)
-    clips, skipped = (
-        check_clips(records, cache_dir=cache_folder(data), min_seconds=data.min_seconds) if records else (None, [])
-    )
-    parts = ([clips] if clips is not None else []) + shards
-    clips = parts[0] if len(parts) == 1 else Clips.joined(parts)
+    skipped: list[Skipped] = []
+    if records:
+        files, skipped = check_clips(records, cache_dir=cache_folder(data), min_seconds=data.min_seconds)
+        parts.insert(0, files)
+    clips = Clips.joined(parts)
     if not len(clips):
         first = f"; the first: {skipped[0].path}: {skipped[0].reason}" if skipped else ""
         raise UserError(f"{', '.join(data.train)}: none of {len(records)} audio files can be used{first}")

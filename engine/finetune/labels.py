@@ -128,9 +128,10 @@ class Vocabulary:
         repeated = [label for label, count in Counter(self.labels).items() if count > 1]
         if repeated:
             raise UserError(f"labels: {_some(repeated)} named twice; each class needs a name of its own")
-        object.__setattr__(
-            self, "_index", {**self.aliases, **{label: number for number, label in enumerate(self.labels)}}
-        )
+
+    @functools.cached_property
+    def _index(self) -> dict[str, int]:
+        return {**self.aliases, **{label: number for number, label in enumerate(self.labels)}}
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -78,8 +78,11 @@ def per_class(
         by_name = dict(zip(("precision", "recall", "f1"), values, strict=False))
         columns = {name: np.where(clips > 0, by_name[name], np.nan) for name in ("recall", "precision", "f1")}
     return [
-        {"label": label, "clips": int(clips[number])}
-        | {name: None if math.isnan(column[number]) else float(column[number]) for name, column in columns.items()}
+        {
+            "label": label,
+            "clips": int(clips[number]),
+            **{name: None if math.isnan(column[number]) else float(column[number]) for name, column in columns.items()},
+        }
         for number, label in enumerate(labels)
     ]
 
@@ -99,17 +102,20 @@ def write_predictions(
     scores, targets = np.asarray(scores), np.asarray(targets)
     if path.suffix == ".npz":
         file = io.BytesIO()
-        columns = {"scores": scores.astype(np.float32), "targets": targets.astype(np.uint8)}
         np.savez_compressed(
-            file, sources=np.array(list(sources), dtype=str), labels=np.array(list(labels), dtype=str), **columns
+            file,
+            sources=np.array(list(sources), dtype=str),
+            labels=np.array(list(labels), dtype=str),
+            scores=scores.astype(np.float32),
+            targets=targets.astype(np.uint8),
         )
-        content = file.getvalue()
+        content: str | bytes = file.getvalue()
     elif path.suffix == ".csv":
         table = io.StringIO(newline="")
         writer = csv.writer(table)
         writer.writerow(["path", "target", "answer", *labels])
         for source, row, target in zip(sources, scores, targets, strict=True):
-            named = ";".join(labels[number] for number in np.flatnonzero(target))
+            named = ";".join(labels[number] for number in np.flatnonzero(target).tolist())
             writer.writerow([source, named, labels[int(row.argmax())], *(f"{score:.6g}" for score in row.tolist())])
         content = table.getvalue()
     else:

@@ -121,12 +121,15 @@ class FineTuning:
     def keep_epoch(self, step: int) -> int | None:
         """With `task.select=average`, of every epoch from `task.average_from` on."""
         task, per_epoch = self.config.task, self.config.train.steps_per_epoch
+        if task.select != "average" or per_epoch is None:
+            return None
         epoch, rest = divmod(step, per_epoch)
-        return epoch if task.select == "average" and not rest and epoch >= task.average_from else None
+        return epoch if not rest and epoch >= task.average_from else None
 
     def parameter_groups(self, model: SSAST) -> list[dict[str, Any]]:
         """The body, and the fresh head with a learning rate of its own; a group without parameters is left out."""
-        head, body = [], []
+        head: list[torch.nn.Parameter] = []
+        body: list[torch.nn.Parameter] = []
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 (head if name.startswith(HEAD) else body).append(parameter)

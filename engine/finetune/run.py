@@ -184,8 +184,8 @@ def _with_arms(config: FinetuneConfig, arms: list[Arm]) -> Iterator[tuple[str, F
     """
     shape: dict[str, Any] = {}
     shapes = {path: load_model(path).config for _, path in arms if path is not None}
-    for path, found in shapes.items():
-        _check_patches(config, path, found)
+    for weights, found in shapes.items():
+        _check_patches(config, weights, found)
     if shapes:
         weights, found = next(iter(shapes.items()))
         size = next((name for name, width in WIDTHS.items() if width == found.width), None)
@@ -196,7 +196,7 @@ def _with_arms(config: FinetuneConfig, arms: list[Arm]) -> Iterator[tuple[str, F
         stride = config.model.stride or found.stride
         shape = {"size": size, "depth": found.depth, "patch_shape": found.patch_shape, "stride": stride}
     for name, path in arms:
-        changes = {"init_from": path, **(shape if path is None else {})}
+        changes: dict[str, Any] = {"init_from": path, **(shape if path is None else {})}
         yield name, config.model_copy(update={"model": config.model.model_copy(update=changes)})
 
 
@@ -242,12 +242,13 @@ def _is_finished(config: FinetuneConfig) -> bool:
     """
     file = config.run_dir / RESULTS_FILE
     steps = json.loads(file.read_text(encoding="utf-8"))["steps"] if file.is_file() else 0
-    if steps > config.train.steps:
+    wanted = config.train.steps
+    assert wanted is not None  # see `FinetuneConfig.timed`
+    if steps > wanted:
         raise UserError(
-            f"{config.run_dir}: holds a finished run of {steps} steps, not {config.train.steps}; choose another "
-            "run.name"
+            f"{config.run_dir}: holds a finished run of {steps} steps, not {wanted}; choose another run.name"
         )
-    return steps == config.train.steps
+    return steps == wanted
 
 
 def start_model(config: FinetuneConfig, data: TaskData) -> SSAST:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -177,9 +177,7 @@ def _made_folds(folds: int, groups: Sequence[str], labels: Sequence[tuple[str, .
     with warnings.catch_warnings():
         # classes of fewer clips than folds: what follows from it is found by `examine`
         warnings.simplefilter("ignore", UserWarning)
-        counts = defaultdict(int)
-        for stratum in strata:
-            counts[stratum] += 1
+        counts = Counter(strata)
         # scikit-learn refuses if no class has as many clips as there are folds; then there is nothing to be alike in.
         classes = (
             np.unique(strata, return_inverse=True)[1]

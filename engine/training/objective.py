@@ -31,10 +31,13 @@ class ModelEngine(Protocol):
 class Objective(Protocol):
     """Losses of a training batch, and what a validation comes to."""
 
-    metrics: Sequence[str]
-    """Names of what `losses` returns."""
-    all_used: bool
-    """Every trained parameter takes part in every loss."""
+    @property
+    def metrics(self) -> Sequence[str]:
+        """Names of what `losses` returns."""
+
+    @property
+    def all_used(self) -> bool:
+        """Every trained parameter takes part in every loss."""
 
     def losses(self, engine: ModelEngine, batch: Batch) -> Sequence[torch.Tensor]:
         """Scalars of one micro-batch, the loss to be minimised first. `engine` wraps the model and is called in its

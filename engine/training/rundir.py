@@ -37,7 +37,7 @@ LOCK_PATIENCE_S = 60.0
 MAY_CHANGE = frozenset(_MAY_CHANGE.split())
 
 
-def settle_precision(config: RunConfig) -> RunConfig:
+def settle_precision(config: C) -> C:
     """With `step.precision` bf16 or fp32, where the config leaves it to the device: as the run in this folder began, or
     as the device of this process does best.
     """

@@ -121,11 +121,8 @@ class Schedule:
 
     def _after_warmup(self, step: int, done: float) -> float:
         """`done`: fraction of what follows the warm-up."""
-        if (
-            self.train.schedule == "decay"
-        ):  # torch.optim.lr_scheduler.MultiStepLR with a milestone every `decay_every` epochs
-            past = step // self.train.steps_per_epoch - self.train.decay_from
-            return self.peak_lr * self.train.decay ** max(0, past // self.train.decay_every + 1)
+        if self.train.schedule == "decay":
+            return self.peak_lr * self.train.step_decay(step)
         if self.train.schedule != "cosine":
             return self.peak_lr * self.factor
         cosine = 0.5 * (1.0 + math.cos(math.pi * min(max(done, 0.0), 1.0)))

@@ -158,7 +158,9 @@ def build_optimizer(
         UserError: a backend that is not installed, or cannot be built here.
     """
     name = choose_optimizer(backend, device)
-    params = {key: tuple(value) if key == "betas" else value for key, value in section["params"].items()}
+    params: dict[str, Any] = {
+        key: tuple(value) if key == "betas" else value for key, value in section["params"].items()
+    }
     decoupled = section["type"] == "AdamW"
     if name in ("torch", "torch-fused"):
         kind = torch.optim.AdamW if decoupled else torch.optim.Adam
