@@ -1,5 +1,5 @@
 # make demo [AUDIO=/any/folder]    set up, pretrain a tiny model for MINUTES (4), write the report
-# make test                        set up, run all the tests
+# make test                        set up, check lint and types, run all the tests
 # make test-machines [TESTS=...]   run them as other processors would: four kernels of OpenBLAS, three of PyTorch, one and two threads
 # make types                       check the types alone
 # make lint                        mend what ruff can mend
@@ -40,6 +40,7 @@ demo: $(READY)
 
 test: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
+	@$(MAKE) --no-print-directory types
 	@$(BIN)/pytest -q -n 2 --dist loadfile
 	@$(BIN)/python tests/machines.py --quick
 

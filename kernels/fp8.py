@@ -39,7 +39,7 @@ def fp8_obstacle(device: torch.device) -> str | None:
 
 # What torch.compiler.assume_constant_result does: compiled code takes the answer for a constant. The decorator itself
 # imports torch._dynamo, which takes longer than all the rest of this package.
-fp8_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+fp8_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined] # functions take attributes
 
 
 def _resolve(name: str | None, x: torch.Tensor) -> str:

@@ -6,6 +6,7 @@ import functools
 import os
 import re
 import unicodedata
+from collections.abc import Callable
 
 _SYSTEM = frozenset(("system volume information", "network trash folder", "temporary items")) | frozenset(
     """
@@ -43,11 +44,12 @@ def missing_file(path: str) -> str:
     """Why a file that is not there may not be found: "no such file", with its twin under another spelling if it has
     one.
     """
-    for key, difference in (
-        (_composed, "in another Unicode form"),
-        (lambda name: _composed(name).strip(), "without blanks around it"),
-        (lambda name: _composed(name).strip().casefold(), "in other case"),
-    ):
+    keys: dict[str, Callable[[str], str]] = {
+        "in another Unicode form": _composed,
+        "without blanks around it": lambda name: _composed(name).strip(),
+        "in other case": lambda name: _composed(name).strip().casefold(),
+    }
+    for difference, key in keys.items():
         for spelling, slashes in ((path, ""), (path.replace("\\", "/"), "with / for \\")):
             if slashes and spelling == path:
                 continue
@@ -58,7 +60,7 @@ def missing_file(path: str) -> str:
     return "no such file"
 
 
-def _twin(path: str, key: object) -> str | None:
+def _twin(path: str, key: Callable[[str], str]) -> str | None:
     """The file that is found at `path` where names are compared by `key`; None if there is none."""
     place = "/"
     for name in path.split("/"):
@@ -66,11 +68,8 @@ def _twin(path: str, key: object) -> str | None:
             continue
         exact = os.path.join(place, name)
         if not os.path.lexists(exact):
-            wanted = key(name)  # type: ignore[operator]
-            exact = next(
-                (os.path.join(place, other) for other in _names(place) if key(other) == wanted),  # type: ignore[operator]
-                "",
-            )
+            wanted = key(name)
+            exact = next((os.path.join(place, other) for other in _names(place) if key(other) == wanted), "")
             if not exact:
                 return None
         place = exact

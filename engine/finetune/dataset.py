@@ -36,15 +36,15 @@ class LabelledClips:
         return fold_names([record.fold for record in self.records])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskData(Dataset):
     """What one run trains, validates and tests on; targets are bool [N, C]."""
 
-    test: Clips = None  # type: ignore[assignment]
-    labels: tuple[str, ...] = ()
-    train_targets: np.ndarray = None  # type: ignore[assignment]
-    valid_targets: np.ndarray = None  # type: ignore[assignment]
-    test_targets: np.ndarray = None  # type: ignore[assignment]
+    test: Clips
+    labels: tuple[str, ...]
+    train_targets: np.ndarray
+    valid_targets: np.ndarray
+    test_targets: np.ndarray
     remarks: tuple[str, ...] = ()
 
     def parts(self) -> tuple[Clips, ...]:

@@ -117,6 +117,14 @@ def test_mistakes_are_one_clear_line(override, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_config_says_how_large_a_batch_is():
+    config = load_config("demo")
+    config.deepspeed.pop("train_batch_size", None)
+    config.deepspeed.pop("train_micro_batch_size_per_gpu", None)
+    with pytest.raises(UserError, match=r"^deepspeed: train_batch_size or .* must be given$"):
+        config.batch_sizes(2)
+
+
 def test_files_that_are_no_config(tmp_path):
     for name, content, message in [
         ("broken.yaml", "run: [", "not valid YAML"),

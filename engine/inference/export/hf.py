@@ -184,7 +184,7 @@ def hide_namesake() -> None:
     try:
         importlib.metadata.version("kernels")
     except importlib.metadata.PackageNotFoundError:
-        sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+        sys.modules.setdefault("kernels", None)  # type: ignore[arg-type] # documented: its import fails
 
 
 def _check_exportable(model: SSAST) -> None:
