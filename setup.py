@@ -23,7 +23,8 @@ setup(
     package_dir=package_dir,
     package_data={
         "ssast.configs": ["*.yaml", "*/*.yaml"],
-        "ssast.engine": ["*/*.html.j2"],
+        "ssast.engine": ["py.typed", "*/*.html.j2"],
+        "ssast.kernels": ["py.typed"],
         "ssast.benchmarks": ["results/*.csv", "*/*.j2"],
     },
     install_requires=[
