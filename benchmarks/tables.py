@@ -345,9 +345,11 @@ def encoder_tokens_table() -> str:
         "| by operations | GFLOP/s | peak memory |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
+    shown: list[Row] = []
     for size in dict.fromkeys(row["size"] for row in rows):
         found = [row for row in rows if row["size"] == size]
         found = found[max(number for number, row in enumerate(found) if row["variant"] == "all") :]
+        shown += found
         for row in found:
             clock, processor = (
                 f"{float(row[name]):.2f} [{float(row[f'{name}_low']):.2f}, {float(row[f'{name}_high']):.2f}]"
@@ -365,13 +367,13 @@ def encoder_tokens_table() -> str:
                 f"{float(row['peak_gib']):.2f} GiB",
             )
             lines.append(f"| {' | '.join(cells)} |")
-    last = rows[-1]
+    last, turns = rows[-1], sorted({int(row["turns"]) for row in shown})
     lines += [
         "",
         f"Steps of {last['batch']} clips in fp32, {last['masked']} of {last['patches']} patches masked, "
-        f"{last['objective']} objective, {last['threads']} thread(s), {last['turns']} turns; ratios are means "
-        "over turns with their 95% intervals. A neighbour on the machine costs time on the clock, and processor time "
-        "only by what the two share. Peak memory is what the process took beyond its libraries. "
+        f"{last['objective']} objective, {last['threads']} thread(s), {' or '.join(map(str, turns))} turns; ratios are "
+        "means over turns with their 95% intervals. A neighbour on the machine costs time on the clock, and "
+        "processor time only by what the two share. Peak memory is what the process took beyond its libraries. "
         f"{last['cores']} cores of {last['device']}, torch {last['torch']}, commit {last['commit']}, {last['date']}.",
     ]
     return "\n".join(lines)
