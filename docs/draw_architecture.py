@@ -36,7 +36,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engine.base",),  # errors.py, files.py and the like
     ("kernels",),
 )
-BASE = ("errors", "files", "process", "spans", "environment", "random_streams", "mixture", "deepspeed_section")
+BASE = ("errors", "files", "twins", "process", "spans", "environment", "random_streams", "mixture")
+BASE += ("deepspeed_section",)
 PURPOSE = {
     "benchmarks": "measures both; results are rows",
     "engine": "pretrain.py, cli.py: the doors",

@@ -6,6 +6,7 @@ import difflib
 import functools
 import importlib.resources
 import importlib.util
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from .errors import UserError
 from .files import expand_path
 from .mixture import block_shares
 from .model.config import HEAD_DIM, PAPER_MEAN, PAPER_STD, WIDTHS, ModelConfig
+from .twins import missing_file
 
 # The fraction of patches that validation always masks: the paper's 400 of 512, whatever number training masks.
 VALID_MASKED_FRACTION = 400 / 512
@@ -533,7 +535,8 @@ def _find(source: str, beside: Path, kind: type[RunConfig]) -> Path:
     )
     if "/" not in source and preset.is_file():
         return preset
-    raise UserError(f"{source}: no such config file, and no preset of that name ({', '.join(list_presets(kind))})")
+    reason = missing_file(os.path.abspath(path), "no such config file")
+    raise UserError(f"{source}: {reason}, and no preset of that name ({', '.join(list_presets(kind))})")
 
 
 def _read(path: Path, seen: tuple[Path, ...], kind: type[RunConfig]) -> dict[str, Any]:

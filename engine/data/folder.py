@@ -13,7 +13,7 @@ from ssast.engine.errors import UserError
 
 from .manifest import LABEL_COLUMNS, Columns, json_lines
 from .names import bare_name, is_hidden
-from .record import Record, find_split
+from .record import SPLITS, Record, find_split
 from .table import open_text, read_table
 
 CACHE_FILE = "checked.sqlite"  # beside it, the folder of converted copies is no part of a data set
@@ -157,6 +157,47 @@ def by_folders(names: Sequence[Sequence[str]]) -> list[tuple[tuple[str, ...], st
         rests = {folders: rest[1:] for folders, rest in rests.items()}
     said = {folders: (rest[:1], *_split_and_fold(folders)) for folders, rest in rests.items()}
     return [said[tuple(folders)] for folders in names]
+
+
+def strays_beside_splits(names: Sequence[Sequence[str]]) -> list[tuple[str, str, bool]]:
+    """Folders that lie beside those of splits or folds, are named after none and hold folders themselves, as those of
+    splits hold classes: (path, names of the splits beside it, whether its name is that of a split with letters
+    exchanged, as `tset`; such ones count without folders in them, too).
+    """
+    beside: dict[tuple[str, ...], dict[str, bool]] = {}
+    for folders in dict.fromkeys(map(tuple, names)):
+        for depth, name in enumerate(folders):
+            inside = beside.setdefault(folders[:depth], {})
+            inside[name] = inside.get(name, False) or len(folders) > depth + 1
+    strays = []
+    for above, inside in beside.items():
+        marked = sorted(name for name in inside if find_split(name) or _fold(name))
+        for name, holds_folders in inside.items() if marked else ():
+            is_typo = sorted(name.strip().lower()) in _LETTERS
+            if name not in marked and (holds_folders or is_typo):
+                strays.append(("/".join((*above, name)), ", ".join(marked), is_typo))
+    return strays
+
+
+_LETTERS = [sorted(spelling) for spellings in SPLITS.values() for spelling in spellings]
+
+
+def stray_split(root: str, stray: str, marked: str) -> UserError:
+    """What is raised where a folder beside those of splits may be a split or a class."""
+    names = "; ".join(", ".join(spellings) for spellings in SPLITS.values())
+    return UserError(
+        f"{root}: the folder {stray} lies beside {marked}, but its name is none of {names}, fold1, fold2 ...; rename it"
+        " to the split that it is, or move it out"
+    )
+
+
+_LIKE_SPLITS = re.compile(r"(.+?)[ _-]?(set|data|split|files|audio|clips|wavs?)")
+
+
+def is_like_split(name: str) -> bool:
+    """Whether the name of a folder is that of a split with a word behind it: test_set, traindata."""
+    matched = _LIKE_SPLITS.fullmatch(name.strip().lower())
+    return bool(matched and find_split(matched[1]))
 
 
 def _split_and_fold(folders: Sequence[str]) -> tuple[str, str]:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from ssast.engine.errors import UserError
+from ssast.engine.twins import unicode_twin
 
-from .names import is_hidden, unicode_twin
+from .names import is_hidden
 from .record import Record, split_and_fold, split_labels
 from .table import open_text, read_table
 

@@ -26,11 +26,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import soundfile
 
-from ssast.engine.data.names import missing_file
 from ssast.engine.data.remarks import Ear
 from ssast.engine.data.resample import as_float, mean_of_channels, to_int16
 from ssast.engine.data.wav import WAV_MAGIC, Layout, Mended, WavError, read_layout
 from ssast.engine.files import atomic_write
+from ssast.engine.twins import missing_file
 
 COPY_RATE = 16_000  # Hz
 MIN_RATE, MAX_RATE = 1_000, 768_000  # Hz

@@ -12,13 +12,21 @@ from pathlib import Path
 import numpy as np
 
 from ssast.engine.errors import UserError
+from ssast.engine.twins import missing_file, unicode_twin
 
 from .clips import Clips
-from .folder import Listing, by_folders, list_folder, read_metadata
+from .folder import (
+    Listing,
+    by_folders,
+    is_like_split,
+    list_folder,
+    read_metadata,
+    stray_split,
+    strays_beside_splits,
+)
 from .layouts import LAYOUTS, speech_commands_12
 from .manifest import EXTENSIONS, read_manifest
-from .names import missing_file, unicode_twin
-from .record import KNOWN, Record, unknown_split
+from .record import KNOWN, SPLITS, Record, unknown_split
 from .shards import is_prepared, open_shards
 from .tars import read_tar
 from .texts import Texts
@@ -89,7 +97,7 @@ def read_source(source: str, layout: str = "auto", *, classes: bool = False, cac
         raise UserError(f"{source}: --layout {layout} is for folders; this is none")
     name = path.lower()
     if not os.path.exists(path):
-        raise UserError(missing_file(path).replace("no such file", f"no such file or folder: {path}", 1))
+        raise UserError(missing_file(path, f"no such file or folder: {path}"))
     if name.endswith(EXTENSIONS):
         manifest = read_manifest(path)
         return Source(source, "manifest", manifest.records, manifest.remarks, manifest.columns, manifest.unread)
@@ -159,20 +167,34 @@ def _plain_folder(root: str, listing: Listing, classes: bool, remarks: list[str]
             if classes and not has_labels:
                 record = replace(record, labels=labels)
             rows.append(record)
+    says_splits = any(record.split or record.fold for records in listed.values() for record in records)
+    for stray, marked, is_typo in () if says_splits else strays_beside_splits(folders):
+        if is_typo or (classes and not has_labels):
+            raise stray_split(root, stray, marked)
+        remarks.append(f"the folder {stray} lies beside {marked}, and is named after no split: it is trained on")
     unlisted = sum(clip not in listed for clip in listing.clips)
     if listed and unlisted:
         remarks.append(f"{unlisted} audio files are in no metadata list")
     if classes and not has_labels:
-        _require_classes(root, rows)
+        _require_classes(root, rows, [remark for remark in remarks if "metadata" in remark])
     return rows
 
 
-def _require_classes(root: str, rows: list[Record]) -> None:
-    """Raises UserError if clips lie in the folder of a split or a fold, and in that of no class."""
+def _require_classes(root: str, rows: list[Record], remarks: list[str]) -> None:
+    """Raises UserError if clips lie in the folder of a split or a fold, and in that of no class, or if all classes are
+    called like splits; `remarks` are those about lists of metadata.
+    """
     stray = next((row.path for row in rows if not row.labels and (row.split or row.fold)), None)
     if stray is not None:
         raise UserError(
             f"{os.path.relpath(stray, root)}: lies in the folder of a split or fold of {root}, and in that of no class;"
             " put a folder for each class between them, or name the clips in a CSV of path, label and split, or in a "
-            "metadata.csv of file_name and label"
+            "metadata.csv of file_name and label" + "".join(f" ({remark})" for remark in remarks[:1])
+        )
+    found = {label for row in rows for label in row.labels}
+    if len(found) > 1 and all(map(is_like_split, found)):
+        names = "; ".join(", ".join(spellings) for spellings in SPLITS.values())
+        raise UserError(
+            f"{root}: its folders {', '.join(sorted(found))} look like splits, which are called {names}; rename them, "
+            "or name the clips in a CSV of path, label and split"
         )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tarfile
+import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
 from ssast.engine.errors import UserError, first_line
 
-from .folder import AUDIO_EXTENSIONS, by_folders
+from .folder import AUDIO_EXTENSIONS, METADATA, by_folders, stray_split, strays_beside_splits
 from .names import is_hidden
 from .record import Record, split_and_fold, split_labels
 
@@ -33,11 +35,12 @@ def read_tar(path: str, remarks: list[str]) -> list[Record]:
     name that its own begins with, up to a dot, as WebDataset groups members.
 
     Raises:
-        UserError: it cannot be read as a tar, has no audio, or a note may belong to several members.
+        UserError: it cannot be read as a tar, has no audio, a member comes twice, or a note may belong to several.
     """
     notes: dict[str, dict[str, str]] = {}
     audio: list[tuple[str, int, int]] = []
     others, hidden = 0, 0
+    seen: set[str] = set()
     try:
         with tarfile.open(path, "r:", errors="surrogateescape") as tar:
             for member in each_member(tar):
@@ -47,10 +50,16 @@ def read_tar(path: str, remarks: list[str]) -> list[Record]:
                 stem, extension = _parted(name)
                 if any(map(is_hidden, name.split("/"))):
                     hidden += 1
-                elif extension in _NOTES and member.size <= _NOTE_LIMIT:
+                    continue
+                if name in seen and extension in (*_NOTES, *AUDIO_EXTENSIONS):
+                    raise UserError(f"{path}: {name} is there twice, and may have another label each time: keep one")
+                seen.add(name)
+                if extension in _NOTES and member.size <= _NOTE_LIMIT:
                     content = tar.extractfile(member)
                     text = b"" if content is None else content.read()
-                    notes.setdefault(stem, {})[extension] = text.decode("utf-8", "surrogateescape")
+                    notes.setdefault(stem, {})[extension] = _text(text)
+                elif os.path.basename(name).lower() in METADATA:
+                    remarks.append(f"{name} is not read: unpack the tar, and give the folder")
                 elif extension in AUDIO_EXTENSIONS and member.issparse():
                     raise UserError(
                         f"{path}: {member.name} is a sparse member, which cannot be read in place: unpack the tar first"
@@ -62,8 +71,8 @@ def read_tar(path: str, remarks: list[str]) -> list[Record]:
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"{path} cannot be read as an uncompressed tar: {first_line(error)}") from error
     if not audio:
-        seen = f"{others} other members seen" + (f", {hidden} hidden or system ones passed over" if hidden else "")
-        raise UserError(f"{path}: no audio files found ({seen})")
+        rest = f"{others} other members seen" + (f", {hidden} hidden or system ones passed over" if hidden else "")
+        raise UserError(f"{path}: no audio files found ({rest})")
     if hidden:
         remarks.append(f"{hidden} hidden or system files passed over")
     return list(_records(path, audio, notes, remarks))
@@ -78,7 +87,12 @@ def _records(
     if unused:
         first = f"{unused[0]}.{next(iter(notes[unused[0]]))}"
         remarks.append(f"{len(unused)} notes belong to no audio member and are not read, the first is {first}")
-    by_folder = by_folders([_plain(name).split("/")[:-1] for name in names])
+    folders = [_plain(name).split("/")[:-1] for name in names]
+    for stray, marked, is_typo in strays_beside_splits(folders):
+        if is_typo:
+            raise stray_split(path, stray, marked)
+        remarks.append(f"the folder {stray} lies beside {marked}, and is named after no split: it is trained on")
+    by_folder = by_folders(folders)
     damaged = 0
     for (name, offset, size), (_, folder_split, folder_fold) in zip(audio, by_folder, strict=True):
         source = f"{path}/{name}"
@@ -127,9 +141,15 @@ def _shorter(stem: str) -> Iterator[str]:
 
 
 def _plain(name: str) -> str:
-    while name.startswith("./"):
-        name = name[2:].lstrip("/")
-    return name
+    """A member's name as others are compared with: without leading ./ and /, in Unicode's composed form."""
+    return unicodedata.normalize("NFC", re.sub(r"^(\.?/+)+", "", name))
+
+
+def _text(content: bytes) -> str:
+    """Of a note: UTF-8, or UTF-16, with or without a byte order mark; other bytes become surrogate escapes."""
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return content.decode("utf-16", "replace")
+    return content.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
 
 
 def _parted(name: str) -> tuple[str, str]:

@@ -8,7 +8,7 @@ import argparse
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,19 @@ def plain_name(name: str) -> str:
     return name
 
 
+def unwrapped_names(names: Iterable[str]) -> dict[str, str]:
+    """The name in the model of each tensor of a file: without what wrappers put into it, and without the prefix that
+    all have in common (`module.`, `model.` ...), which the name of the position embedding tells.
+    """
+    plain = {name: plain_name(name) for name in names}
+    mark = MARKS[1]
+    prefixes = [name.removesuffix(mark) for name in plain.values() if name == mark or name.endswith(f".{mark}")]
+    prefix = min(prefixes, key=len, default="")
+    if not all(name.startswith(prefix) for name in plain.values()):
+        prefix = ""
+    return {name: short.removeprefix(prefix) for name, short in plain.items()}
+
+
 def check_weights(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], where: Path) -> None:
     """Check that tensors are what a model needs.
 
@@ -91,7 +104,7 @@ def check_weights(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.
 
     Raises:
         UserError: it names every tensor that is missing, left over or of another shape; or the first with values that
-            are not finite.
+            are not finite, or that is not dense.
     """
     problems = [f"missing {key}" for key in wanted if key not in found]
     problems += [f"unexpected {key}" for key in found if key not in wanted]
@@ -102,6 +115,9 @@ def check_weights(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise UserError(f"{where}: does not fit the model: {shown}")
     for key, value in found.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            kind = "quantized" if value.is_quantized else "without values" if value.is_meta else "sparse"
+            raise UserError(f"{where}: {key} is {kind}: save the model with dense floating-point tensors")
         if not torch.isfinite(value).all():
             count = int((~torch.isfinite(value)).sum())
             raise UserError(
@@ -176,6 +192,8 @@ def _models(
         return
     tensors: dict[str, torch.Tensor] = {}
     for name, value in content.items():
+        if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "fiu":  # as converters write them
+            value = torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("=")))
         if isinstance(value, torch.Tensor) and isinstance(name, str):
             if plain_name(name) in tensors:
                 raise UserError(f"{file}: holds {plain_name(name)} twice, wrapped and plain")

@@ -21,12 +21,13 @@ from safetensors.torch import save_file
 
 from ssast.engine.errors import UserError, first_line
 from ssast.engine.files import atomic_write, expand_path, permit_as_usual
+from ssast.engine.twins import missing_file
 
 from .adapt import init_classifier, resize
 from .config import ModelCard, ModelConfig
 from .official import load_official, to_official
 from .ssast import SSAST
-from .tensors import check_weights, plain_name
+from .tensors import check_weights, unwrapped_names
 
 log = logging.getLogger("ssast")
 
@@ -145,7 +146,7 @@ def find_weights(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
+        raise UserError(f"{path}: {missing_file(os.path.abspath(path), 'no such file or folder')}")
     if kind := hf_model_type(path):
         raise UserError(
             f"{path}: is a Hugging Face folder of the type {kind!r}: `ssast export {path} --out NAME.safetensors` "
@@ -176,8 +177,9 @@ def _load_safetensors(file: Path) -> SSAST:
         with safe_open(file, framework="pt") as stream:
             metadata = stream.metadata() or {}
             names = list(stream.keys())
-            config, card = _read_description(file, metadata, names)
-            weights = {plain_name(name): stream.get_tensor(name) for name in names}
+            plain_names = unwrapped_names(names)
+            config, card = _read_description(file, metadata, list(plain_names.values()))
+            weights = {plain_names[name]: stream.get_tensor(name) for name in names}
     except UserError:
         raise
     except Exception as error:  # of damaged files, its reader raises all kinds
@@ -216,7 +218,7 @@ def _read_description(file: Path, metadata: dict[str, str], names: list[str]) ->
         raise UserError(f"{file}: its metadata describe no model: {reason}") from None
     for stack, depth in (("", config.depth), ("decoder.", config.decoder_depth if config.has_decoder else 0)):
         pattern = re.compile(rf"{re.escape(stack)}blocks\.(\d+)\.")
-        blocks = {match[1] for name in names if (match := pattern.match(plain_name(name)))}
+        blocks = {match[1] for name in names if (match := pattern.match(name))}
         if depth != len(blocks):  # before as many are built
             raise UserError(f"{file}: its metadata say {depth} {stack}blocks, it holds {len(blocks)}")
     if card.labels is not None and len(card.labels) != config.num_classes:

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import soundfile
 
-from ssast.engine.data.names import missing_file
 from ssast.engine.data.prepare import main as prepare
 from ssast.engine.data.record import Record, join_labels, split_labels
 from ssast.engine.data.shards import open_shards
@@ -20,6 +19,7 @@ from ssast.engine.data.sound import find_recordings, read_recordings
 from ssast.engine.data.sources import read_all, read_source
 from ssast.engine.errors import UserError
 from ssast.engine.finetune.labels import read_labelled
+from ssast.engine.twins import missing_file
 
 RATE = 16_000
 
@@ -124,7 +124,30 @@ def test_hidden_members_are_no_clips_and_leading_dots_no_names(tmp_path):
     assert labels(source) == {"x.wav": ("dog",)} and source.remarks == ["3 hidden or system files passed over"]
 
 
+def test_a_member_that_comes_twice_is_an_error(tmp_path):
+    path = str(tmp_path / "a.tar")
+    with tarfile.open(path, "w") as file:
+        for label in (b"dog", b"cat"):
+            for name, content in (("a.wav", b"a"), ("./a.cls", label), ("README", b"x")):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                file.addfile(info, io.BytesIO(content))
+    assert "a.wav is there twice" in message(read_source, path)
+
+
+def test_notes_and_names_in_other_encodings(tmp_path):
+    note = '{"label": "caf\u00e9"}'
+    members = {"a.wav": b"a", "a.json": note.encode("utf-8-sig"), "b.wav": b"a", "b.json": note.encode("utf-16")}
+    members |= {"e\u0301.wav": b"a", "\u00e9.cls": b"dog", "/x/c.wav": b"a", "x/c.cls": b"cat", "metadata.csv": b""}
+    source = read_source(tar(tmp_path / "a.tar", **members))
+    expected = {"a.wav": ("caf\u00e9",), "b.wav": ("caf\u00e9",), "e\u0301.wav": ("dog",), "c.wav": ("cat",)}
+    assert labels(source) == expected
+    assert source.remarks == ["metadata.csv is not read: unpack the tar, and give the folder"]
+
+
 def test_folders_in_a_tar_say_splits(tmp_path):
+    typo = tar(tmp_path / "b.tar", **{"train/a.wav": b"a", "tset/b.wav": b"a"})
+    assert "the folder tset lies beside train" in message(read_source, typo)
     source = read_source(tar(tmp_path / "a.tar", **{"train/a.wav": b"a", "test/b.wav": b"a"}))
     assert [r.split for r in source.records] == ["train", "test"]
 
@@ -272,6 +295,30 @@ def test_splits_without_classes_or_in_one_another_are_errors(tmp_path):
     assert "in that of no class" in message(read_labelled, [str(tmp_path / "a")])
     touch(tmp_path / "b", "train/dog/x.wav", "train/dog/test/y.wav")
     assert "train/dog/test/y.wav: split 'train/test' is none of train" in message(read_labelled, [str(tmp_path / "b")])
+
+
+@pytest.mark.parametrize("stray", ["tset", "vaild", "devel", "holdout", "extra"])
+def test_a_folder_beside_splits_that_is_none_is_no_class(tmp_path, stray):
+    touch(tmp_path, "data/train/dog/a.wav", f"data/{stray}/cat/b.wav", "data/train/cat/c.wav")
+    expected = f"the folder data/{stray} lies beside train, but its name is none of train, training"
+    assert expected in message(read_source, str(tmp_path), classes=True)
+    if stray in ("tset", "vaild"):  # nobody names anything else so
+        assert expected in message(read_source, str(tmp_path))
+    else:
+        assert f"the folder data/{stray} lies beside train" in read_source(str(tmp_path)).remarks[0]
+
+
+def test_classes_that_are_called_like_splits_are_refused(tmp_path):
+    touch(tmp_path, "train_set/dog/a.wav", "TestSet/dog/b.wav")
+    assert "TestSet, train_set look like splits" in message(read_source, str(tmp_path), classes=True)
+    touch(tmp_path, "boat_set/c.wav")
+    assert len(read_source(str(tmp_path), classes=True).rows) == 3
+
+
+def test_metadata_without_labels_is_named_where_classes_are_missing(tmp_path):
+    touch(tmp_path, "train/a.wav")
+    (tmp_path / "metadata.csv").write_text("file_name,class\ntrain/a.wav,dog\n")
+    assert "none of its columns file_name, class is one of label" in message(read_source, str(tmp_path), classes=True)
 
 
 def test_metadata_of_audio_folders(tmp_path):

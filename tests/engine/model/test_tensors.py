@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from ssast.engine import ModelConfig, load_model, save_model
 from ssast.engine.errors import UserError
 from ssast.engine.model.adapt import build_model
-from ssast.engine.model.weights import FORMAT
+from ssast.engine.model.weights import FORMAT, save_weights
 
 SHAPE = ModelConfig(width=64, depth=2, heads=1, input_frames=32, num_mel_bins=32)
 
@@ -50,6 +50,7 @@ WRAPPED = {
     "state_dict": lambda bare: {"state_dict": prefixed(bare, "model."), "epoch": 3},
     "params": lambda bare: {"params": bare},
     "all of them": lambda bare: {"params": {"model": {"state_dict": prefixed(bare, "net.module._orig_mod.")}}},
+    "NumPy arrays": lambda bare: {"model": {key: value.numpy() for key, value in bare.items()}},
     "NumPy scalars": lambda bare: {
         "model": bare,
         "best": np.float64(0.5),
@@ -89,6 +90,7 @@ def test_wrapped_checkpoints_are_the_model(bare, tmp_path, how, is_zip):
         (lambda bare: bare | {"v.blocks.999999999.norm1.bias": torch.zeros(64)}, "missing v.blocks.2"),
         (lambda bare: bare | {"v.norm.bias": torch.full((64,), float("nan"))}, "v.norm.bias holds 64 of 64 values"),
         (lambda bare: bare | {"mask_embed": torch.full((1, 1, 64), float("inf"))}, "mask_embed holds 64 of 64"),
+        (lambda bare: bare | {"v.norm.bias": torch.zeros(64).to_sparse()}, "v.norm.bias is sparse"),
     ],
 )
 def test_checkpoints_that_are_no_model_are_refused(bare, tmp_path, content, message, capsys):
@@ -197,6 +199,9 @@ def test_weights_of_ours_are_checked_and_unwrapped(tmp_path):
     model = torch.compile(build_model(SHAPE))
     save_model(model, path)  # its names begin with _orig_mod.
     assert torch.equal(load_model(path).norm.weight, model.norm.weight)
+    for prefix in ("module.", "_orig_mod.module.", "net.model."):
+        save_weights(prefixed(build_model(SHAPE, 1).state_dict(), prefix), build_model(SHAPE), path)
+        assert torch.equal(load_model(path).embedding.weight, build_model(SHAPE, 1).embedding.weight), prefix
     broken = build_model(SHAPE)
     with torch.no_grad():
         broken.blocks[1].mlp.fc1.bias[3] = float("nan")
@@ -204,6 +209,13 @@ def test_weights_of_ours_are_checked_and_unwrapped(tmp_path):
     with pytest.raises(UserError, match=r"blocks.1.mlp.fc1.bias holds 1 of 256 values that are NaN"):
         load_model(path)
     assert FORMAT.encode() in path.read_bytes()
+
+
+def test_a_missing_checkpoint_names_its_twin(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model(build_model(SHAPE), "best.safetensors")
+    with pytest.raises(UserError, match=r"Best.safetensors: no such file or folder: there is .*/best.safetensors, in"):
+        load_model("Best.safetensors")
 
 
 def test_hugging_face_folders_are_named(tmp_path, monkeypatch):
