@@ -235,8 +235,7 @@ def test_gradients_of_visible_patches():
     assert torch.autograd.gradcheck(lambda *values: embed_visible_patches(*values, mask=mask)[0], tuple(given.values()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("clips", "patches", "values", "width", "masked"), SHAPES)
+@pytest.mark.parametrize(("clips", "patches", "values", "width", "masked", "dtype"), CASES)
 @pytest.mark.parametrize("backend", ["triton"])
 def test_law_of_visible_patches(backend, clips, patches, values, width, masked, dtype, device):
     given = {name: value.to(device, dtype) for name, value in visible_inputs(clips, patches, values, width).items()}
