@@ -73,12 +73,15 @@ class Runs:
     def _run(self, ranks: int, jobs: list[dict]) -> None:
         while jobs := [job for job in jobs if not self._failure(job["name"]).exists()]:
             done, output = self._attempt(ranks, jobs)
-            if done < len(jobs):
-                self._failure(jobs[done]["name"]).write_text(output)
-            jobs = jobs[done + 1 :]
+            tried = len(jobs) if done < 0 else done + 1
+            for job in jobs[max(done, 0) : tried]:
+                self._failure(job["name"]).write_text(output)
+            jobs = jobs[tried:]
 
     def _attempt(self, ranks: int, jobs: list[dict]) -> tuple[int, str]:
-        """How many of the jobs all ranks have finished, and the end of what the ranks said."""
+        """How many of the jobs all ranks have finished, -1 if the ranks did not even start; and the end of what they
+        said.
+        """
         folder = Path(tempfile.mkdtemp(dir=self.folder, prefix="ranks-"))
         (folder / "jobs.json").write_text(json.dumps(jobs))
         given = {
@@ -97,9 +100,9 @@ class Runs:
 
         def finished() -> int:
             files = [folder / f"done-{rank}" for rank in range(ranks)]
-            return min(int(file.read_text() or 0) if file.exists() else 0 for file in files)
+            return min(int(file.read_text() or 0) if file.exists() else -1 for file in files)
 
-        before, deadline = 0, time.monotonic() + self.job_seconds
+        before, deadline = -1, time.monotonic() + self.job_seconds
         while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
             time.sleep(0.1)
             if finished() > before:
@@ -111,7 +114,9 @@ class Runs:
             process.kill()
             process.wait()
         outputs = [f"rank {rank}: {(folder / f'output-{rank}').read_text()[-3000:]}" for rank in range(ranks)]
-        return finished(), "\n".join([*outputs, "killed: it took too long" if late else ""])
+        return finished(), "\n".join(
+            [*outputs, "ended from outside: it waited for another rank, or took too long" if late else ""]
+        )
 
     def _failure(self, name: str) -> Path:
         return self.folder / f"{name}.failed"

@@ -45,6 +45,7 @@ def run(job: dict) -> None:
 
 def main() -> None:
     jobs, done = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    done.write_text("0")
     for number, job in enumerate(jobs, 1):
         try:
             run(job)
