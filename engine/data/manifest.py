@@ -158,6 +158,10 @@ def clip_path(base: str, name: str) -> str:
     path = name if name.startswith("/") else f"{base}/{name}"
     if "//" in path or "/./" in path:
         path = re.sub(r"/(\./|/)+", "/", path)
+    if "/../" in path:  # two names of one file would be two clips, one of them perhaps for test
+        plain = os.path.normpath(path)
+        if os.path.realpath(plain) == os.path.realpath(path):  # else a symbolic link leads elsewhere
+            path = plain
     if not path.isascii() and not os.path.lexists(path):
         path = unicode_twin(path) or path
     return path

@@ -400,6 +400,16 @@ def test_a_missing_file_names_its_twin(tmp_path, name, difference):
 # Splits
 
 
+def test_one_file_under_two_names_is_one_clip(tmp_path):
+    touch(tmp_path, "a/x.wav", "b/y.wav")
+    (tmp_path / "m.csv").write_text("path,label,split\na/x.wav,dog,train\n./b/../a/x.wav,dog,test\nb/y.wav,cat,train\n")
+    assert read_source(str(tmp_path / "m.csv")).rows[1].path == str(tmp_path / "a" / "x.wav")
+    (tmp_path / "b" / "deep").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "b" / "deep", target_is_directory=True)
+    (tmp_path / "m.csv").write_text("path\nlink/../y.wav\n")
+    assert read_source(str(tmp_path / "m.csv")).rows[0].path == f"{tmp_path}/link/../y.wav"
+
+
 @pytest.mark.parametrize("form", ["m.csv", "shards"])
 def test_a_split_that_is_none_is_an_error_where_it_matters(tmp_path, form):
     for number in range(3):
