@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib.resources
 import importlib.util
@@ -20,7 +19,7 @@ from ssast.kernels.fbank import samples_of
 
 from .deepspeed_section import check_section, micro_batch
 from .environment import computes_in_bf16
-from .errors import UserError
+from .errors import UserError, did_you_mean
 from .files import expand_path
 from .mixture import block_shares
 from .model.config import HEAD_DIM, PAPER_MEAN, PAPER_STD, WIDTHS, ModelConfig
@@ -614,8 +613,7 @@ def _explain(problem: ErrorDetails, kind: type[RunConfig]) -> str:
         key = ".".join(part for part in _place(problem) if not part.isdecimal())
         return f"{key}: quote yes, no, on, off and the like: without quotes YAML reads them as true or false"
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, _known_keys(kind), n=1, cutoff=0.5)
-        return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
+        return f"unknown key {key}" + did_you_mean(key, _known_keys(kind))
     if problem["type"] == "missing":
         return f"{key} is missing"
     message = problem["msg"].removeprefix("Value error, ")

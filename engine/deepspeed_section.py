@@ -6,9 +6,10 @@ What only DeepSpeed itself knows of its values is found by having it read the se
 
 from __future__ import annotations
 
-import difflib
 import math
 from typing import Any
+
+from .errors import did_you_mean
 
 # Top-level keys that DeepSpeed reads. DeepSpeed itself passes over an unknown one in silence.
 _KEYS = """
@@ -82,8 +83,7 @@ def micro_batch(section: dict[str, Any], world_size: int) -> tuple[int, int]:
 def _check_keys(section: dict[str, Any]) -> None:
     for key in section:
         if key not in KEYS:
-            near = difflib.get_close_matches(str(key), KEYS, n=1, cutoff=0.5)
-            raise ValueError(f"unknown key deepspeed.{key}" + (f"; did you mean deepspeed.{near[0]}?" if near else ""))
+            raise ValueError(f"unknown key deepspeed.{key}" + did_you_mean(str(key), KEYS, prefix="deepspeed."))
     if not {"train_micro_batch_size_per_gpu", "train_batch_size"} & section.keys():
         raise ValueError("deepspeed.train_micro_batch_size_per_gpu or deepspeed.train_batch_size is missing")
     for key in SECTIONS & section.keys():

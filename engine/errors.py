@@ -1,5 +1,8 @@
 """The one kind of error that a user is meant to read."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Something that the user can put right: one line saying what is wrong, where, and what to do.
@@ -19,3 +22,9 @@ def first_line(error: BaseException) -> str:
     """What an error of another library says, in one line."""
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def did_you_mean(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """What follows "unknown key NAME": the one of `names` that is spelled most like it, after `prefix`; "" for none."""
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""

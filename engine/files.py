@@ -1,10 +1,12 @@
 """Writing files so that a reader, or the next process, never meets half of one."""
 
 import contextlib
+import csv
+import io
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .errors import UserError
@@ -99,6 +101,17 @@ def write_whole(path: Path, content: str | bytes) -> None:
         file.write(encode_text(content) if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_reasons(path: Path, rows: Iterable[tuple[str, str]]) -> None:
+    """Write a CSV of files that are not used: (path, reason) each. It appears whole or not at all.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([("path", "reason"), *rows])
+    write_whole(path, encode_text(table.getvalue()))
 
 
 def permit_as_usual(path: Path) -> None:

@@ -9,7 +9,6 @@ it.
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
 import os
 import sqlite3
@@ -26,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ssast.engine.errors import UserError
-from ssast.engine.files import atomic_write
+from ssast.engine.files import write_reasons
 
 from . import probe
 from .clips import Clips, Skipped
@@ -148,14 +147,12 @@ def check_clips(
 
 
 def write_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
-    """Writes a CSV of path and reason to `path`; it appears whole or not at all. Raises `OSError` if it cannot be
-    written.
+    """Write the skipped files and why as a CSV.
+
+    Raises:
+        OSError: it could not be written.
     """
-    with (
-        atomic_write(path) as aside,
-        open(aside, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
-    ):
-        csv.writer(file).writerows([("path", "reason"), *((item.path, item.reason) for item in skipped)])
+    write_reasons(path, ((item.path, item.reason) for item in skipped))
 
 
 def _writable(cache_dir: Path) -> Path:

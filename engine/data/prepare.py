@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import fcntl
 import hashlib
 import io
@@ -32,7 +31,7 @@ import soundfile
 from tqdm import tqdm
 
 from ssast.engine.errors import UserError
-from ssast.engine.files import encode_text, expand_path, path_argument, write_whole
+from ssast.engine.files import expand_path, path_argument, write_reasons, write_whole
 
 from . import extract
 from .extract import Extraction, Job
@@ -315,9 +314,7 @@ class Folder:
                 remarks.add(self.plan.recordings[recording].source, [text])
             sources += len(np.unique(clips[:, 0]))
         index.close()
-        rows = io.StringIO(newline="")
-        csv.writer(rows).writerows([("path", "reason"), *rejected])
-        write_whole(self.path / "rejected.csv", encode_text(rows.getvalue()))
+        write_reasons(self.path / "rejected.csv", rejected)
         if not index.rows:
             first = "; the first: {}: {}".format(*rejected[0])
             raise UserError(f"none of {len(rejected)} recordings can be used, see {self.path / 'rejected.csv'}{first}")

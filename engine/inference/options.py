@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import dataclasses
-import io
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 
 from ssast.engine.data.sound import default_workers
 from ssast.engine.errors import UserError
-from ssast.engine.files import encode_text, expand_path, write_whole
+from ssast.engine.files import expand_path, write_reasons
 from ssast.engine.model.ssast import SSAST
 from ssast.engine.model.weights import load_model
 
@@ -149,9 +147,7 @@ def write_rejected(out: Path, rejected: Sequence[tuple[str, str]]) -> Path | Non
     if not rejected:
         return None
     path = out.with_suffix(".rejected.csv")
-    rows = io.StringIO(newline="")
-    csv.writer(rows).writerows([("path", "reason"), *rejected])
-    write_whole(path, encode_text(rows.getvalue()))
+    write_reasons(path, rejected)
     return path
 
 
