@@ -313,19 +313,19 @@ def _level(clip_ptr, start, is_frame, WINDOW: tl.constexpr):
     CHUNK: tl.constexpr = 128
     # what differs from it is summed: exact for a large DC
     first = tl.load(clip_ptr + start, mask=is_frame, other=0).to(tl.float32)
-    total = tl.zeros((CHUNK, start.shape[0]), tl.float32)
-    largest = tl.zeros((CHUNK, start.shape[0]), tl.float32)
+    total = tl.zeros((start.shape[0], CHUNK), tl.float32)
+    largest = tl.zeros((start.shape[0], CHUNK), tl.float32)
     for n0 in range(0, WINDOW, CHUNK):
         n = n0 + tl.arange(0, CHUNK)
-        mask = (n < WINDOW)[:, None] & is_frame[None, :]
-        x = tl.load(clip_ptr + (n[:, None] + start[None, :]), mask=mask, other=0).to(tl.float32)
-        total += tl.where(mask, x - first[None, :], 0.0)
+        mask = is_frame[:, None] & (n < WINDOW)[None, :]
+        x = tl.load(clip_ptr + (start[:, None] + n[None, :]), mask=mask, other=0).to(tl.float32)
+        total += tl.where(mask, x - first[:, None], 0.0)
         largest = tl.maximum(largest, tl.abs(x))
-    exponent = tl.max(largest, axis=0).to(tl.int32, bitcast=True) >> 23
+    exponent = tl.max(largest, axis=1).to(tl.int32, bitcast=True) >> 23
     exponent = tl.minimum(tl.maximum(exponent, 27), 253)  # from 2**-100: below, all is silence
     gain, inverse = ((127 + 11 + 127 - exponent) << 23), ((exponent - 11) << 23)
     return (
-        first + tl.sum(total, axis=0) / WINDOW,
+        first + tl.sum(total, axis=1) / WINDOW,
         gain.to(tl.float32, bitcast=True),
         inverse.to(tl.float32, bitcast=True),
     )
@@ -333,23 +333,25 @@ def _level(clip_ptr, start, is_frame, WINDOW: tl.constexpr):
 
 @triton.jit
 def _windowed(clip_ptr, start, is_frame, dc, gain, hann_ptr, n, WINDOW: tl.constexpr, PRE: tl.constexpr):
-    """Samples n [BLOCK_SAMPLES] of the frames without DC, pre-emphasised, scaled and under the window: [BLOCK_SAMPLES,
-    BLOCK_T], zero where n is outside.
+    """Samples n [BLOCK_SAMPLES] of the frames without DC, pre-emphasised, scaled and under the window: [BLOCK_T,
+    BLOCK_SAMPLES], zero where n is outside. Samples run along the rows, so that threads beside each other read samples
+    beside each other.
     """
     inside = (n >= 0) & (n < WINDOW)
-    mask = inside[:, None] & is_frame[None, :]
-    x = tl.load(clip_ptr + (n[:, None] + start[None, :]), mask=mask, other=0).to(tl.float32)
+    mask = is_frame[:, None] & inside[None, :]
+    x = tl.load(clip_ptr + (start[:, None] + n[None, :]), mask=mask, other=0).to(tl.float32)
     n_before = tl.maximum(n - 1, 0)  # Kaldi repeats the first sample of each frame
-    before = tl.load(clip_ptr + (n_before[:, None] + start[None, :]), mask=mask, other=0).to(tl.float32)
+    before = tl.load(clip_ptr + (start[:, None] + n_before[None, :]), mask=mask, other=0).to(tl.float32)
     hann = tl.load(hann_ptr + n, mask=inside, other=0.0)
-    return ((x - dc[None, :]) - PRE * (before - dc[None, :])) * (hann[:, None] * gain[None, :])
+    return ((x - dc[:, None]) - PRE * (before - dc[:, None])) * (hann[None, :] * gain[:, None])
 
 
 @triton.jit
 def _dot_split(basis_ptr, place, x, accumulator, Q: tl.constexpr):
-    """accumulator + basis @ x in three float16 products; `basis_ptr` points to the high part, the low part lies Q * Q
+    """accumulator + basis @ x^T in three float16 products; `basis_ptr` points to the high part, the low part lies Q * Q
     further.
     """
+    x = tl.trans(x)  # [BLOCK_SAMPLES, BLOCK_T]
     x_high = x.to(tl.float16)
     x_low = (x - x_high.to(tl.float32)).to(tl.float16)
     high, low = tl.load(basis_ptr + place), tl.load(basis_ptr + Q * Q + place)
