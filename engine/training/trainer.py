@@ -31,13 +31,8 @@ class Trainer:
     """One run: how its steps are computed, its place in the data, and what is logged and kept."""
 
     def __init__(self, config: RunConfig, data: Dataset, model: SSAST, ranks: Ranks, objective: Objective) -> None:
-        self.config, self.data, self.ranks, self.objective, self.run_dir = (
-            config,
-            data,
-            ranks,
-            objective,
-            config.run_dir,
-        )
+        self.config, self.data, self.ranks, self.objective = config, data, ranks, objective
+        self.run_dir = config.run_dir
         backend = choose_backend(config.step.engine)
         self._resume_from = ranks.once(
             lambda: last_checkpoint(self.run_dir, backend, ranks=ranks.world_size, zero_stage=config.zero_stage)
