@@ -164,10 +164,7 @@ class Recorder:
         JITFunction.run, Autotuner.run = run, tune
         driver.set_active(self)
         # take CPU tensors for such a GPU's
-        backend.INTERPRETED, backend.ASSUMED_CAPABILITY = (
-            True,
-            divmod(self.target, 10),
-        )
+        backend.INTERPRETED, backend.ASSUMED_CAPABILITY = True, divmod(self.target, 10)
         try:
             yield
         finally:
