@@ -11,10 +11,10 @@ from typing import TextIO
 
 from ssast.engine.errors import UserError
 
-from .manifest import LABEL_COLUMNS, Columns, json_lines
+from .manifest import LABEL_COLUMNS, Columns, json_lines, json_lines_splits, open_table
 from .names import bare_name, is_hidden
 from .record import SPLITS, Record, find_split
-from .table import open_text, read_table
+from .table import open_text
 
 CACHE_FILE = "checked.sqlite"  # beside it, the folder of converted copies is no part of a data set
 CONVERTED = "converted"
@@ -146,12 +146,13 @@ def by_folders(names: Sequence[Sequence[str]]) -> list[tuple[tuple[str, ...], st
 
     Names of splits and folds are never classes. A class is the outermost folder of the others; where splits lie within
     one folder that is the same for all files, it is the next one. Folders of two splits, one in the other, give a split
-    that is the name of none.
+    that is the name of none. One folder around those of folds, with none inside of them, is no class either.
     """
     distinct = dict.fromkeys(map(tuple, names))
     rests = {folders: tuple(n for n in folders if not find_split(n) and not _fold(n)) for folders in distinct}
     wrapped = all(
-        len(rest) > 1 and rest[0] == folders[0] and len(rest) < len(folders) for folders, rest in rests.items()
+        rest[:1] == folders[:1] and len(rest) < len(folders) and (len(rest) > 1 or any(map(_fold, folders)))
+        for folders, rest in rests.items()
     )
     if wrapped and len({rest[0] for rest in rests.values()}) == 1:
         rests = {folders: rest[1:] for folders, rest in rests.items()}
@@ -231,7 +232,7 @@ def read_metadata(listing: Listing, remarks: list[str]) -> dict[str, list[Record
                     listed += 1
                     clip = by_name.get(record.path) or by_name.get(bare_name(record.path))
                     if clip is None:
-                        absent = absent or os.path.relpath(record.path, os.path.dirname(path))
+                        absent = absent or record.path.removeprefix(f"{os.path.dirname(path)}/")
                     else:
                         matched += 1
                         found.setdefault(clip, []).append(replace(record, path=clip, source=clip))
@@ -245,19 +246,19 @@ def read_metadata(listing: Listing, remarks: list[str]) -> dict[str, list[Record
 def _metadata_rows(path: str, file: TextIO, remarks: list[str]) -> Iterator[Record]:
     base = os.path.dirname(path)
     if path.lower().endswith(".jsonl"):
+        splits = json_lines_splits(path, file)
         for where, row in json_lines(path, file):
-            yield Columns(row, where).record(row, base, where)
+            yield Columns(row, where, splits).record(row, base, where)
         return
-    header, rows = read_table(path, file)
-    columns = Columns(header, path)
+    columns, header, rows = open_table(path, file)
     if not columns.has_path:
         remarks.append(f"{path} is not read: it has no column file_name, its columns are {', '.join(header)}")
         return
     if not columns.has_label:
         known = ", ".join(LABEL_COLUMNS)
         remarks.append(f"{path} has no labels: none of its columns {', '.join(header)} is one of {known}")
-    for number, cells in rows:
-        yield columns.record(dict(zip(header, cells, strict=True)), base, f"{path}, line {number}")
+    for where, row in rows:
+        yield columns.record(row, base, where)
 
 
 def require_most(path: str, matched: int, listed: int, absent: str) -> None:

@@ -15,13 +15,15 @@ from ssast.engine.errors import UserError
 from ssast.engine.twins import unicode_twin
 
 from .names import is_hidden
-from .record import Record, split_and_fold, split_labels
+from .record import Record, find_fold, find_split, labels_of, split_and_fold
 from .table import open_text, read_table
 
 EXTENSIONS = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".lst")
-_PATH_COLUMNS = "path wav file filename audio audio_path file_name filepath file_path audio_filepath"
+_PATH_COLUMNS = "path wav file filename audio audio_path file_name filepath file_path audio_filepath slice_file_name"
 PATH_COLUMNS = tuple(_PATH_COLUMNS.split())
 LABEL_COLUMNS = ("label", "labels", "category")
+SPLIT_COLUMNS = ("subset", "set", "partition", "phase")
+"""What may say the split where no column `split` does: only if all that stands in it are names of splits or folds."""
 SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
 START_COLUMNS = ("start", "start_s", "start_time", "start_sec", "start_seconds", "begin", "onset")
 END_COLUMNS = ("end", "end_s", "end_time", "end_sec", "end_seconds", "stop")
@@ -30,6 +32,9 @@ _IN_OTHER_UNITS = re.compile(
     r"(start|end|stop|begin|onset|offset|duration)[_ ]?(ms|msec|milliseconds|frames?|samples?|idx|index)"
     r"|(frame|sample)[_ ]?(offset|start|end)|num[_ ]?(frames|samples)"
 )
+
+
+_MAY_SAY_SPLIT = re.compile(rf'"\s*({"|".join(SPLIT_COLUMNS)})\s*"', re.IGNORECASE)
 
 
 @dataclass
@@ -94,11 +99,13 @@ def _is_hidden_folder(folder: str, base: str) -> bool:
 class Columns:
     """Which of the columns of a table, or fields of an object, say what of a clip.
 
+    `splits` are those of `SPLIT_COLUMNS` that say the split (`split_columns`).
+
     Raises:
         UserError: two columns of one name that is read, or a part of a file that is not given in seconds.
     """
 
-    def __init__(self, names: Iterable[str], where: str) -> None:
+    def __init__(self, names: Iterable[str], where: str, splits: Iterable[str] = ()) -> None:
         given = list(names)
         lowered = [name.strip().lower() for name in given]
         first = dict(zip(reversed(lowered), reversed(given), strict=True))
@@ -106,7 +113,7 @@ class Columns:
         choices = {
             "path": PATH_COLUMNS,
             "label": LABEL_COLUMNS,
-            "split": ("split",),
+            "split": ("split", *splits),
             "speaker": SPEAKER_COLUMNS,
             "fold": ("fold",),
             # as in lists of sound events; elsewhere an offset is where a part begins
@@ -120,6 +127,8 @@ class Columns:
                 self._of[role] = first[name]
                 if lowered.count(name) > 1:
                     raise UserError(f"{where}: the column {name} is there twice; keep one")
+        if first.get("slice_file_name", "") == self._of.get("path"):  # as UrbanSound8K has it: the part is cut already
+            self._of = {role: name for role, name in self._of.items() if role not in ("start", "end")}
         if "start" in self._of and "end" not in self._of:
             name = next((name for name in DURATION_COLUMNS if name in first), None)
             if name is not None:
@@ -149,8 +158,53 @@ class Columns:
         named = _text(values.get("fold"))
         fold = re.sub(r"(?i)^fold[ _-]?", "", named) if named else fold
         start, end = _segment(values, where) if self._has_spans else (0.0, math.inf)
-        labels, speaker = _labels(values.get("label")), _text(values.get("speaker"))
+        labels, speaker = labels_of(values.get("label"), where), _text(values.get("speaker"))
         return Record(clip_path(base, path), labels, split, speaker, fold, start=start, end=end)
+
+
+def split_columns(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Those of `SPLIT_COLUMNS` in whose place nothing but names of splits and folds stands, blanks aside; none where a
+    row has a `split`.
+    """
+    is_split: dict[str, bool] = {}
+    for row in rows:
+        for field_name, value in row.items():
+            name = field_name.strip().lower()
+            if name == "split":
+                return ()
+            if name in SPLIT_COLUMNS and is_split.get(name, True) and (text := _text(value)):
+                is_split[name] = find_split(text) is not None or bool(find_fold(text))
+    return tuple(name for name in SPLIT_COLUMNS if is_split.get(name))
+
+
+def open_table(path: str, file: TextIO) -> tuple[Columns, list[str], Iterator[tuple[str, dict[str, str]]]]:
+    """(columns, header, (where it stands, row) of each row) of a table at its beginning.
+
+    Raises:
+        UserError: as `Columns`; while rows are read, as `read_table`.
+    """
+    header, rows = read_table(path, file)
+    splits: tuple[str, ...] = ()
+    if any(name.lower() in SPLIT_COLUMNS for name in header):  # all its values decide
+        splits = split_columns(dict(zip(header, row, strict=True)) for _, row in rows)
+        file.seek(0)
+        header, rows = read_table(path, file)
+    named = ((f"{path}, line {number}", dict(zip(header, row, strict=True))) for number, row in rows)
+    return Columns(header, path, splits), header, named
+
+
+def json_lines_splits(path: str, file: TextIO) -> tuple[str, ...]:
+    """`split_columns` of JSON lines; the file is at its beginning, before and after.
+
+    Raises:
+        UserError: as `json_lines`.
+    """
+    splits: tuple[str, ...] = ()
+    if any(_MAY_SAY_SPLIT.search(line) for line in file):
+        file.seek(0)
+        splits = split_columns(row for _, row in json_lines(path, file))
+    file.seek(0)
+    return splits
 
 
 def clip_path(base: str, name: str) -> str:
@@ -169,13 +223,6 @@ def clip_path(base: str, name: str) -> str:
 
 def _text(value: Any) -> str:
     return "" if value is None else str(value).strip()
-
-
-def _labels(value: Any) -> tuple[str, ...]:
-    """Of a text by commas; of a list as they are."""
-    if isinstance(value, list):
-        return tuple(label for item in value if (label := _text(item)))
-    return split_labels(_text(value))
 
 
 def _segment(values: Mapping[str, Any], where: str) -> tuple[float, float]:
@@ -216,11 +263,12 @@ def _read_json(path: str, file: TextIO, manifest: Manifest) -> Iterator[Record]:
         if not isinstance(row, dict) or not any(isinstance(row.get(name), str) and row[name] for name in PATH_COLUMNS):
             raise UserError(f'{path}: entry {number} of "data" has no "wav"')
     numbered = ((f'{path}: entry {number} of "data"', row) for number, row in enumerate(rows))
-    yield from _objects(path, numbered, manifest)
+    yield from _objects(path, numbered, split_columns(rows), manifest)
 
 
 def _read_json_lines(path: str, file: TextIO, manifest: Manifest) -> Iterator[Record]:
-    yield from _objects(path, json_lines(path, file), manifest)
+    splits = json_lines_splits(path, file)
+    yield from _objects(path, json_lines(path, file), splits, manifest)
 
 
 def json_lines(path: str, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -241,7 +289,9 @@ def json_lines(path: str, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{path}, line {number}", row
 
 
-def _objects(path: str, rows: Iterable[tuple[str, dict[str, Any]]], manifest: Manifest) -> Iterator[Record]:
+def _objects(
+    path: str, rows: Iterable[tuple[str, dict[str, Any]]], splits: tuple[str, ...], manifest: Manifest
+) -> Iterator[Record]:
     """Clips of JSON objects, each of which may have fields of its own."""
     known: dict[tuple[str, ...], Columns] = {}
     names: dict[str, None] = {}
@@ -251,7 +301,7 @@ def _objects(path: str, rows: Iterable[tuple[str, dict[str, Any]]], manifest: Ma
         fields = tuple(row)
         columns = known.get(fields)
         if columns is None:
-            columns = known[fields] = Columns(fields, where)
+            columns = known[fields] = Columns(fields, where, splits)
             names |= dict.fromkeys(fields)
             unread |= dict.fromkeys(columns.unread)
         yield columns.record(row, base, where)
@@ -260,16 +310,15 @@ def _objects(path: str, rows: Iterable[tuple[str, dict[str, Any]]], manifest: Ma
 
 
 def _read_table(path: str, file: TextIO, manifest: Manifest) -> Iterator[Record]:
-    header, rows = read_table(path, file)
+    columns, header, rows = open_table(path, file)
     if not header:
         return
-    columns = Columns(header, path)
     manifest.columns, manifest.unread = tuple(header), tuple(columns.unread)
     if not columns.has_path:
         raise UserError(f"{path} has no column {', '.join(PATH_COLUMNS)}; its columns are {', '.join(header)}")
     base = os.path.dirname(path)
-    for number, row in rows:
-        yield columns.record(dict(zip(header, row, strict=True)), base, f"{path}, line {number}")
+    for where, row in rows:
+        yield columns.record(row, base, where)
 
 
 def _read_list(path: str, file: TextIO, manifest: Manifest) -> Iterator[Record]:

@@ -5,10 +5,12 @@ are written as text.
 from __future__ import annotations
 
 import functools
+import json
 import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from ssast.engine.errors import UserError
 
@@ -115,6 +117,33 @@ def split_labels(text: str) -> tuple[str, ...]:
         if label.strip():
             labels.append(label.strip())
     return tuple(labels)
+
+
+def labels_of(value: Any, where: str) -> tuple[str, ...]:
+    """The labels that a value out of a table or out of JSON says: of a text by commas, of a list its items as they are,
+    a number as it is written. null and blanks are no label.
+
+    Raises:
+        UserError: true, false, an object, a list in a list, or a number that is not finite; `where` is named.
+    """
+    if isinstance(value, str):
+        return split_labels(value)
+    labels = []
+    for item in value if isinstance(value, list) else [value]:
+        is_number = (isinstance(item, float) and math.isfinite(item)) or type(item) is int
+        if not (item is None or isinstance(item, str) or is_number):
+            raise UserError(
+                f"{where}: {_shown(item)} is no label: a label is a text or a number, several are a list of those, and "
+                "null or an empty text is none"
+            )
+        labels.append("" if item is None else str(item).strip())
+    return tuple(filter(None, labels))
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON has it, shortened."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def join_labels(labels: Iterable[str]) -> str:

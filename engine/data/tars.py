@@ -14,7 +14,7 @@ from ssast.engine.errors import UserError, first_line
 
 from .folder import AUDIO_EXTENSIONS, METADATA, by_folders, stray_split, strays_beside_splits
 from .names import is_hidden
-from .record import Record, split_and_fold, split_labels
+from .record import Record, labels_of, split_and_fold
 
 _NOTES = ("json", "cls", "txt")
 _NOTE_LIMIT = 1 << 20  # bytes of a note
@@ -99,7 +99,7 @@ def _records(
         note = notes.get(beside.get(name, ""), {})
         content = _object(note.get("json", ""))
         damaged += "json" in note and content is None
-        labels, speaker, split_text, fold = _said(content or {}, note)
+        labels, speaker, split_text, fold = _said(content or {}, note, f"{path}: {beside.get(name)}.json")
         split, split_fold = split_and_fold(split_text)
         if not split_text:
             split, split_fold = folder_split, folder_fold
@@ -166,17 +166,17 @@ def _object(text: str) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _said(content: dict[str, Any], note: dict[str, str]) -> tuple[tuple[str, ...], str, str, str]:
-    """(labels, speaker, split as it is written, fold) out of what stands beside a member."""
+def _said(content: dict[str, Any], note: dict[str, str], where: str) -> tuple[tuple[str, ...], str, str, str]:
+    """(labels, speaker, split as it is written, fold) out of what stands beside a member; `where` names the .json.
+
+    Raises:
+        UserError: a label that is none.
+    """
 
     def get(*names: str) -> Any:
         return next((content[name] for name in names if content.get(name) not in (None, "")), "")
 
-    label = get("label", "labels", "category")
-    if isinstance(label, list):
-        labels = tuple(text for item in label if (text := str(item).strip()))
-    else:
-        labels = split_labels(str(label))
+    labels = labels_of(get("label", "labels", "category"), where)
     if not labels:  # one label a note: commas are a part of it
         single = note.get("cls", "").strip() or note.get("txt", "").strip()
         labels = (single,) if single else ()

@@ -86,6 +86,34 @@ def test_a_class_with_a_comma_survives_preparing(tmp_path):
     assert [r.labels for r in read_labelled([str(tmp_path / "p")])] == [("dog, big",), ("cat", "quiet")]
 
 
+@pytest.mark.parametrize("form", ["m.json", "m.jsonl", "a.tar", "metadata.jsonl"])
+@pytest.mark.parametrize("label", [{"x": 1}, [["a"]], [{"x": 1}], True, False, [True], float("inf")])
+def test_labels_that_are_no_text_are_refused(tmp_path, form, label):
+    assert "is no label: a label is a text or a number" in (
+        told := message(read_source, labelled(tmp_path, form, label))
+    )
+    assert {"m.json": "entry 0", "a.tar": "a.tar: a.json"}.get(form, "line 1") in told
+
+
+@pytest.mark.parametrize("form", ["m.json", "m.jsonl", "a.tar", "metadata.jsonl"])
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [(3, ("3",)), (0, ("0",)), (1.5, ("1.5",)), (["x", 2, None], ("x", "2")), (None, ()), ("", ()), ([], ())],
+)
+def test_labels_may_be_numbers_and_none(tmp_path, form, label, expected):
+    assert [record.labels for record in read_source(labelled(tmp_path, form, label)).records] == [expected]
+
+
+def labelled(folder, form, label):
+    """A source of one clip, a.wav, with a label as JSON has it."""
+    row = json.dumps({"file_name": "a.wav", "label": label})
+    if form == "a.tar":
+        return tar(folder / form, **{"a.wav": b"x", "a.json": row.encode()})
+    touch(folder, "a.wav")
+    (folder / form).write_text(f'{{"data": [{row}]}}' if form == "m.json" else row)
+    return str(folder if form == "metadata.jsonl" else folder / form)
+
+
 # Tars
 
 
@@ -321,6 +349,13 @@ def test_metadata_without_labels_is_named_where_classes_are_missing(tmp_path):
     assert "none of its columns file_name, class is one of label" in message(read_source, str(tmp_path), classes=True)
 
 
+def test_absent_files_of_metadata_are_named_as_they_are_written(tmp_path):
+    touch(tmp_path, "in/a.wav")
+    for name, shown in (("/elsewhere/a.wav", "/elsewhere/a.wav"), ("sub/x.wav", "sub/x.wav")):
+        (tmp_path / "in" / "metadata.csv").write_text(f"file_name,label\n{name},dog\n")
+        assert f"have an audio file, {shown} has none" in message(read_source, str(tmp_path / "in"))
+
+
 def test_metadata_of_audio_folders(tmp_path):
     for split in ("train", "test"):
         touch(tmp_path / "a" / split, "1.wav", "2.wav")
@@ -398,6 +433,43 @@ def test_a_missing_file_names_its_twin(tmp_path, name, difference):
 
 
 # Splits
+
+
+@pytest.mark.parametrize("name", ["subset", "Set", "partition", "phase"])
+@pytest.mark.parametrize("form", ["csv", "json", "jsonl", "metadata.csv"])
+def test_other_names_of_the_split_column(tmp_path, name, form):
+    touch(tmp_path, "0.wav", "1.wav", "2.wav")
+
+    def source(*values, **more):
+        rows = [{"file_name": f"{n}.wav", name: value, **more} for n, value in enumerate(values)]
+        lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
+        text = {"json": json.dumps({"data": rows}), "jsonl": "\n".join(map(json.dumps, rows))}.get(
+            form, "\n".join(lines)
+        )
+        path = tmp_path / (form if "." in form else f"m.{form}")
+        path.write_text(text)
+        return read_source(str(tmp_path if "." in form else path))
+
+    assert [r.split for r in source("Training", "", "eval").records] == ["train", "", "test"]
+    assert [r.fold for r in source("fold1", "fold2", "fold1").records] == ["1", "2", "1"]
+    for other in (source("train", "small", "test"), source("train", "", "test", split="")):
+        assert {r.split for r in other.records} == {""}
+        assert form == "metadata.csv" or other.unread == (name,)
+
+
+def test_slices_are_whole_files(tmp_path):
+    lines = ["slice_file_name,fsID,start,end,fold,class", "1-0.wav,1,4.5,8.5,5,siren"]
+    (tmp_path / "m.csv").write_text("\n".join(lines))
+    (record,) = (source := read_source(str(tmp_path / "m.csv"))).records
+    assert (record.path, record.fold, record.is_segment) == (str(tmp_path / "1-0.wav"), "5", False)
+    assert source.unread == ("fsID", "start", "end", "class")
+
+
+def test_one_folder_around_folds_is_no_class(tmp_path):
+    touch(tmp_path, "audio/fold1/a.wav", "audio/fold2/b.wav")
+    assert "lies in the folder of a split or fold" in message(read_source, str(tmp_path), classes=True)
+    touch(tmp_path, "speech/fold1/a.wav", "speech/fold2/b.wav")
+    assert {r.labels for r in read_source(str(tmp_path), classes=True).records} == {("audio",), ("speech",)}
 
 
 def test_one_file_under_two_names_is_one_clip(tmp_path):
