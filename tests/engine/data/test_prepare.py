@@ -21,7 +21,7 @@ import pytest
 import soundfile
 import soxr
 
-from ssast.engine.data import extract, prepare
+from ssast.engine.data import extract, prepare, prepared_folder
 from ssast.engine.data.extract import Extraction, cut, to_int16
 from ssast.engine.data.prepare import Settings, main
 from ssast.engine.data.probe import Reject
@@ -377,7 +377,7 @@ def test_interrupted_at_the_very_end(tmp_path, recordings, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "_feature_statistics", interrupt)
+        patch.setattr(prepared_folder, "_feature_statistics", interrupt)
         assert main([*command, str(out)]) == 130
     assert "the same command goes on" in capsys.readouterr().err and not (out / "dataset.json").exists()
     monkeypatch.setattr(prepare.Pool, "start", lambda _: pytest.fail("nothing is left to decode"))
@@ -406,6 +406,25 @@ def test_two_runs_at_once_are_refused(tmp_path, recordings):
     assert f"another ssast prepare is at work on {out}" in refused(out, recordings)
     first.close()
     assert run(out, recordings)["clips"] == 12
+
+
+def test_a_run_killed_before_it_wrote_anything_can_be_repeated(tmp_path, recordings):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").touch()
+    assert run(tmp_path / "out", recordings)["clips"] == 12
+
+
+def test_a_folder_that_another_run_finishes_first_is_left_alone(tmp_path, recordings, monkeypatch):
+    out, acquire = tmp_path / "out", prepare.Folder._acquire
+
+    def finish_first(folder):
+        monkeypatch.setattr(prepare.Folder, "_acquire", acquire)
+        assert run(out, recordings)["clips"] == 12
+        acquire(folder)
+
+    monkeypatch.setattr(prepare.Folder, "_acquire", finish_first)
+    assert run(out, recordings) is None
+    assert {"unfinished.json", ".lock"}.isdisjoint(os.listdir(out))
 
 
 SABOTEUR = """
