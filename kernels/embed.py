@@ -563,7 +563,7 @@ def embed_visible_patches(
     """`embed_patches` without the tokens of masked patches: what an encoder of visible patches alone reads (MAE-AST,
     Baade, Peng and Harwath 2022).
 
-    Arguments, dtypes and errors are those of `embed_patches`.
+    Arguments, dtypes and errors are those of `embed_patches`, backend (None, "torch" or "triton") included.
 
     Returns:
         Tokens [cls, dist, first visible patch, second ...] [B, 2 + V, D], V = P - M, in the order of patch numbers
