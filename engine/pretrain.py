@@ -80,7 +80,8 @@ def _train(config: Config, stop_request: StopRequest) -> int:
         if ranks.is_first:
             print(f"{config.run_dir}: already finished; the report is {config.run_dir / 'report.html'}")
         return 0
-    data = ranks.once(lambda: open_dataset(config, measured_statistics(config)))
+    bins, samples = config.model.num_mel_bins, config.num_samples
+    data = ranks.once(lambda: open_dataset(config.data, bins, samples, measured_statistics(config)))
     check_reachable(data)
     resumes = bool(checkpoint_steps(config.run_dir))
     say = print if ranks.is_first else lambda text: None

@@ -75,7 +75,8 @@ def measure(config: Config, ranks: Ranks, arguments: argparse.Namespace, folder:
     if fitting:
         config = with_micro_batch(config, fitting, ranks.world_size)
     config = undisturbed(config, folder)
-    data = ranks.once(lambda: open_dataset(config)) if feeds_from_files else nothing_to_read(config)
+    bins, samples = config.model.num_mel_bins, config.num_samples
+    data = ranks.once(lambda: open_dataset(config.data, bins, samples)) if feeds_from_files else nothing_to_read(config)
     trainer = pretrainer(config, data, ranks)
     memory = in_memory(trainer, ranks.device if not feeds_from_files else torch.device("cpu"))
     loader = trainer.train_loader() if feeds_from_files else None

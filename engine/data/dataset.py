@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssast.engine.config import Config, DataSection
+from ssast.engine.config import DataSection
 from ssast.engine.errors import UserError
 from ssast.engine.process import default_cache_folder
 
@@ -67,15 +67,21 @@ class Dataset:
         }
 
 
-def open_dataset(config: Config, measured: tuple[float, float] | None = None) -> Dataset:
-    """Read and check all clips that the config names; `measured` is the mean and std that "auto" stands for, if known
-    already.
+def open_dataset(
+    data: DataSection, num_mel_bins: int, num_samples: int, measured: tuple[float, float] | None = None
+) -> Dataset:
+    """Read and check all clips that `data` names.
+
+    Args:
+        data: sources, their splits, and how clips are checked.
+        num_mel_bins: of the features whose mean and standard deviation "auto" stands for.
+        num_samples: of a window; of longer clips that much is measured.
+        measured: the mean and standard deviation that "auto" stands for, if known already.
 
     Raises:
         UserError: nothing named, found or readable, too few clips to hold some out, or in strict mode any clip that is
             skipped.
     """
-    data = config.data
     if not data.train:
         raise UserError(
             "data.train is not set: name a folder, prepared or not, a JSON, CSV or TSV manifest, or a list of paths: "
@@ -114,11 +120,10 @@ def open_dataset(config: Config, measured: tuple[float, float] | None = None) ->
         raise UserError(f"{data.train[sizes.index(0)]}: no clips to train on, but data.weights gives it a fraction")
     mean, std = data.mean, data.std
     if isinstance(mean, str) or isinstance(std, str):
-        bins = config.model.num_mel_bins
         mean, std = (
             measured
-            or _prepared_statistics(config)
-            or clip_statistics(train, data.sample_rate, bins, config.num_samples, data.num_threads, data.weights)
+            or _prepared_statistics(data, num_mel_bins)
+            or clip_statistics(train, data.sample_rate, num_mel_bins, num_samples, data.num_threads, data.weights)
         )
     return Dataset(train, valid, skipped, mean, std, sizes)
 
@@ -180,19 +185,19 @@ def _picked(datasets: np.ndarray, weights: Sequence[float] | None) -> np.ndarray
     return np.concatenate(parts)
 
 
-def _prepared_statistics(config: Config) -> tuple[float, float] | None:
+def _prepared_statistics(data: DataSection, num_mel_bins: int) -> tuple[float, float] | None:
     """Mean and std as measured when the only data set was prepared, if they are of the features that this run
     computes.
     """
-    folder = Path(config.data.train[0])
-    if len(config.data.train) > 1 or not is_prepared(folder):
+    folder = Path(data.train[0])
+    if len(data.train) > 1 or not is_prepared(folder):
         return None
     path = folder / "stats.json"
     try:
-        if json.loads((folder / "dataset.json").read_bytes())["sample_rate"] != config.data.sample_rate:
+        if json.loads((folder / "dataset.json").read_bytes())["sample_rate"] != data.sample_rate:
             return None
         stats = json.loads(path.read_bytes())
-        if stats.get("num_mel_bins", NUM_MEL_BINS) != config.model.num_mel_bins:
+        if stats.get("num_mel_bins", NUM_MEL_BINS) != num_mel_bins:
             return None
         return float(stats["mean"]), _usable(float(stats["std"]))
     except FileNotFoundError:

@@ -16,6 +16,11 @@ def config(tmp_path, *overrides):
     return load_config("demo", [f"data.train={tmp_path / 'audio'}", f"data.cache_dir={tmp_path / 'cache'}", *overrides])
 
 
+def opened(config, measured=None):
+    """The data set of a run."""
+    return open_dataset(config.data, config.model.num_mel_bins, config.num_samples, measured)
+
+
 @pytest.fixture
 def audio(tmp_path):
     """Twenty clips of noise of different loudness and length."""
@@ -28,12 +33,12 @@ def audio(tmp_path):
 
 
 def test_held_out_clips_stay_held_out_when_files_are_added(audio):
-    before = open_dataset(config(audio, "data.valid_fraction=0.2"))
+    before = opened(config(audio, "data.valid_fraction=0.2"))
     assert len(before.valid) == 4 and len(before.train) == 16
     assert not set(before.valid.sources) & set(before.train.sources)
     for number in range(20, 24):
         (audio / "audio" / f"{number}.flac").write_bytes((audio / "audio" / "03.flac").read_bytes())
-    after = open_dataset(config(audio, "data.valid_fraction=0.2"))
+    after = opened(config(audio, "data.valid_fraction=0.2"))
     assert len(set(before.valid.sources) - set(after.valid.sources)) <= 1
 
 
@@ -41,16 +46,16 @@ def test_splits_of_a_manifest_are_kept(audio):
     splits = ["train"] * 10 + ["valid"] * 6 + ["test"] * 4
     lines = ["path,split", *(f"{number:02}.flac,{split}" for number, split in enumerate(splits))]
     (audio / "audio" / "m.csv").write_text("\n".join(lines))
-    data = open_dataset(config(audio, f"data.train={audio / 'audio' / 'm.csv'}"))
+    data = opened(config(audio, f"data.train={audio / 'audio' / 'm.csv'}"))
     assert len(data.train) == 10 and len(data.valid) == 6
     (audio / "audio" / "m.csv").write_text(
         "path,split\n" + "\n".join(f"{n:02}.flac,{'Test ' if n < 5 else 'train'}" for n in range(20))
     )
-    data = open_dataset(config(audio, f"data.train={audio / 'audio' / 'm.csv'}"))
+    data = opened(config(audio, f"data.train={audio / 'audio' / 'm.csv'}"))
     assert len(data.train) + len(data.valid) == 15, "test rows are left alone, also where none is marked for validation"
     (audio / "audio" / "m.csv").write_text("path,split\n00.flac,valid\n01.flac,test")
     with pytest.raises(UserError, match="none for training"):
-        open_dataset(config(audio, f"data.train={audio / 'audio' / 'm.csv'}"))
+        opened(config(audio, f"data.train={audio / 'audio' / 'm.csv'}"))
 
 
 def test_several_sources_and_a_validation_set_of_their_own(audio):
@@ -58,17 +63,17 @@ def test_several_sources_and_a_validation_set_of_their_own(audio):
     for number, source in enumerate(sources):
         with open(source, "w") as stream:
             stream.write(f"{number:02}.flac\n{number + 3:02}.flac\n")
-    data = open_dataset(
+    data = opened(
         config(audio, f"data.train=[{sources[0]}, {sources[1]}]", f"data.valid={sources[2]}", "data.valid_clips=1")
     )
     assert len(data.train) == 4 and len(data.valid) == 1
-    data = open_dataset(config(audio, f"data.train=[{sources[0]}, {sources[1]}]", f"data.valid={sources[1]}"))
+    data = opened(config(audio, f"data.train=[{sources[0]}, {sources[1]}]", f"data.valid={sources[1]}"))
     assert len(data.train) == 2 and len(data.valid) == 2, "a clip named for both is validated on alone"
 
 
 def test_statistics_are_those_of_the_sounding_frames(audio):
     """Against all frames of all training clips, one at a time; padding does not count."""
-    data = open_dataset(config(audio))
+    data = opened(config(audio))
     frames = [
         fbank(torch.from_numpy(soundfile.read(path, dtype="float32")[0])[None, :41200])[0].flatten()
         for path in data.train.sources
@@ -76,8 +81,8 @@ def test_statistics_are_those_of_the_sounding_frames(audio):
     values = torch.cat(frames).double()
     assert data.mean == pytest.approx(values.mean().item(), abs=2e-3)
     assert data.std == pytest.approx(values.std().item(), abs=2e-3)
-    assert open_dataset(config(audio), measured=(1.0, 2.0)).std == 2.0
-    assert open_dataset(config(audio, "data.mean=-4.0", "data.std=5.0")).mean == -4.0
+    assert opened(config(audio), measured=(1.0, 2.0)).std == 2.0
+    assert opened(config(audio, "data.mean=-4.0", "data.std=5.0")).mean == -4.0
 
 
 def test_each_weight_needs_a_data_set_with_clips(audio):
@@ -85,14 +90,14 @@ def test_each_weight_needs_a_data_set_with_clips(audio):
     for number, source in enumerate(train):
         with open(source, "w") as stream:
             stream.writelines(f"{clip:02}.flac\n" for clip in range(10 * number, 10 * number + 10))
-    data = open_dataset(
+    data = opened(
         config(audio, f"data.train=[{train[0]}, {train[1]}]", "data.weights=[0.7, 0.3]", "data.valid_fraction=0.2")
     )
     assert sum(data.train_sizes) == 16 and data.train_sizes == np.bincount(data.train.datasets).tolist()
     for row, source in enumerate(data.train.sources):
         assert (int(source[-7:-5]) >= 10) == data.train.datasets[row]
     with pytest.raises(UserError, match=r"0\.txt: no clips to train on, but data\.weights"):
-        open_dataset(
+        opened(
             config(audio, f"data.train=[{train[0]}, {train[1]}]", "data.weights=[0.7, 0.3]", f"data.valid={train[0]}")
         )
     for weights, message in [
@@ -106,7 +111,7 @@ def test_each_weight_needs_a_data_set_with_clips(audio):
 
 def test_held_out_files_are_those_of_before_shards(audio):
     """By BLAKE2b of the path: a run that goes on must not find its validation clips in training."""
-    data = open_dataset(config(audio, "data.valid_fraction=0.2"))
+    data = opened(config(audio, "data.valid_fraction=0.2"))
     paths = sorted(str(path) for path in (audio / "audio").iterdir())
     lowest = sorted(paths, key=lambda path: hashlib.blake2b(path.encode(), digest_size=8).digest())[:4]
     assert data.valid.sources == sorted(lowest)
@@ -136,7 +141,7 @@ def test_clips_marked_for_test_are_never_trained_on(audio, form):
     if form == "shards":
         assert prepare([str(source), "--out", str(audio / "prepared"), "--workers", "1"]) == 0
         source = audio / "prepared"
-    data = open_dataset(config(audio, f"data.train={source}"))
+    data = opened(config(audio, f"data.train={source}"))
     train, valid = ([int(path[-7:-5]) % 10 for path in clips.sources] for clips in data.parts())
     assert set(train) == {0, 1, 9} and set(valid) == {6, 7, 8}
     assert len(train) == 6 and len(valid) == 6
@@ -145,18 +150,18 @@ def test_clips_marked_for_test_are_never_trained_on(audio, form):
 def test_clips_marked_for_test_are_not_validated_on_either(audio):
     table = audio / "audio" / "valid.csv"
     table.write_text("path,split\n00.flac,\n01.flac,valid\n02.flac,Testing\n03.flac,train\n")
-    data = open_dataset(config(audio, f"data.valid={table}"))
+    data = opened(config(audio, f"data.valid={table}"))
     assert {source[-7:-5] for source in data.valid.sources} == {"00", "01", "03"} and len(data.train) == 17
     table.write_text("path,split\n00.flac,test\n")
     with pytest.raises(UserError, match=r"valid\.csv: all clips are marked for test"):
-        open_dataset(config(audio, f"data.valid={table}"))
+        opened(config(audio, f"data.valid={table}"))
 
 
 def test_splits_and_parts_that_cannot_be_trained_on_are_errors(audio):
     table = audio / "audio" / "m.csv"
     table.write_text("path,split\n00.flac,train\n01.flac,tset\n")
     with pytest.raises(UserError, match=r"m\.csv: .*01\.flac: split 'tset' is none of train, training; valid"):
-        open_dataset(config(audio, f"data.train={table}"))
+        opened(config(audio, f"data.train={table}"))
     table.write_text("path,start,end\n00.flac,0,0.2\n01.flac,0.1,0.3\n")
     with pytest.raises(UserError, match=r"start and end .*cut them by ssast prepare"):
-        open_dataset(config(audio, f"data.train={table}"))
+        opened(config(audio, f"data.train={table}"))

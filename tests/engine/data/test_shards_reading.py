@@ -36,6 +36,11 @@ from ssast.engine.errors import UserError
 WINDOW, RATE = 4000, 16000
 
 
+def opened(config, measured=None):
+    """The data set of a run."""
+    return open_dataset(config.data, config.model.num_mel_bins, config.num_samples, measured)
+
+
 def write_index(folder: Path, columns: dict[str, np.ndarray], texts: dict[str, list[str]], description: dict) -> None:
     (folder / "index").mkdir(parents=True, exist_ok=True)
     for name, column in columns.items():
@@ -222,7 +227,7 @@ def test_what_is_wrong_with_a_prepared_folder_is_said_in_a_line(tmp_path, how):
     damage, message = broken_folders()[how]
     damage(folder)
     with pytest.raises(UserError, match=message) as caught:
-        open_dataset(load_config("demo", [f"data.train={folder}", f"data.cache_dir={tmp_path / 'cache'}"]))
+        opened(load_config("demo", [f"data.train={folder}", f"data.cache_dir={tmp_path / 'cache'}"]))
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
 
 
@@ -258,9 +263,7 @@ def test_plain_wav_files_need_no_decoder_either(tmp_path, monkeypatch):
     (tmp_path / "audio").mkdir()
     for number, sound in enumerate(noise()):
         soundfile.write(tmp_path / "audio" / f"{number}.wav", sound, RATE)
-    data = open_dataset(
-        load_config("demo", [f"data.train={tmp_path / 'audio'}", f"data.cache_dir={tmp_path / 'cache'}"])
-    )
+    data = opened(load_config("demo", [f"data.train={tmp_path / 'audio'}", f"data.cache_dir={tmp_path / 'cache'}"]))
     no_decoder(monkeypatch)
     start = np.maximum(data.train.frames - 3000, 0)
     decoded = open_decoder(data.train).decode(np.arange(len(data.train)), start)
@@ -349,7 +352,7 @@ def test_files_and_shards_in_one_list(tmp_path):
     first = write_prepared(tmp_path / "one", noise(8, 1), source=[f"one/{n}" for n in range(8)], codec="flac")
     second = write_prepared(tmp_path / "two", noise(10, 2), source=[f"two/{n}" for n in range(10)])
     sources = f"data.train=[{first}, {tmp_path / 'audio'}, {second}]"
-    data = open_dataset(run_config(tmp_path, sources, "data.valid_fraction=0.2"))
+    data = opened(run_config(tmp_path, sources, "data.valid_fraction=0.2"))
     assert len(data.train) + len(data.valid) == 24 and len(data.valid) == 5 and sum(data.train_sizes) == len(data.train)
     assert data.train.datasets.tolist() == sorted(data.train.datasets) and not set(data.train.sources) & set(
         data.valid.sources
@@ -369,23 +372,23 @@ def test_files_and_shards_in_one_list(tmp_path):
 
 def test_pieces_of_a_recording_are_on_one_side(tmp_path):
     folder = write_prepared(tmp_path / "set", noise(40), source=[f"recording {number // 4}" for number in range(40)])
-    data = open_dataset(run_config(tmp_path, f"data.train={folder}", "data.valid_fraction=0.33"))
+    data = opened(run_config(tmp_path, f"data.train={folder}", "data.valid_fraction=0.33"))
     assert not set(data.valid.sources) & set(data.train.sources) and (len(data.train), len(data.valid)) == (28, 12)
     one = write_prepared(tmp_path / "one", noise(8), source=["the only one"] * 8)
-    data = open_dataset(run_config(tmp_path, f"data.train={one}", "data.valid_fraction=0.25"))
+    data = opened(run_config(tmp_path, f"data.train={one}", "data.valid_fraction=0.25"))
     assert (len(data.train), len(data.valid)) == (6, 2)
 
 
 def test_splits_and_short_clips(tmp_path):
     splits = ["train", "Valid ", "test", "train", "", "dev", "train", "train"]
     folder = write_prepared(tmp_path / "set", noise(), split=splits)
-    data = open_dataset(run_config(tmp_path, f"data.train={folder}", "data.min_seconds=0.1"))
+    data = opened(run_config(tmp_path, f"data.train={folder}", "data.min_seconds=0.1"))
     assert data.train.sources == ["3", "4", "6", "7"] and data.valid.sources == ["1", "5"]
     assert [(item.path, item.reason) for item in data.skipped] == [
         ("0", "too short: 1500 samples, one frame needs 1600")
     ]
     with pytest.raises(UserError, match=r"0: too short: 1500 samples"):
-        open_dataset(run_config(tmp_path, f"data.train={folder}", "data.min_seconds=0.1", "data.strict=true"))
+        opened(run_config(tmp_path, f"data.train={folder}", "data.min_seconds=0.1", "data.strict=true"))
 
 
 def test_statistics_of_a_prepared_folder_are_not_measured_again(tmp_path):
@@ -394,20 +397,18 @@ def test_statistics_of_a_prepared_folder_are_not_measured_again(tmp_path):
     )
     auto = ["data.mean=auto", "data.std=auto"]
     (one / "stats.json").write_text(json.dumps({"mean": -3.25, "std": 2.5}))
-    data = open_dataset(run_config(tmp_path, f"data.train={one}", *auto))
+    data = opened(run_config(tmp_path, f"data.train={one}", *auto))
     assert (data.mean, data.std) == (-3.25, 2.5)
-    measured = open_dataset(run_config(tmp_path, f"data.train=[{one}, {two}]", *auto))
+    measured = opened(run_config(tmp_path, f"data.train=[{one}, {two}]", *auto))
     assert measured.mean != -3.25
     assert (
-        open_dataset(
-            run_config(tmp_path, f"data.train={one}", "model.num_mel_bins=64", "mask.num_masked=20", *auto)
-        ).mean
+        opened(run_config(tmp_path, f"data.train={one}", "model.num_mel_bins=64", "mask.num_masked=20", *auto)).mean
         != -3.25
     )
-    assert open_dataset(run_config(tmp_path, f"data.train={two}", *auto)).mean != -3.25
+    assert opened(run_config(tmp_path, f"data.train={two}", *auto)).mean != -3.25
     (two / "stats.json").write_text('{"mean": null}')
     with pytest.raises(UserError, match=r"stats.json: no mean and std"):
-        open_dataset(run_config(tmp_path, f"data.train={two}", *auto))
+        opened(run_config(tmp_path, f"data.train={two}", *auto))
 
 
 BIG = """
@@ -425,7 +426,7 @@ before, began = resident(), time.perf_counter()
 clips = open_shards(Path(sys.argv[1]))
 print(time.perf_counter() - began)
 began = time.perf_counter()
-data = open_dataset(config)
+data = open_dataset(config.data, config.model.num_mel_bins, config.num_samples)
 decoder = AudioDecoder(data.train, num_samples=160000, sample_rate=16000, batch_size=24, num_threads=1)
 batch = ClipReader(decoder, SampleOrder(len(data.train), 0), random_crop=True).read(3 * len(data.train) - 12, 24)
 print(time.perf_counter() - began)
