@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 
 from ssast.kernels.fbank import samples_of
 
-from .deepspeed_section import check_section, micro_batch
+from .deepspeed_section import LARGEST_COUNT, check_section, micro_batch
 from .environment import computes_in_bf16
 from .errors import UserError, did_you_mean
 from .files import expand_path
@@ -69,6 +69,16 @@ class Section(BaseModel):
                 if types & {int, float} and bool not in types:
                     raise ValueError(f"{name}: must be a number, not {str(value).lower()}")
         return values
+
+    @model_validator(mode="after")
+    def _counts_that_can_be(self) -> Self:
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            has_limit = any(getattr(limit, "lt", None) is not None for limit in field.metadata)
+            for item in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(item, int) and item > LARGEST_COUNT and not has_limit:
+                    raise ValueError(f"{name}: must be at most {LARGEST_COUNT}, not {item}")
+        return self
 
 
 class RunSection(Section):
@@ -345,6 +355,11 @@ class RunConfig(Section):
             raise ValueError("run.wandb: Weights & Biases is not installed; pip install wandb, or leave it off")
         if "/" in self.run.name or self.run.name in (".", ".."):
             raise ValueError(f"run.name: {self.run.name!r} must be the name of one folder")
+        if self.run.name.startswith("~") or "$" in self.run.name:
+            raise ValueError(
+                f"run.name: {self.run.name!r} would be a folder of that very name, with no ~ or $ expanded; write it "
+                "out, and where the folder lies to run.folder"
+            )
         check_section(self.deepspeed)
         enabled = self.deepspeed.get("bf16", {}).get("enabled")
         if enabled is not None and self.step.precision in ("bf16", "fp32") and enabled != self.bf16:
@@ -475,15 +490,17 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return changes
 
 
-class _DuplicateKeyError(ValueError):
-    """A key that comes twice in one mapping: YAML's readers take the last value and drop the others."""
+class _KeyFaultError(ValueError):
+    """A key that comes twice in one mapping, of which YAML's readers take the last value and drop the others; or one
+    that is no text.
+    """
 
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-4 as text, for want of a dot; here it is a number, as in YAML 1.2 and everywhere else."""
 
     def check_keys(self, node: yaml.Node, path: str = "", seen: frozenset[int] = frozenset()) -> None:
-        """Raises _DuplicateKeyError if a key comes twice in any mapping below `node`."""
+        """Raises _KeyFaultError if a key comes twice in any mapping below `node`, or is no text."""
         if id(node) in seen:  # an alias inside of what it stands for
             return
         seen |= {id(node)}
@@ -498,9 +515,12 @@ class _Loader(yaml.SafeLoader):
                 continue
             key, line = self.construct_object(key_node), key_node.start_mark.line + 1
             name = f"{path}.{key_node.value}".removeprefix(".")
+            if not isinstance(key, str):
+                kind = {bool: "true or false", type(None): "null"}.get(type(key), f"{type(key).__name__} {key}")
+                raise _KeyFaultError(f"the key {name}, line {line}, is no text: YAML reads it as {kind}; quote it")
             if key in lines:
                 lines_of_both = f"line {line}" if line == lines[key] else f"lines {lines[key]} and {line}"
-                raise _DuplicateKeyError(f"the key {name} comes twice, {lines_of_both}")
+                raise _KeyFaultError(f"the key {name} comes twice, {lines_of_both}")
             lines[key] = line
             self.check_keys(value_node, name, seen)
 
@@ -511,7 +531,7 @@ _Loader.add_implicit_resolver(
 
 
 def _parse_yaml(text: str) -> Any:
-    """Raises yaml.YAMLError, or _DuplicateKeyError."""
+    """Raises yaml.YAMLError, or _KeyFaultError."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -543,7 +563,7 @@ def _read(path: Path, seen: tuple[Path, ...], kind: type[RunConfig]) -> dict[str
         raise UserError(f"{path}: 'extends' goes round in a circle")
     try:
         tree = _parse_yaml(path.read_text(encoding="utf-8"))
-    except _DuplicateKeyError as error:
+    except _KeyFaultError as error:
         raise UserError(f"{path}: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
@@ -569,7 +589,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"{override}: an override is written key.sub=value")
     try:
         value = _parse_yaml(text) if text else None
-    except _DuplicateKeyError as error:
+    except _KeyFaultError as error:
         raise UserError(f"{override}: {error}") from None
     except (yaml.YAMLError, RecursionError):
         value = text  # a path with a colon or a bracket, say

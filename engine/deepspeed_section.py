@@ -24,6 +24,8 @@ zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
 KEYS = frozenset(_KEYS.split())
 SECTIONS = frozenset(("optimizer", "zero_optimization", "bf16", "fp16", "data_types", "checkpoint", "timers"))
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+LARGEST_COUNT = 2**31 - 1
+"""Of steps, clips, threads and the like: far beyond any run, and what kernels and other libraries count to."""
 OPTIMIZER_PARAMS = ("lr", "betas", "eps", "weight_decay")
 
 # Switches, at the top and in any section. DeepSpeed takes many of them as they come: any text is true to it.
@@ -49,6 +51,8 @@ def check_section(section: dict[str, Any]) -> None:
         if not _is_number(value, int | float if is_number else int) or value < (not is_number):
             kind = "number of at least 0" if is_number else "positive whole number"
             raise ValueError(f"deepspeed.{key}: must be a {kind}, not {value!r}")
+        if value > LARGEST_COUNT and not is_number:
+            raise ValueError(f"deepspeed.{key}: must be at most {LARGEST_COUNT}, not {value}")
     _check_optimizer(section.get("optimizer", {}))
     stage = section.get("zero_optimization", {}).get("stage", 0)
     if not _is_number(stage, int) or stage not in (0, 1, 2, 3):

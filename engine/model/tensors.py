@@ -24,6 +24,8 @@ WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."
 """What torch.compile, FSDP and activation checkpointing put into the names of what they wrap, at any level."""
 
 _FOREIGN = re.compile(r"(?:GLOBAL|class) `?([a-zA-Z_][\w.]*)")  # as torch names what it would not run
+# Matrices that no training makes all zeros, as official files and ours name them; biases begin as zeros.
+_NEVER_ZERO = re.compile(r"(embedding|v\.patch_embed\.proj|(v\.|decoder\.)?blocks\.\d+\..+)\.weight")
 DEEPEST = 8  # dictionaries within dictionaries
 
 # How files begin that people take for checkpoints, in lower case, and what they are and what to do about it.
@@ -104,7 +106,8 @@ def check_weights(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.
 
     Raises:
         UserError: it names every tensor that is missing, left over or of another shape; or the first with values that
-            are not finite, or that is not dense.
+            are not finite, or that is not dense; or the first weight matrix of zeros alone, as of a file whose space
+            was allocated before it was downloaded.
     """
     problems = [f"missing {key}" for key in wanted if key not in found]
     problems += [f"unexpected {key}" for key in found if key not in wanted]
@@ -124,6 +127,8 @@ def check_weights(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.
                 f"{where}: {key} holds {count} of {value.numel()} values that are NaN or infinite: the training that "
                 "wrote it had diverged; take an earlier checkpoint"
             )
+        if value.dim() > 1 and _NEVER_ZERO.fullmatch(key) and not value.any():
+            raise UserError(f"{where}: {key} is nothing but zeros: the file looks half-downloaded; fetch it again")
 
 
 def _what_it_is(file: Path) -> str | None:

@@ -211,6 +211,33 @@ def test_weights_of_ours_are_checked_and_unwrapped(tmp_path):
     assert FORMAT.encode() in path.read_bytes()
 
 
+def test_files_that_are_zeros_from_the_middle_on(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_model(build_model(SHAPE), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+    with pytest.raises(
+        UserError, match=r"blocks\.\d\.\S+\.weight is nothing but zeros: .* half-downloaded; fetch it again$"
+    ):
+        load_model(path)
+
+
+@pytest.mark.parametrize("format", ["safetensors", "official"])
+@pytest.mark.parametrize("name", ["embedding.weight", "blocks.1.attn.proj.weight", "blocks.0.mlp.fc2.weight"])
+def test_weights_of_zeros_are_refused(tmp_path, format, name):
+    model = build_model(SHAPE)
+    for vector in model.parameters():
+        if vector.dim() == 1:
+            torch.nn.init.zeros_(vector)  # may well be
+    save_model(model, tmp_path / "m", format=format)
+    load_model(tmp_path / "m")
+    torch.nn.init.zeros_(model.get_parameter(name))
+    save_model(model, tmp_path / "m", format=format)
+    leaf = {"embedding.weight": r"(embedding|proj)\.weight"}.get(name, r"\.".join(name.split(".")[-2:]))
+    with pytest.raises(UserError, match=f"{leaf} is nothing but zeros"):
+        load_model(tmp_path / "m")
+
+
 def test_a_missing_checkpoint_names_its_twin(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_model(build_model(SHAPE), "best.safetensors")
