@@ -141,7 +141,7 @@ def _finish(config: Config, data: Dataset, progress: Progress, done: bool) -> No
         print(f"finished {progress.step} steps; report: {report}")
     else:
         where = progress.at(progress.step)
-        print(f"stopped at {where}, saved; run the same command to go on; report so far: {report}")
+        print(f"stopped at {where}, saved; run the same command to resume; report so far: {report}")
 
 
 def _status_after_stop(config: Config) -> int:

@@ -118,10 +118,10 @@ def check_clips(
                     cache.put(paths[i], [*table[i].tolist(), reason, remarks.get(i, "")])
                 bar.update()
 
-    told = Remarks()
+    report = Remarks()
     for i in sorted(remarks.keys() - reasons.keys()):
-        told.add(paths[i], filter(None, remarks[i].split("\n")))
-    print(*told.lines("clips"), sep="\n", end="\n" if told.lines() else "", file=sys.stderr)
+        report.add(paths[i], filter(None, remarks[i].split("\n")))
+    print(*report.lines("clips"), sep="\n", end="\n" if report.lines() else "", file=sys.stderr)
 
     # From paths to entries, which may name one path many times.
     size, _, frames, rate, channels, copy_size, _ = np.ascontiguousarray(table.T)
@@ -129,16 +129,16 @@ def check_clips(
     for i in np.flatnonzero(frames < needed).tolist():
         reasons.setdefault(i, f"too short: {frames[i]} samples, one frame needs {needed[i]}")
     skipped = [Skipped(entry.path, reasons[number[entry.path]]) for entry in entries if number[entry.path] in reasons]
-    kept = [entry for entry in entries if number[entry.path] not in reasons]
-    rows = np.array([number[entry.path] for entry in kept], dtype=np.int64)
+    usable = [entry for entry in entries if number[entry.path] not in reasons]
+    rows = np.array([number[entry.path] for entry in usable], dtype=np.int64)
     copied = copy_size >= 0
     return Clips(
         paths=[copy_path(i) if copied[i] else paths[i] for i in rows.tolist()],
-        sources=[entry.path for entry in kept],
-        labels=[entry.label_text for entry in kept],
-        splits=[entry.split for entry in kept],
-        speakers=[entry.speaker for entry in kept],
-        folds=[entry.fold for entry in kept],
+        sources=[entry.path for entry in usable],
+        labels=[entry.label_text for entry in usable],
+        splits=[entry.split for entry in usable],
+        speakers=[entry.speaker for entry in usable],
+        folds=[entry.fold for entry in usable],
         frames=frames[rows],
         sample_rates=rate[rows].astype(np.int32),
         channels=channels[rows].astype(np.int32),
@@ -202,12 +202,12 @@ class _Cache:
         not known.
         """
         for start in range(0, len(paths), 500):
-            batch, known = [os.fsencode(path) for path in paths[start : start + 500]], {}
+            batch, rows = [os.fsencode(path) for path in paths[start : start + 500]], {}
             with self._guard():
                 if self._db is not None:
                     query = f"SELECT * FROM {self._TABLE} WHERE path IN ({','.join('?' * len(batch))})"
-                    known = {row[0]: row[1:] for row in self._db.execute(query, batch)}
-            yield from map(known.get, batch)
+                    rows = {row[0]: row[1:] for row in self._db.execute(query, batch)}
+            yield from map(rows.get, batch)
 
     def put(self, path: str, row: list) -> None:
         self._rows.append((os.fsencode(path), *row))

@@ -32,7 +32,7 @@ from .statistics import NUM_MEL_BINS, evenly_picked, feature_statistics
 from .texts import Texts
 
 STATISTICS_CLIPS = 512
-CONVERTED_RATE = 16000  # of the copies that probe.py makes
+CONVERTED_RATE = 16000  # Hz, the rate of the copies that probe.py makes
 MIN_STD = 1e-3
 
 
@@ -88,7 +88,7 @@ def open_dataset(
             "data.train=/path"
         )
     clips, skipped = _checked(data.train, data)
-    train, marked = _by_split(clips)
+    train, own_valid = _by_split(clips)
     if data.valid:
         valid, valid_skipped = _checked(data.valid, data)
         skipped += valid_skipped
@@ -96,8 +96,8 @@ def open_dataset(
         if not len(valid):
             raise UserError(f"{', '.join(data.valid)}: all clips are marked for test, none for validation")
         train = _without(train, valid)
-    elif len(marked):
-        valid = marked
+    elif len(own_valid):
+        valid = own_valid
     else:
         train, valid = _hold_out(train, data)
     if not len(train):
@@ -180,8 +180,8 @@ def _picked(datasets: np.ndarray, weights: Sequence[float] | None) -> np.ndarray
     total = min(len(datasets), STATISTICS_CLIPS)
     parts = []
     for first, last, weight in zip(edges[:-1], edges[1:], weights, strict=True):
-        wanted = max(1, round(total * weight / sum(weights)))
-        parts.append(first + (np.linspace(0, last - first - 1, wanted)).astype(np.int64))
+        count = max(1, round(total * weight / sum(weights)))
+        parts.append(first + (np.linspace(0, last - first - 1, count)).astype(np.int64))
     return np.concatenate(parts)
 
 
@@ -211,10 +211,10 @@ def _prepared_statistics(data: DataSection, num_mel_bins: int) -> tuple[float, f
 
 def _checked(sources: list[str], data: DataSection) -> tuple[Clips, list[Skipped]]:
     """The clips of all sources, numbered by source, and what cannot be used of them."""
-    read = {source: _read(source) for source in dict.fromkeys(sources)}
-    for source in (name for name, found in read.items() if found.clips is not None):
+    contents = {source: _read(source) for source in dict.fromkeys(sources)}
+    for source in (name for name, content in contents.items() if content.clips is not None):
         print_remarks(Path(source))
-    manifests = {source: found.rows for source, found in read.items() if found.clips is None}
+    manifests = {source: content.rows for source, content in contents.items() if content.clips is None}
     entries = [entry for manifest in manifests.values() for entry in manifest]
     if entries:
         plain, skipped = check_clips(entries, cache_dir=cache_folder(data), min_seconds=data.min_seconds)
@@ -224,14 +224,14 @@ def _checked(sources: list[str], data: DataSection) -> tuple[Clips, list[Skipped
     of_source = np.repeat(np.arange(len(manifests)), [len(manifest) for manifest in manifests.values()])
     of_source = of_source[[entry.path not in unusable for entry in entries]]
     parts = {source: plain.subset(of_source == number) for number, source in enumerate(manifests)}
-    for source, found in read.items():
-        if found.clips is not None:
-            parts[source], short = _long_enough(found.clips, data.min_seconds)
+    for source, content in contents.items():
+        if content.clips is not None:
+            parts[source], short = _long_enough(content.clips, data.min_seconds)
             skipped += short
     clips = Clips.joined([parts[source] for source in sources])
     if not len(clips):
         example = f"; the first: {skipped[0].path}: {skipped[0].reason}" if skipped else ""
-        count = len(entries) + sum(len(found.clips) for found in read.values() if found.clips is not None)
+        count = len(entries) + sum(len(content.clips) for content in contents.values() if content.clips is not None)
         raise UserError(f"{', '.join(sources)}: none of {count} audio files can be used{example}")
     return clips, skipped
 
@@ -242,19 +242,19 @@ def _read(source: str) -> Source:
     Raises:
         UserError: as `read_all`; or clips that lie in tars, are parts of files, or are of no split that there is.
     """
-    found = read_all(source)
-    if found.kind in ("tar", "file"):
+    content = read_all(source)
+    if content.kind in ("tar", "file"):
         raise UserError(
             f"{source}: is neither a folder nor a manifest ({', '.join(EXTENSIONS)}); make it a folder to train on by "
             "ssast prepare"
         )
-    found.check_splits()
-    require_whole_files(source, found.rows)
-    for note in found.notes:
+    content.check_splits()
+    require_whole_files(source, content.rows)
+    for note in content.notes:
         print(f"{source}: {note}", file=sys.stderr)
-    for remark in found.remarks:
+    for remark in content.remarks:
         warnings.warn(f"{source}: {remark}", stacklevel=5)
-    return found
+    return content
 
 
 def require_whole_files(source: str, records: Sequence[Record]) -> None:
@@ -303,13 +303,13 @@ def check_reachable(data: Dataset) -> None:
 
 
 def _by_split(clips: Clips) -> tuple[Clips, Clips]:
-    """(for training, marked as validation) by the clips' splits; what is marked for test is in neither."""
+    """The clips for training and those for validation, by their splits; clips for test are in neither."""
     valid, test = Texts.from_list(["valid", "test"]).hashes()
     hashes = clips.splits.hashes()
-    marked, tested = hashes == valid, hashes == test
-    if not marked.any() and not tested.any():
-        return clips, clips.subset(marked)
-    return clips.subset(~marked & ~tested), clips.subset(marked)
+    is_valid, is_test = hashes == valid, hashes == test
+    if not is_valid.any() and not is_test.any():
+        return clips, clips.subset(is_valid)
+    return clips.subset(~is_valid & ~is_test), clips.subset(is_valid)
 
 
 def _without(clips: Clips, others: Clips) -> Clips:
@@ -325,10 +325,10 @@ def _hold_out(clips: Clips, data: DataSection) -> tuple[Clips, Clips]:
             f"{', '.join(data.train)}: one clip alone cannot be both trained and validated on; name data.valid or add "
             "clips"
         )
-    held = _lowest_hashes(clips, min(max(1, round(data.valid_fraction * len(clips))), data.valid_clips))
-    is_held = np.zeros(len(clips), dtype=bool)
-    is_held[held] = True
-    return clips.subset(~is_held), clips.subset(is_held)
+    numbers = _lowest_hashes(clips, min(max(1, round(data.valid_fraction * len(clips))), data.valid_clips))
+    is_valid = np.zeros(len(clips), dtype=bool)
+    is_valid[numbers] = True
+    return clips.subset(~is_valid), clips.subset(is_valid)
 
 
 def _lowest_hashes(clips: Clips, count: int) -> np.ndarray:

@@ -201,26 +201,26 @@ def cut(blocks: Iterable[np.ndarray], settings: Extraction) -> Iterator[tuple[in
     segment, hop = settings.segment or sys.maxsize, settings.hop
     total, start, number = 0, 0, 0
     # the last of the `total` samples that have come, from `start` on or from where they were cut
-    held: list[np.ndarray] = []
+    pending: list[np.ndarray] = []
     for block in blocks:
         total += len(block)
         if total > settings.max_length:
             advice = "raise --max-length" if settings.segment else "cut it up by --segment, or raise --max-length"
             raise Reject(f"longer than {settings.max_length / settings.sample_rate:g} s: {advice}")
-        held.append(block.copy())  # the decoder uses its memory again
+        pending.append(block.copy())  # the decoder uses its memory again
         if total < start + segment:
             continue
-        samples = np.concatenate(held)
+        samples = np.concatenate(pending)
         origin = total - len(samples)
         while total >= start + segment:
             yield number, start, samples[start - origin : start - origin + segment]
             start, number = start + hop, number + 1
-        held = [samples[start - origin :]]
+        pending = [samples[start - origin :]]
     if total < settings.min_length:
         raise Reject(f"too short: {total} samples at {settings.sample_rate} Hz, the least is {settings.min_length}")
     is_covered = number > 0 and total <= start - hop + segment
     if total - start >= settings.min_length and not is_covered:
-        samples = np.concatenate(held)
+        samples = np.concatenate(pending)
         yield number if settings.segment else -1, start, samples[start - (total - len(samples)) :]
 
 

@@ -129,22 +129,22 @@ def _speech_commands(root: Path, remarks: list[str]) -> Iterator[Record]:
         if label == "_background_noise_" or not file:
             background += 1
             continue
-        speaker, is_named, _ = file.partition("_nohash_")
+        speaker, separator, _ = file.partition("_nohash_")
         split = splits.get(bare_name(name), "train")
-        yield Record(str(root / name), (label,), split, speaker if is_named else "")
+        yield Record(str(root / name), (label,), split, speaker if separator else "")
     if background:
         remarks.append(f"{background} files of background noise left out")
 
 
 WANTED_WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 UNKNOWN, SILENCE = "_unknown_", "_silence_"
-# of each file of noise, from where to where
-_NOISE_SHARES = {
+# The fractions of each file of noise between which a split's pieces lie.
+_NOISE_FRACTIONS = {
     "train": (0.0, 0.6),
     "valid": (0.6, 0.8),
     "test": (0.8, 1.0),
 }
-_PIECE_SECONDS, _PIECE_HOP = 1.0, 0.5  # of silence that is measured on
+_PIECE_SECONDS, _PIECE_HOP = 1.0, 0.5  # Pieces of silence to measure on are this long, and this far apart.
 
 
 def speech_commands_12(root: Path, remarks: list[str], cache_dir: Path | None) -> Iterator[Record]:
@@ -170,14 +170,14 @@ def speech_commands_12(root: Path, remarks: list[str], cache_dir: Path | None) -
             f"{root} does not look like speech_commands: it has no validation_list.txt and testing_list.txt"
         )
     entries = list(_speech_commands(root, []))
-    wanted = [entry for entry in entries if entry.labels[0] in WANTED_WORDS]
-    yield from wanted
+    target_words = [entry for entry in entries if entry.labels[0] in WANTED_WORDS]
+    yield from target_words
     unknown = [replace(entry, labels=(UNKNOWN,)) for entry in entries if entry.labels[0] not in WANTED_WORDS]
-    for split in _NOISE_SHARES:
+    for split in _NOISE_FRACTIONS:
         others = [entry for entry in unknown if entry.split == split]
         if split != "train":
-            kept = round(sum(entry.split == split for entry in wanted) / len(WANTED_WORDS))
-            others = sorted(others, key=lambda entry: _name_hash(entry.path, root))[:kept]
+            count = round(sum(entry.split == split for entry in target_words) / len(WANTED_WORDS))
+            others = sorted(others, key=lambda entry: _name_hash(entry.path, root))[:count]
             remarks.append(f"{len(others)} unknown words kept in {split}")
         yield from sorted(others, key=lambda entry: entry.path)
     yield from _silence(root, cache_dir)
@@ -208,7 +208,7 @@ def _silence(root: Path, cache_dir: Path | None) -> Iterator[Record]:
         try:
             sound, rate = soundfile.read(noise, dtype="int16", always_2d=True)
             folder.mkdir(parents=True, exist_ok=True)
-            for split, (first, last) in _NOISE_SHARES.items():
+            for split, (first, last) in _NOISE_FRACTIONS.items():
                 part = sound[round(first * len(sound)) : round(last * len(sound)), 0]
                 length, hop = (
                     (len(part), 1) if split == "train" else (round(_PIECE_SECONDS * rate), round(_PIECE_HOP * rate))
@@ -236,7 +236,6 @@ def _is_voxceleb1(root: Path) -> bool:
 def _voxceleb1(root: Path, remarks: list[str]) -> Iterator[Record]:
     """.../idXXXXX/VIDEO/*.wav, with iden_split.txt: 1, 2 or 3 and a path from idXXXXX on."""
     names = _audio_files(root)
-    # of each file its name from idXXXXX on
     parts_of = {name: name.split("/") for name in names}
     at = {
         name: next((at for at, part in enumerate(parts) if _VOXCELEB_SPEAKER.fullmatch(part)), None)
@@ -317,7 +316,7 @@ def _audioset(root: Path, remarks: list[str]) -> Iterator[Record]:
     times after it.
     """
     lists: dict[Path, list[str]] = {}
-    known: dict[str, tuple[tuple[str, ...], str]] = {}
+    segments: dict[str, tuple[tuple[str, ...], str]] = {}
     for path in _audioset_lists(root):
         split = "test" if path.name.startswith("eval") else "train"
         rows = [row for row in _rows(path, ("id", "start", "end", "labels")) if row["id"]]
@@ -325,24 +324,24 @@ def _audioset(root: Path, remarks: list[str]) -> Iterator[Record]:
         if ragged is not None:
             raise UserError(f"{path}: {ragged['id']} has more than four fields; put its labels between double quotes")
         lists[path] = [row["id"] for row in rows]
-        known |= {row["id"]: (split_labels(row["labels"]), split) for row in rows}
+        segments |= {row["id"]: (split_labels(row["labels"]), split) for row in rows}
     unknown, videos = 0, {}
     for name in _audio_files(root):
         stem = os.path.splitext(os.path.basename(name))[0]
         matches = (pattern.fullmatch(stem) for pattern in (_AUDIOSET_PLAIN, _AUDIOSET_NAME))
-        video = next((match[1] for match in matches if match and match[1] in known), None)
+        video = next((match[1] for match in matches if match and match[1] in segments), None)
         if video is None:
             unknown += 1
         else:
             videos[name] = video
-    found = set(videos.values())
+    present = set(videos.values())
     for path, ids in lists.items():
-        _require_listed(path, ids, found)
-    yield from (Record(str(root / name), *known[video]) for name, video in videos.items())
+        _require_listed(path, ids, present)
+    yield from (Record(str(root / name), *segments[video]) for name, video in videos.items())
     if unknown:
         remarks.append(f"{unknown} audio files left out: not in the lists")
-    if len(found) < len(known):
-        remarks.append(f"{len(known) - len(found)} of {len(known)} listed segments have no audio file")
+    if len(present) < len(segments):
+        remarks.append(f"{len(segments) - len(present)} of {len(segments)} listed segments have no audio file")
 
 
 LAYOUTS: dict[str, tuple[Callable[[Path], bool], Callable[[Path, list[str]], Iterator[Record]]]] = {

@@ -2,7 +2,7 @@
 
 Positions count clips from the start of training, across epochs. Unweighted, position p is place p mod n of epoch p div
 n, and every epoch is a permutation of its own, so each clip comes exactly once an epoch however batches fall. With
-weights, every block of 1000 positions holds exactly the share of each data set, and each data set goes through its
+weights, every block of 1000 positions holds exactly the fraction of each data set, and each data set goes through its
 clips by permutations of its own. Nothing here knows of ranks or workers; a run's place in the data is one number.
 """
 
@@ -87,9 +87,9 @@ class WeightedOrder(SampleOrder):
         place = torch.arange(first, first + count, dtype=torch.int64)
         zero = torch.zeros_like(place)
         high, low, *_ = philox(self.seed, place & 0xFFFFFFFF, place >> 32, zero, zero + Stream.DRAW)
-        share = (high.numpy().astype(np.float64) * 2.0**32 + low.numpy()) * 2.0**-64
-        # rounding may take a share to 1, beyond the last clip
-        index = np.minimum(np.searchsorted(self._edges, share, side="right"), self.num_clips - 1)
+        fraction = (high.numpy().astype(np.float64) * 2.0**32 + low.numpy()) * 2.0**-64
+        # Rounding may take a fraction to 1, beyond the last clip
+        index = np.minimum(np.searchsorted(self._edges, fraction, side="right"), self.num_clips - 1)
         return index, place.numpy() // self.num_clips
 
 

@@ -90,7 +90,7 @@ def _make_shards(folder: Folder, workers: int, timeout_s: float, memory: int, pr
                     for answer in answers:
                         if "fatal" in answer:
                             raise UserError(
-                                f"{answer['fatal']}: finished shards are kept, run the same command again to go on"
+                                f"{answer['fatal']}: finished shards are kept, run the same command again to resume"
                             )
                         before = shard.done
                         shard.take(answer)
@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
             settings, options.out, workers=options.workers, timeout_s=options.timeout, memory=options.memory_limit
         )
     except KeyboardInterrupt:
-        print("ssast: interrupted; the same command goes on from the last finished shard", file=sys.stderr)
+        print("ssast: interrupted; the same command resumes from the last finished shard", file=sys.stderr)
         return 130
     if summary is None:
         print(f"{options.out} is finished: nothing to do")

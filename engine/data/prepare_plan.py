@@ -77,7 +77,7 @@ class Plan:
 
 
 def make_plan(settings: Settings) -> Plan:
-    """Finds all recordings; what it finds, and does not, goes to standard error.
+    """Find all recordings, and write to standard error what each source holds.
 
     Raises:
         UserError: a source cannot be read.

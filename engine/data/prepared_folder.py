@@ -82,7 +82,7 @@ class UnfinishedShard:
             UserError: it had no recording in hand, so that none is to blame.
         """
         if self.done == self.count:
-            raise UserError(f"a process that writes shards has ended ({end}): run the same command again to go on")
+            raise UserError(f"a process that writes shards has ended ({end}): run the same command again to resume")
         if self.failed == self.done:
             self.take({"reason": f"{end}, twice"})
         else:

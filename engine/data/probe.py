@@ -350,7 +350,7 @@ class _Sound:
         """(rate, mean of the channels), float32 [n], full scale 1: many frames at a time, of which most codecs make
         short ones.
         """
-        rate, held = 0, 0
+        rate, num_samples = 0, 0
         pieces: list[np.ndarray] = []
         for frame in self._frames():
             _check_rate(frame.sample_rate)
@@ -358,10 +358,10 @@ class _Sound:
             if not frame.format.is_planar:
                 samples = samples.reshape(-1, frame.layout.nb_channels).T
             self._seconds += frame.samples / frame.sample_rate
-            if pieces and (frame.sample_rate != rate or held >= _BLOCK or _differ(samples, pieces[0])):
+            if pieces and (frame.sample_rate != rate or num_samples >= _BLOCK or _differ(samples, pieces[0])):
                 yield from self._join(rate, pieces)
-                pieces, held = [], 0
-            rate, held = frame.sample_rate, held + samples.size
+                pieces, num_samples = [], 0
+            rate, num_samples = frame.sample_rate, num_samples + samples.size
             pieces.append(samples)
         if pieces:
             yield from self._join(rate, pieces)

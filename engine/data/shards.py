@@ -75,8 +75,8 @@ def encode_audio(samples: np.ndarray, sample_rate: int, codec: str) -> bytes:
 def count_samples(content: bytes, codec: str) -> int:
     """Samples that the header of an audio member promises; -1 for another header than `encode_audio` writes."""
     if codec == "wav":
-        known = content.startswith(b"RIFF") and content[36:40] == b"data" and len(content) >= HEADER_BYTES
-        return (len(content) - HEADER_BYTES) // 2 if known else -1
+        is_own_header = content.startswith(b"RIFF") and content[36:40] == b"data" and len(content) >= HEADER_BYTES
+        return (len(content) - HEADER_BYTES) // 2 if is_own_header else -1
     return (
         int.from_bytes(content[21:26], "big") & (1 << 36) - 1
         if content.startswith(b"fLaC") and len(content) > 42
@@ -196,8 +196,8 @@ def open_shards(folder: Path) -> Clips:
         path = folder / SHARDS / shard.name
         size = path.stat().st_size if path.is_file() else None
         if size != shard.bytes:
-            found = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
-            raise UserError(f"{path}: the shard {found}; copy it again, or run ssast prepare again")
+            problem = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
+            raise UserError(f"{path}: the shard {problem}; copy it again, or run ssast prepare again")
     names = ("shard", "offset", "size", "samples", "source", "label", "split", "speaker")
     numbers, blocks = load_index(folder, count, names)
     shard_of, offsets, sizes, samples = numbers.values()
@@ -350,8 +350,8 @@ def verify(folder: Path, workers: int, progress: bool = True) -> tuple[int, list
     total = sum(shard.bytes for shard in shards)
     bar = tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=None if progress else True)
     with bar, ThreadPoolExecutor(workers) as pool:
-        for found in pool.map(check, range(len(shards))):
-            faults += found
+        for shard_faults in pool.map(check, range(len(shards))):
+            faults += shard_faults
     return clips, faults
 
 
@@ -369,13 +369,13 @@ def _shard_faults(
     )
     try:
         with open(folder / shard.name, "rb", buffering=0) as file:
-            held = os.fstat(file.fileno()).st_size
-            if held != shard.bytes:
-                faults.append(f"{held} bytes instead of {shard.bytes}")
+            size = os.fstat(file.fileno()).st_size
+            if size != shard.bytes:
+                faults.append(f"{size} bytes instead of {shard.bytes}")
             hashing = _Hashing(file, bar)
-            found = _member_faults(hashing, rows, codec, rate)
+            member_faults = _member_faults(hashing, rows, codec, rate)
             try:
-                faults += _shortened(found)
+                faults += _shortened(member_faults)
             except tarfile.TarError as error:
                 faults.append(f"damaged tar: {first_line(error)}")
             while hashing.read(1 << 20):
@@ -411,13 +411,13 @@ def _member_faults(file: io.RawIOBase, rows: list[dict[str, Any]], codec: str, r
         )
         try:
             note = json.loads(note_bytes)
-            told = {name: encode_text(note[name]) for name in NOTED} | {"seconds": round(note["seconds"] * rate)}
+            values = {name: encode_text(note[name]) for name in NOTED} | {"seconds": round(note["seconds"] * rate)}
         except (ValueError, KeyError, TypeError, AttributeError):
             yield f"{key}.json is damaged"
             continue
         for name, value in {**{name: encode_text(row[name]) for name in NOTED}, "seconds": row["samples"]}.items():
-            if told[name] != value:
-                yield f"{key}.json: {name} is {told[name]!r}, the index says {value!r}"
+            if values[name] != value:
+                yield f"{key}.json: {name} is {values[name]!r}, the index says {value!r}"
     more = sum(1 for _ in members)
     if more:
         yield f"{more} members that are not in the index"

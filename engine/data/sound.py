@@ -54,16 +54,16 @@ def find_recordings(sources: Sequence[str], remark: Any = None) -> list[Record]:
     """
     from ssast.engine.data.sources import read_source  # not in the processes that decode, which start often
 
-    found: dict[tuple[str, int, float, float], Record] = {}
+    recordings_by_place: dict[tuple[str, int, float, float], Record] = {}
     for source in sources:
         read = read_source(source)
         if remark and (read.remarks or read.notes):
             remark(f"{source}: {'; '.join([*read.remarks, *read.notes])}")
         for recording in read.records:
-            found.setdefault(recording.place, recording)
-    if not found:
+            recordings_by_place.setdefault(recording.place, recording)
+    if not recordings_by_place:
         raise UserError("no recordings were named: give audio files, folders or manifests")
-    return list(found.values())
+    return list(recordings_by_place.values())
 
 
 def read_recordings(

@@ -132,11 +132,11 @@ class Block:
     def hashes(self) -> np.ndarray:
         """uint64, one for each text."""
         offsets, utf8 = self.arrays
-        found = np.empty(self._count, dtype=np.uint64)
+        hashes = np.empty(self._count, dtype=np.uint64)
         for start in range(0, self._count, _CHUNK):
             part = offsets[start : start + _CHUNK + 1]
-            found[start : start + _CHUNK] = _hash(utf8[part[0] : part[-1]], part - part[0])
-        return found
+            hashes[start : start + _CHUNK] = _hash(utf8[part[0] : part[-1]], part - part[0])
+        return hashes
 
 
 def _decode(text: memoryview) -> str:

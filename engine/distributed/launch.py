@@ -48,7 +48,7 @@ def one_line_errors(work: Callable[[], int]) -> int:
         return error.exit_code
     except KeyboardInterrupt:  # before there is a step to finish and save
         if speaks_for_its_node():
-            print("ssast: stopped; run the same command to go on", file=sys.stderr, flush=True)
+            print("ssast: stopped; run the same command to resume", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
 
 

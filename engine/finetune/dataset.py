@@ -32,7 +32,7 @@ class LabelledClips:
     remarks: tuple[str, ...] = ()
 
     def folds(self) -> list[str]:
-        """Those that the clips come in, if they do."""
+        """The folds that the clips come in; an empty list if they have none."""
         return fold_names([record.fold for record in self.records])
 
 
@@ -67,22 +67,22 @@ def read_task(config: FinetuneConfig) -> LabelledClips:
         raise UserError(
             "data.train is not set: name the folder of the data set, or a CSV of path and label: data.train=/path"
         )
-    marked = [(data.train, ""), (data.valid, "valid"), (data.test, "test")]
+    sources_by_split = [(data.train, ""), (data.valid, "valid"), (data.test, "test")]
     records: list[Record] = []
     parts: list[Clips] = []
     notes: list[str] = []
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        for sources, split in marked:
+        for sources, split in sources_by_split:
             plain = [source for source in sources if not is_prepared(Path(source))]
-            found: list[Record] = []
+            rows: list[Record] = []
             if plain:
-                found = read_labelled(plain, layout=config.task.layout, cache_dir=cache_folder(data), notes=notes)
-            require_whole_files(", ".join(plain), found)
+                rows = read_labelled(plain, layout=config.task.layout, cache_dir=cache_folder(data), notes=notes)
+            require_whole_files(", ".join(plain), rows)
             if split:
-                records += [replace(record, split=split) for record in found]
+                records += [replace(record, split=split) for record in rows]
             else:
-                records += itertools.compress(found, _kept([record.split for record in found], data))
+                records += itertools.compress(rows, _keep_mask([record.split for record in rows], data))
             for source in sources:
                 if is_prepared(Path(source)):
                     clips = open_shards(Path(source))
@@ -93,7 +93,7 @@ def read_task(config: FinetuneConfig) -> LabelledClips:
                     if split:
                         parts.append(replace(clips, splits=Texts.from_list([split] * len(clips))))
                     else:
-                        parts.append(clips.subset(_kept(list(clips.splits), data)))
+                        parts.append(clips.subset(_keep_mask(list(clips.splits), data)))
     _refuse_twice(records)
     skipped: list[Skipped] = []
     if records:
@@ -121,7 +121,7 @@ def open_task(config: FinetuneConfig, read: LabelledClips, measured: tuple[float
     records = read.records
     labels = [record.labels for record in records]
     sources = [record.source for record in records]
-    given = Path(task.labels) if isinstance(task.labels, str) else task.labels
+    class_labels = Path(task.labels) if isinstance(task.labels, str) else task.labels
     split = split_clips(
         [record.split for record in records],
         [record.fold for record in records],
@@ -135,7 +135,7 @@ def open_task(config: FinetuneConfig, read: LabelledClips, measured: tuple[float
         group=task.group,
         valid_fold=task.valid_fold,
     )
-    vocabulary = Vocabulary.from_clips(labels, given)
+    vocabulary = Vocabulary.from_clips(labels, class_labels)
     examined = examine(
         labels, sources, vocabulary, split, multi_label=task.multi_label, unseen=task.unseen, strict=data.strict
     )
@@ -202,27 +202,27 @@ def _balancing(targets: np.ndarray) -> np.ndarray:
     return targets @ (1.0 / np.maximum(counts, 1))
 
 
-def _kept(splits: list[str], data: FinetuneDataSection) -> np.ndarray:
-    """Bool [N]: of clips of data.train those that it does not mark for validation where data.valid names others, and
-    test likewise.
+def _keep_mask(splits: list[str], data: FinetuneDataSection) -> np.ndarray:
+    """Bool [N], true for the clips of data.train to keep: not those that it marks for validation where data.valid names
+    other clips, nor those that it marks for test where data.test does.
     """
-    kept = np.ones(len(splits), dtype=bool)
+    mask = np.ones(len(splits), dtype=bool)
     for name, sources in (("valid", data.valid), ("test", data.test)):
-        marked = np.array([bool(sources) and split == name for split in splits], dtype=bool)
-        if marked.any():
+        is_replaced = np.array([bool(sources) and split == name for split in splits], dtype=bool)
+        if is_replaced.any():
             warnings.warn(
-                f"{marked.sum()} clips of data.train are marked for {name} and left out: data.{name} names others",
+                f"{is_replaced.sum()} clips of data.train are marked for {name} and left out: data.{name} names others",
                 stacklevel=2,
             )
-        kept &= ~marked
-    return kept
+        mask &= ~is_replaced
+    return mask
 
 
 def _refuse_twice(records: list[Record]) -> None:
     """A file named in data.train and in data.test would be trained and tested on."""
-    seen: dict[str, str] = {}
+    split_by_path: dict[str, str] = {}
     for record in records:
-        before = seen.setdefault(record.path, record.split)
+        before = split_by_path.setdefault(record.path, record.split)
         if before != record.split:
             raise UserError(
                 f"{record.path}: named for {before or 'training'} and for {record.split or 'training'}; keep one of "

@@ -24,7 +24,7 @@ from ssast.engine.errors import UserError
 
 from .splits import Split
 
-_NAMED_AT_MOST = 5  # labels or clips in a message
+_MAX_NAMES = 5  # A message names at most so many labels or clips.
 
 
 # Reading
@@ -50,16 +50,16 @@ def read_labelled(
     files: list[Record] = []
     pieces: list[Record] = []
     for source in sources:
-        found = _read(source, layout, cache_dir)
-        found.check_splits()
-        for remark in found.remarks:
+        content = _read(source, layout, cache_dir)
+        content.check_splits()
+        for remark in content.remarks:
             warnings.warn(f"{source}: {remark}", stacklevel=2)
         if notes is not None:
-            notes += [f"{source}: {note}" for note in found.notes]
-        if found.clips is None:
-            files += _require_labels(found)
+            notes += [f"{source}: {note}" for note in content.notes]
+        if content.clips is None:
+            files += _require_labels(content)
         else:
-            pieces += found.records
+            pieces += content.records
     return _without_duplicates(files) + pieces
 
 
@@ -85,17 +85,17 @@ def _read(source: str, layout: str, cache_dir: Path | None) -> Source:
     return read_source(source, "auto" if path.is_file() else layout, classes=True, cache_dir=cache_dir)
 
 
-def _require_labels(found: Source) -> list[Record]:
-    if any(record.labels for record in found.rows):
-        return found.rows
-    if found.kind == "manifest":
+def _require_labels(source: Source) -> list[Record]:
+    if any(record.labels for record in source.rows):
+        return source.rows
+    if source.kind == "manifest":
         why = f"it needs a column or field with the label of each clip ({', '.join(LABEL_COLUMNS)})"
-        why += f"; its columns are {', '.join(found.columns)}" if found.columns else ""
-    elif found.kind == "folder":
+        why += f"; its columns are {', '.join(source.columns)}" if source.columns else ""
+    elif source.kind == "folder":
         why = "a folder of no known layout needs a sub-folder for each class, or a metadata.csv of file_name and label"
     else:
-        why = f"{found.kind} comes without"
-    raise UserError(f"{found.name}: none of {len(found.rows)} clips has a label; {why}")
+        why = f"{source.kind} comes without"
+    raise UserError(f"{source.name}: none of {len(source.rows)} clips has a label; {why}")
 
 
 def _without_duplicates(records: list[Record]) -> list[Record]:
@@ -147,9 +147,9 @@ class Vocabulary:
             return cls.read(labels)
         if labels is not None:
             return cls(tuple(labels))
-        found = {label for of_clip in dict.fromkeys(clip_labels) for label in of_clip}
+        classes = {label for of_clip in dict.fromkeys(clip_labels) for label in of_clip}
         return cls(
-            tuple(sorted(found, key=(lambda label: (float(label), label)) if all(map(_is_number, found)) else None))
+            tuple(sorted(classes, key=(lambda label: (float(label), label)) if all(map(_is_number, classes)) else None))
         )
 
     @classmethod
@@ -210,8 +210,8 @@ def _is_number(text: str) -> bool:
 
 
 def _some(names: Sequence[str]) -> str:
-    more = len(names) - _NAMED_AT_MOST
-    return ", ".join(map(repr, names[:_NAMED_AT_MOST])) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - _MAX_NAMES
+    return ", ".join(map(repr, names[:_MAX_NAMES])) + (f" and {more} more" if more > 0 else "")
 
 
 # Looking over what there is to learn and to measure
@@ -254,25 +254,25 @@ def examine(
     if unseen not in ("error", "drop"):
         raise ValueError(f'unseen is "error" or "drop", not {unseen!r}')
     remarks: list[str] = []
-    chosen = np.concatenate(split.parts).tolist()
+    clips = np.concatenate(split.parts).tolist()
     encoded, foreign = np.zeros((len(clip_labels), len(vocabulary)), dtype=bool), {}
     numbers = functools.cache(vocabulary.numbers)
-    for number in chosen:
-        known, unknown = numbers(clip_labels[number])
-        encoded[number, known] = True
+    for number in clips:
+        classes, unknown = numbers(clip_labels[number])
+        encoded[number, classes] = True
         if unknown:
             foreign[number] = unknown
     if foreign:
         names = list(dict.fromkeys(label for labels in foreign.values() for label in labels))
-        told = (
+        message = (
             f"{len(foreign)} clips have labels that are no class: {_some(names)}; the first is "
             f"{sources[next(iter(foreign))]}"
         )
         if unseen == "error":
-            raise UserError(f"{told}; add them to the list of labels, or drop unseen labels")
-        remarks.append(f"{told}; these labels are taken away")
+            raise UserError(f"{message}; add them to the list of labels, or drop unseen labels")
+        remarks.append(f"{message}; these labels are taken away")
     if not multi_label:
-        several = [number for number in chosen if encoded[number].sum() > 1]
+        several = [number for number in clips if encoded[number].sum() > 1]
         if several:
             names = [vocabulary.labels[at] for at in np.flatnonzero(encoded[several[0]])]
             raise UserError(
@@ -286,10 +286,10 @@ def examine(
     counted = ", ".join(f"{len(part)} in {name}" for name, part in unlabelled.items() if len(part))
     if counted:
         first = next(int(part[0]) for part in unlabelled.values() if len(part))
-        told = f"clips without a label: {counted}; the first is {sources[first]}"
+        message = f"clips without a label: {counted}; the first is {sources[first]}"
         if strict:
-            raise UserError(f"{told}; label them, or let them be left out (strict is set)")
-        remarks.append(f"{told}; they are left out")
+            raise UserError(f"{message}; label them, or let them be left out (strict is set)")
+        remarks.append(f"{message}; they are left out")
 
     counts = encoded[split.train].sum(axis=0)  # [C] training clips of each class
     split = _drop_unseen(split, encoded, counts, vocabulary, unseen, sources, remarks)
@@ -318,15 +318,15 @@ def _drop_unseen(
         return split
     hit = measured[encoded[measured][:, is_unseen].any(axis=1)]
     names = [vocabulary.labels[at] for at in np.flatnonzero(is_unseen)]
-    told = (
+    message = (
         f"validation and test have labels that no training clip has: {_some(names)}, in {len(hit)} clips, the "
         f"first {sources[hit[0]]}"
     )
     if unseen == "error":
-        raise UserError(f"{told}; add training clips of them, or drop unseen labels")
+        raise UserError(f"{message}; add training clips of them, or drop unseen labels")
     encoded[np.ix_(measured, is_unseen)] = False
     empty = measured[~encoded[measured].any(axis=1)]
-    remarks.append(f"{told}; these labels are taken away, and {len(empty)} clips with them")
+    remarks.append(f"{message}; these labels are taken away, and {len(empty)} clips with them")
     return split.without(empty)
 
 
@@ -334,9 +334,9 @@ def _require_learnable(counts: np.ndarray, clips: int, vocabulary: Vocabulary) -
     if not clips:
         raise UserError("no training clip has a label: nothing can be learned")
     if len(vocabulary) < 2 or (counts > 0).sum() < 2:
-        held = _some([vocabulary.labels[at] for at in np.flatnonzero(counts)])
+        names = _some([vocabulary.labels[at] for at in np.flatnonzero(counts)])
         raise UserError(
-            f"all {clips} training clips are of one class, {held}: there is nothing to tell apart; add clips of others"
+            f"all {clips} training clips are of one class, {names}: there is nothing to tell apart; add clips of others"
         )
     if len(vocabulary) > clips:
         raise UserError(

@@ -2,7 +2,7 @@
 or torchrun.
 
 A command is a list of runs, one for each arm, seed and fold, done one after the other in folders of their own. Finished
-ones are not done again, so the same command goes on after an interruption, and a longer one (more seeds, another arm)
+ones are not done again, so the same command resumes after an interruption, and a longer one (more seeds, another arm)
 adds to what there is.
 """
 
@@ -91,11 +91,11 @@ def _start(arguments: argparse.Namespace) -> int:
         print(dump_config(config).rstrip())
         return 0
     if place is None and ranks > 1:
-        given = [arguments.task, *overrides, "--seeds", str(arguments.seeds)]
-        given += ["--compare", *compared] if compared else []
-        status = launch(ranks, "ssast.engine.finetune.run", given, engine=config.step.engine)
+        command = [arguments.task, *overrides, "--seeds", str(arguments.seeds)]
+        command += ["--compare", *compared] if compared else []
+        status = launch(ranks, "ssast.engine.finetune.run", command, engine=config.step.engine)
         if status is None:
-            print("ssast: stopped; run the same command to go on from the last checkpoint", file=sys.stderr)
+            print("ssast: stopped; run the same command to resume from the last checkpoint", file=sys.stderr)
             return STOPPED
         return status
     return supervised(lambda stop_request: run_all(config, arms, arguments.seeds, stop_request))
@@ -123,8 +123,8 @@ def run_all(config: FinetuneConfig, arms: list[Arm], seeds: int, stop_request: S
     ranks.once(lambda: _check_folds(runs, read))
     if ranks.is_first and not arms and config.model.init_from is None:
         print("note: no weights to start from are named (--from PATH): training from scratch")
-    with contextlib.ExitStack() as held:
-        ranks.once(lambda: held.enter_context(locked(config.run_dir)))
+    with contextlib.ExitStack() as stack:
+        ranks.once(lambda: stack.enter_context(locked(config.run_dir)))
         for number, run in enumerate(runs, start=1):
             if ranks.is_first and len(runs) > 1:
                 print(f"run {number} of {len(runs)}: {run.config.run_dir}", flush=True)
@@ -156,10 +156,10 @@ def plan(config: FinetuneConfig, arms: list[Arm], seeds: int, read: LabelledClip
 
 def _folds(config: FinetuneConfig, read: LabelledClips) -> list[str]:
     there = read.folds()
-    wanted = config.task.folds or 0
-    if there and len(there) != wanted:
-        raise UserError(f"task.folds: {wanted}, but the clips come in {len(there)} folds ({', '.join(there)})")
-    return there or [str(number) for number in range(1, wanted + 1)]
+    count = config.task.folds or 0
+    if there and len(there) != count:
+        raise UserError(f"task.folds: {count}, but the clips come in {len(there)} folds ({', '.join(there)})")
+    return there or [str(number) for number in range(1, count + 1)]
 
 
 def _check_folds(runs: list[Run], read: LabelledClips) -> None:
@@ -184,17 +184,18 @@ def _with_arms(config: FinetuneConfig, arms: list[Arm]) -> Iterator[tuple[str, F
     """
     shape: dict[str, Any] = {}
     shapes = {path: load_model(path).config for _, path in arms if path is not None}
-    for weights, found in shapes.items():
-        _check_patches(config, weights, found)
+    for weights, model_config in shapes.items():
+        _check_patches(config, weights, model_config)
     if shapes:
-        weights, found = next(iter(shapes.items()))
-        size = next((name for name, width in WIDTHS.items() if width == found.width), None)
+        weights, model_config = next(iter(shapes.items()))
+        size = next((name for name, width in WIDTHS.items() if width == model_config.width), None)
         if size is None and any(path is None for _, path in arms):
             raise UserError(
-                f"{weights}: width {found.width} is none of {', '.join(WIDTHS)}, so no arm from scratch can be like it"
+                f"{weights}: width {model_config.width} is none of {', '.join(WIDTHS)}, so no arm from "
+                "scratch can be like it"
             )
-        stride = config.model.stride or found.stride
-        shape = {"size": size, "depth": found.depth, "patch_shape": found.patch_shape, "stride": stride}
+        stride = config.model.stride or model_config.stride
+        shape = {"size": size, "depth": model_config.depth, "patch_shape": model_config.patch_shape, "stride": stride}
     for name, path in arms:
         changes: dict[str, Any] = {"init_from": path, **(shape if path is None else {})}
         yield name, config.model_copy(update={"model": config.model.model_copy(update=changes)})
@@ -242,13 +243,13 @@ def _is_finished(config: FinetuneConfig) -> bool:
     """
     file = config.run_dir / RESULTS_FILE
     steps = json.loads(file.read_text(encoding="utf-8"))["steps"] if file.is_file() else 0
-    wanted = config.train.steps
-    assert wanted is not None  # see `FinetuneConfig.timed`
-    if steps > wanted:
+    target = config.train.steps
+    assert target is not None  # see `FinetuneConfig.timed`
+    if steps > target:
         raise UserError(
-            f"{config.run_dir}: holds a finished run of {steps} steps, not {wanted}; choose another run.name"
+            f"{config.run_dir}: holds a finished run of {steps} steps, not {target}; choose another run.name"
         )
-    return steps == wanted
+    return steps == target
 
 
 def start_model(config: FinetuneConfig, data: TaskData) -> SSAST:
@@ -258,44 +259,44 @@ def start_model(config: FinetuneConfig, data: TaskData) -> SSAST:
         UserError: weights that are not of the size or patch shape that the config names, or that cannot follow its
             input.
     """
-    wanted, classes, seed = config.model, len(data.labels), config.run.seed
-    if wanted.init_from is None:
+    section, classes, seed = config.model, len(data.labels), config.run.seed
+    if section.init_from is None:
         model = build_model(dataclasses.replace(config.architecture, num_classes=classes), seed)
     else:
         model = load_model(
-            wanted.init_from,
+            section.init_from,
             num_classes=classes,
-            input_frames=wanted.input_frames,
-            stride=wanted.stride,
-            input_bins=wanted.num_mel_bins,
-            position_resize=wanted.position_resize,
+            input_frames=section.input_frames,
+            stride=section.stride,
+            input_bins=section.num_mel_bins,
+            position_resize=section.position_resize,
         )
-        _check_patches(config, wanted.init_from, model.config)
+        _check_patches(config, section.init_from, model.config)
         if model.card.sample_rate != config.data.sample_rate:
             raise UserError(
-                f"{wanted.init_from}: is for sound at {model.card.sample_rate} Hz; set "
+                f"{section.init_from}: is for sound at {model.card.sample_rate} Hz; set "
                 f"data.sample_rate={model.card.sample_rate}"
             )
         init_classifier(model, torch.Generator().manual_seed(seed))
         if model.config.layer_weights:  # of another task
             model = resize(model, dataclasses.replace(model.config, layer_weights=False))
-    if wanted.layer_weights:
+    if section.layer_weights:
         model = resize(model, dataclasses.replace(model.config, layer_weights=True))
-    if wanted.train == "head":
+    if section.train == "head":
         freeze_encoder(model)
     model.card = ModelCard(
-        config.data.sample_rate, data.mean, data.std, tuple(data.labels), config.task.multi_label, wanted.pool
+        config.data.sample_rate, data.mean, data.std, tuple(data.labels), config.task.multi_label, section.pool
     )
     return model
 
 
-def _check_patches(config: FinetuneConfig, path: str, found: ModelConfig) -> None:
-    wanted = config.model.patch_shape
-    if wanted not in (None, found.patch_shape):
-        ours, theirs = ("x".join(map(str, shape)) for shape in (wanted, found.patch_shape))
+def _check_patches(config: FinetuneConfig, path: str, model_config: ModelConfig) -> None:
+    patch_shape = config.model.patch_shape
+    if patch_shape not in (None, model_config.patch_shape):
+        ours, theirs = ("x".join(map(str, shape)) for shape in (patch_shape, model_config.patch_shape))
         raise UserError(
             f"{path}: has patches of {theirs}, this task is set up for {ours}; take a recipe for {theirs} "
-            f"({'NAME-frame' if found.patch_shape[0] > wanted[0] else 'the one without -frame'}), or set "
+            f"({'NAME-frame' if model_config.patch_shape[0] > patch_shape[0] else 'the one without -frame'}), or set "
             "model.patch_shape and "
             "model.stride"
         )
@@ -303,7 +304,7 @@ def _check_patches(config: FinetuneConfig, path: str, found: ModelConfig) -> Non
 
 def _test(run: Run, config: FinetuneConfig, data: TaskData, ranks: Ranks) -> None:
     """Measure the chosen weights on the test clips, and leave them, the answers and the figures in the run folder."""
-    model, chosen = _chosen_model(config)
+    model, selection = _select_model(config)
     if config.model.train == "head":
         _put_back_frozen(model, start_model(config, data))
     if ranks.is_first:
@@ -316,8 +317,8 @@ def _test(run: Run, config: FinetuneConfig, data: TaskData, ranks: Ranks) -> Non
     notes = list(data.remarks)
     whole = read == np.arange(len(read))  # in the place of a clip that breaks after the check another one is read
     if not whole.all():
-        lost = data.test.sources[int(np.argmin(whole))]
-        notes.append(f"{(~whole).sum()} test clips could not be read any more and are left out; the first is {lost}")
+        first = data.test.sources[int(np.argmin(whole))]
+        notes.append(f"{(~whole).sum()} test clips could not be read any more and are left out; the first is {first}")
         print(f"warning: {notes[-1]}", flush=True)
     scores, read = scores[whole], read[whole]
     targets = data.test_targets[read]
@@ -332,7 +333,7 @@ def _test(run: Run, config: FinetuneConfig, data: TaskData, ranks: Ranks) -> Non
         "fold": run.fold,
         "metric": config.metric,
         "metrics": {name: value if math.isfinite(value) else None for name, value in metrics.items()},
-        "weights": chosen,
+        "weights": selection,
         "clips": {"train": len(data.train), "valid": len(data.valid), "test": len(read)},
         "steps": config.train.steps,
         "init_from": config.model.init_from,
@@ -341,13 +342,13 @@ def _test(run: Run, config: FinetuneConfig, data: TaskData, ranks: Ranks) -> Non
     }
     write_whole(config.run_dir / RESULTS_FILE, json.dumps(result, indent=2, allow_nan=False) + "\n")
     print(
-        f"{config.run_dir}: test {config.metric} {metrics[config.metric]:.4f} on {len(read)} clips ({chosen})",
+        f"{config.run_dir}: test {config.metric} {metrics[config.metric]:.4f} on {len(read)} clips ({selection})",
         flush=True,
     )
 
 
-def _chosen_model(config: FinetuneConfig) -> tuple[SSAST, str]:
-    """As `task.select` says, and what to call it."""
+def _select_model(config: FinetuneConfig) -> tuple[SSAST, str]:
+    """The model that `task.select` asks for, and what to call it."""
     folder = config.run_dir / "checkpoints"
     epochs = sorted((folder / "epochs").glob("*.safetensors"), key=lambda path: int(path.stem))
     if config.task.select == "average" and epochs:

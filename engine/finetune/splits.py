@@ -52,7 +52,7 @@ class Split:
         return zip(("train", "valid", "test"), self.parts, strict=True)
 
     def without(self, clips: np.ndarray) -> Split:
-        """The same less some clips, by their numbers."""
+        """The same split without some clips, which are given by their numbers."""
         return Split(*(part[~np.isin(part, clips)] for part in self.parts))
 
 
@@ -94,7 +94,7 @@ def split_clips(
                 raise UserError(
                     f"{folds} folds are asked for, but the clips are split by a column: leave out the one or the other"
                 )
-            folds_of = _made_folds(folds, groups, labels, seed)
+            folds_of = _make_folds(folds, groups, labels, seed)
         train, valid, test = _by_fold(folds_of, fold, valid_fold, sources)
     elif own and not any(splits):
         raise UserError(f"the clips come in folds ({', '.join(fold_names(folds_of))}): say which one is tested on")
@@ -106,7 +106,7 @@ def split_clips(
             f"none of {len(splits)} clips is for training: {len(valid)} are marked for validation, {len(test)} for test"
         )
     if not len(valid) and valid_fraction:
-        valid = _held_out(train, groups, labels, valid_fraction)
+        valid = _hold_out(train, groups, labels, valid_fraction)
         train = np.setdiff1d(train, valid)
     return Split(train, valid, test)
 
@@ -141,7 +141,7 @@ def recordings(sources: Sequence[str]) -> list[str]:
 
 
 def _by_fold(folds_of: Sequence[str], fold: str, valid_fold: bool, sources: Sequence[str]) -> tuple[np.ndarray, ...]:
-    """(train, valid, test)."""
+    """The numbers of the clips to train, validate and test on, where `fold` is tested on."""
     names = fold_names(folds_of)
     fold = re.sub(r"(?i)^fold[ _-]?", "", str(fold).strip())
     if fold not in names:
@@ -159,7 +159,7 @@ def _by_fold(folds_of: Sequence[str], fold: str, valid_fold: bool, sources: Sequ
     return tuple(np.flatnonzero(part) for part in (~is_test & ~is_valid, is_valid, is_test))
 
 
-def _made_folds(folds: int, groups: Sequence[str], labels: Sequence[tuple[str, ...]], seed: int) -> list[str]:
+def _make_folds(folds: int, groups: Sequence[str], labels: Sequence[tuple[str, ...]], seed: int) -> list[str]:
     """The fold of each clip, "1" to str(folds), alike in their classes; clips with several labels count by the
     first.
     """
@@ -175,7 +175,7 @@ def _made_folds(folds: int, groups: Sequence[str], labels: Sequence[tuple[str, .
     # Sorted by group, so that the order in which the clips are named does not matter.
     order = np.array(sorted(range(len(groups)), key=lambda number: groups[number]))
     with warnings.catch_warnings():
-        # classes of fewer clips than folds: what follows from it is found by `examine`
+        # Some classes have fewer clips than there are folds; `examine` reports what follows from that.
         warnings.simplefilter("ignore", UserWarning)
         counts = Counter(strata)
         # scikit-learn refuses if no class has as many clips as there are folds; then there is nothing to be alike in.
@@ -186,12 +186,12 @@ def _made_folds(folds: int, groups: Sequence[str], labels: Sequence[tuple[str, .
         )
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32)
         parts = splitter.split(np.zeros(len(order)), classes[order], np.asarray(groups, dtype=object)[order])
-        for number, (_, held) in enumerate(parts, 1):
-            of[order[held]] = number
+        for number, (_, test) in enumerate(parts, 1):
+            of[order[test]] = number
     return [str(number) for number in of.tolist()]
 
 
-def _held_out(
+def _hold_out(
     clips: np.ndarray, groups: Sequence[str], labels: Sequence[tuple[str, ...]], fraction: float
 ) -> np.ndarray:
     """About `fraction` of the clips, ascending: whole groups, from each class in proportion, and never all of a
@@ -202,21 +202,21 @@ def _held_out(
     for number in clips.tolist():  # a group goes by the class of its first clip
         stratum = of_group.setdefault(groups[number], labels[number] if len(labels[number]) < 2 else _SEVERAL)
         strata[stratum][groups[number]].append(number)
-    held: list[int] = []
+    numbers: list[int] = []
     expected = 0.0
     for _, members in sorted(strata.items()):
         count = sum(map(len, members.values()))
         expected += fraction * count  # carried over the classes, so that small ones are held out of together
         for name in sorted(members, key=_hash)[:-1]:
-            if len(held) + len(members[name]) / 2 > expected:
+            if len(numbers) + len(members[name]) / 2 > expected:
                 break
-            held += members[name]
-    if not held:
+            numbers += members[name]
+    if not numbers:
         raise UserError(
             f"{len(clips)} training clips: none can be held out for validation without taking all of a class; "
             "mark some as valid, or set valid_fraction to 0"
         )
-    return np.array(sorted(held), dtype=np.int64)
+    return np.array(sorted(numbers), dtype=np.int64)
 
 
 def _hash(text: str) -> bytes:
@@ -228,17 +228,17 @@ def check_leaks(
 ) -> list[str]:
     """Raise if the parts of a split share a recording; remarks about speakers that they share if `by_speaker`.
 
-    Recordings are told by the source and, where file names are those of ESC-50, by what these say; the sound itself is
-    not compared.
+    Recordings are identified by the source and, where file names are those of ESC-50, by what these say; the sound
+    itself is not compared.
 
     Raises:
         UserError: a recording in two parts.
     """
     of_recording = recordings(sources)
     remarks = []
-    named = list(split.named())
-    for at, (name, part) in enumerate(named):
-        for other_name, other in named[at + 1 :]:
+    parts = list(split.named())
+    for at, (name, part) in enumerate(parts):
+        for other_name, other in parts[at + 1 :]:
             shared = _shared(of_recording, part, other)
             if shared:
                 one, two = shared[0]

@@ -175,5 +175,5 @@ def _check_space(engine: Engine, folder: Path) -> None:
         raise UserError(
             f"{folder}: a checkpoint needs {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; make room "
             "and run the same "
-            "command again, training goes on from the last checkpoint"
+            "command again, training resumes from the last checkpoint"
         )

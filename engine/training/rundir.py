@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound=RunConfig)
 
-# What may differ between the config of a run folder and that of the command that goes on with it.
+# What may differ between the config of a run folder and that of the command that resumes it.
 _MAY_CHANGE = """
 run.name run.folder run.wandb train.steps train.minutes train.log_every train.keep_last data.num_threads data.prefetch
 data.cache_dir data.max_bad_fraction step.compile step.compile_mode step.activation_checkpointing

@@ -89,7 +89,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
-    """Training goes on from a checkpoint: what was logged past it will be logged again."""
+    """Training resumes from a checkpoint: what was logged past it will be logged again."""
     rows = read_rows(path)
     if rows:
         write_whole(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))

@@ -379,7 +379,7 @@ def test_interrupted_at_the_very_end(tmp_path, recordings, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(prepared_folder, "_feature_statistics", interrupt)
         assert main([*command, str(out)]) == 130
-    assert "the same command goes on" in capsys.readouterr().err and not (out / "dataset.json").exists()
+    assert "the same command resumes" in capsys.readouterr().err and not (out / "dataset.json").exists()
     monkeypatch.setattr(prepare.Pool, "start", lambda _: pytest.fail("nothing is left to decode"))
     assert main([*command, str(out)]) == 0
     assert contents(out) == contents(whole)
@@ -498,7 +498,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing_finished(tmp_path, recordings
     message = refused(out, recordings, **EACH_ALONE)
     monkeypatch.setattr(extract, "__file__", original)
     assert re.fullmatch(
-        rf"cannot write to {out}/shards: File too large \(\d+ MiB free\): .*run the same command again to go on",
+        rf"cannot write to {out}/shards: File too large \(\d+ MiB free\): .*run the same command again to resume",
         message,
     )
     finished = {
