@@ -100,13 +100,13 @@ def embed(
         clip = event.clip if isinstance(event, End) else event.window.clip
         done = states[clip].finish() if isinstance(event, End) else states[clip].add(*event)
         parts[clip].append(done if tokens else done.mean(dim=1))
-    found = torch.nn.utils.rnn.pad_sequence([torch.cat(part) for part in parts], batch_first=True)  # [B, G, (f,) D]
+    frames = torch.nn.utils.rnn.pad_sequence([torch.cat(part) for part in parts], batch_first=True)  # [B, G, (f,) D]
     return Embedding(
         clip=torch.stack([state.clip() for state in states]),
-        frames=found.mean(dim=2) if tokens else found,
-        num_frames=torch.tensor([state.count for state in states], device=found.device),
+        frames=frames.mean(dim=2) if tokens else frames,
+        num_frames=torch.tensor([state.count for state in states], device=frames.device),
         seconds_per_frame=seconds_per_step(model),
-        tokens=found if tokens else None,
+        tokens=frames if tokens else None,
     )
 
 
@@ -169,12 +169,12 @@ class Steps:
     model: SSAST
     pool: str
     padding: bool = False
-    count: int = 0  # steps that are done
+    count: int = 0  # of the steps that are complete
     _sum: torch.Tensor | float = 0.0
     _prefix: torch.Tensor | float = 0.0
     _prefix_weight: int = 0
-    _held: torch.Tensor | None = None  # [k, f, D] sums of the steps from `count` on, which windows to come may hold too
-    _shares: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # [k] of how many windows
+    _sums: torch.Tensor | None = None  # [k, f, D] sums of the steps from `count` on, which windows to come may hold too
+    _counts: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # [k] number of windows in each sum
 
     def add(self, window: Window, tokens: torch.Tensor) -> torch.Tensor:
         """The next window's tokens [2 + P, D]; the steps [k, f, D] that no later window can hold."""
@@ -183,20 +183,20 @@ class Steps:
         values = tokens[NUM_PREFIX:].unflatten(0, (rows, columns)).transpose(0, 1)[:steps]  # [k, f, D]
         self._prefix = self._prefix + steps * tokens[:NUM_PREFIX].mean(dim=0)
         self._prefix_weight += steps
-        done = values[:0] if self._held is None else self._take(window.start // stride - self.count)
-        overlap = 0 if self._held is None else len(self._held)
-        held, shares = values.new_zeros(max(overlap, steps), *values.shape[1:]), values.new_zeros(max(overlap, steps))
-        if self._held is not None:
-            held[:overlap], shares[:overlap] = self._held, self._shares
-        held[:steps] += values
-        shares[:steps] += 1
-        self._held, self._shares = held, shares
-        return done
+        complete = values[:0] if self._sums is None else self._take(window.start // stride - self.count)
+        overlap = 0 if self._sums is None else len(self._sums)
+        sums, counts = values.new_zeros(max(overlap, steps), *values.shape[1:]), values.new_zeros(max(overlap, steps))
+        if self._sums is not None:
+            sums[:overlap], counts[:overlap] = self._sums, self._counts
+        sums[:steps] += values
+        counts[:steps] += 1
+        self._sums, self._counts = sums, counts
+        return complete
 
     def finish(self) -> torch.Tensor:
         """The steps [k, f, D] that are left, after at least one window."""
-        assert self._held is not None
-        return self._take(len(self._held))
+        assert self._sums is not None
+        return self._take(len(self._sums))
 
     def clip(self) -> torch.Tensor:
         """[D] of the whole recording, after `finish`: the mean of all patches, or with `pool` "cls" of the cls and dist
@@ -207,12 +207,12 @@ class Steps:
         return total / count if self.pool == "cls" else total.mean(dim=0) / count
 
     def _take(self, count: int) -> torch.Tensor:
-        assert self._held is not None
-        done = self._held[:count] / self._shares[:count, None, None]
-        self._held, self._shares = self._held[count:], self._shares[count:]
+        assert self._sums is not None
+        steps = self._sums[:count] / self._counts[:count, None, None]
+        self._sums, self._counts = self._sums[count:], self._counts[count:]
         self.count += count
-        self._sum = self._sum + done.sum(dim=0)
-        return done
+        self._sum = self._sum + steps.sum(dim=0)
+        return steps
 
 
 # The command

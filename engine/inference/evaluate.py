@@ -47,7 +47,7 @@ from .windows import End, prediction_windows
 PROBES = ("knn", "linear")
 MADE_FOLDS = 5
 UNMEASURED = "classes_without_clips"  # what `class_metrics` counts beside its metrics
-INNER_FOLDS = 3  # of the training part, to choose a probe's strength
+INNER_FOLDS = 3  # The training part is cut into so many folds to choose a probe's strength.
 
 
 @dataclass(frozen=True)
@@ -58,27 +58,27 @@ class Data:
 
     @functools.cached_property
     def sources(self) -> list[str]:
-        """[N]."""
+        """The source of each clip [N]."""
         return [record.source for record in self.recordings]
 
     @functools.cached_property
     def labels(self) -> list[tuple[str, ...]]:
-        """[N]."""
+        """The labels of each clip [N]."""
         return [record.labels for record in self.recordings]
 
     @functools.cached_property
     def splits(self) -> list[str]:
-        """[N], train, valid, test or ""."""
+        """The split of each clip [N]: train, valid, test or "" for none."""
         return [record.split for record in self.recordings]
 
     @functools.cached_property
     def folds(self) -> list[str]:
-        """[N], "" for none."""
+        """The fold of each clip [N], "" for none."""
         return [record.fold for record in self.recordings]
 
     @functools.cached_property
     def speakers(self) -> list[str]:
-        """[N], "" for none."""
+        """The speaker of each clip [N], "" for none."""
         return [record.speaker for record in self.recordings]
 
     def subset(self, numbers: Sequence[int]) -> Data:
@@ -94,7 +94,7 @@ class Answer:
     numbers: np.ndarray
     scores: np.ndarray
     targets: np.ndarray
-    told: str = ""
+    description: str = ""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -135,7 +135,7 @@ def _evaluate_classifier(model: SSAST, data: Data, options: argparse.Namespace) 
     if model.card.labels is None:
         raise UserError(f"{options.model}: does not say what its classes are called: name a list of them by --labels")
     vocabulary = Vocabulary.read(options.labels) if options.labels else Vocabulary(model.card.labels)
-    data, told = _chosen(data, options)
+    data, description = _choose_clips(data, options)
     data, targets = _targets(data, vocabulary, model.card.multi_label, options.unseen)
     scores: dict[int, np.ndarray] = {}
     rejected: list[tuple[str, str]] = []
@@ -153,13 +153,13 @@ def _evaluate_classifier(model: SSAST, data: Data, options: argparse.Namespace) 
         parts = []
     _tell_rejected(len(data.recordings), rejected)
     numbers = np.array(list(scores))
-    answer = Answer(told, numbers, np.stack(list(scores.values())), targets[numbers])
-    print(f"{options.model} on {told}: {len(numbers)} clips, {len(vocabulary)} classes")
+    answer = Answer(description, numbers, np.stack(list(scores.values())), targets[numbers])
+    print(f"{options.model} on {description}: {len(numbers)} clips, {len(vocabulary)} classes")
     _report("classifier", [answer], data, vocabulary.labels, model.card.multi_label, options.out)
     return len(rejected)
 
 
-def _chosen(data: Data, options: argparse.Namespace) -> tuple[Data, str]:
+def _choose_clips(data: Data, options: argparse.Namespace) -> tuple[Data, str]:
     """The clips to measure on, and what they are."""
     if options.fold is not None:
         fold = options.fold.lower().removeprefix("fold")
@@ -176,12 +176,12 @@ def _chosen(data: Data, options: argparse.Namespace) -> tuple[Data, str]:
         )
     if options.split == "all" or (options.split is None and not any(data.splits)):
         return data, "all clips"
-    wanted = options.split or "test"
-    chosen = [number for number, name in enumerate(of) if name == wanted]
-    if not chosen:
+    split = options.split or "test"
+    numbers = [number for number, name in enumerate(of) if name == split]
+    if not numbers:
         there = ", ".join(f"{count} {name or 'without split'}" for name, count in Counter(of).items())
-        raise UserError(f"no clip is marked {wanted} (there are {there}): choose by --split")
-    return data.subset(chosen), f"the {wanted} split"
+        raise UserError(f"no clip is marked {split} (there are {there}): choose by --split")
+    return data.subset(numbers), f"the {split} split"
 
 
 def _targets(data: Data, vocabulary: Any, multi_label: bool, unseen: str) -> tuple[Data, np.ndarray]:
@@ -193,18 +193,18 @@ def _targets(data: Data, vocabulary: Any, multi_label: bool, unseen: str) -> tup
             f"the model knows no class {', '.join(map(repr, unknown[:5]))}{' ...' if len(unknown) > 5 else ''}: it has "
             f"{', '.join(map(repr, vocabulary.labels[:5]))} ...; leave out the clips of other labels by --unseen drop"
         )
-    kept = [number for number, (known, _) in enumerate(numbers) if known]
-    if len(kept) < len(numbers):
-        to_stderr(f"{len(numbers) - len(kept)} clips without a label that the model knows are left out")
-    if not kept:
+    clips = [number for number, (classes, _) in enumerate(numbers) if classes]
+    if len(clips) < len(numbers):
+        to_stderr(f"{len(numbers) - len(clips)} clips without a label that the model knows are left out")
+    if not clips:
         raise UserError("no clip has a label that the model knows")
-    several = next((number for number in kept if len(numbers[number][0]) > 1), None)
+    several = next((number for number in clips if len(numbers[number][0]) > 1), None)
     if several is not None and not multi_label:
         raise UserError(f"{data.sources[several]}: has several labels, but the model was trained with one a clip")
-    targets = np.zeros((len(kept), len(vocabulary)), dtype=np.int64)
-    for row, number in zip(targets, kept, strict=True):
+    targets = np.zeros((len(clips), len(vocabulary)), dtype=np.int64)
+    for row, number in zip(targets, clips, strict=True):
         row[numbers[number][0]] = 1
-    return data.subset(kept), targets
+    return data.subset(clips), targets
 
 
 # Probes
@@ -216,23 +216,23 @@ class _Plan:
 
     vocabulary: Any
     parts: list[Any]
-    told: str
+    description: str
     group: str
     remarks: list[str]
 
 
 def _evaluate_probes(model: SSAST, data: Data, options: argparse.Namespace) -> int:
-    plan = _planned(data, options)  # before the work, so that what is wrong with the labels is said at once
+    plan = _make_plan(data, options)  # before the work, so that what is wrong with the labels is said at once
     embeddings, rejected = _embeddings(model, data, options)
     _tell_rejected(len(data.recordings), rejected)
     if rejected:
         data = data.subset(list(embeddings))
-        plan = _planned(data, options)
+        plan = _make_plan(data, options)
     values = np.stack(list(embeddings.values()))
     for remark in dict.fromkeys(plan.remarks):
         to_stderr(remark)
     labels, size = plan.vocabulary.labels, f"{len(data.sources)} clips, {len(plan.vocabulary)} classes"
-    print(f"{options.model} on {plan.told}: {size}, embeddings of {values.shape[1]} values")
+    print(f"{options.model} on {plan.description}: {size}, embeddings of {values.shape[1]} values")
     for probe in options.probe:
         answers = [_probe(probe, number, values, data, plan, options) for number in range(len(plan.parts))]
         title = {"knn": f"{options.k} nearest neighbours", "linear": "linear probe"}[probe]
@@ -240,60 +240,62 @@ def _evaluate_probes(model: SSAST, data: Data, options: argparse.Namespace) -> i
     return len(rejected)
 
 
-def _planned(data: Data, options: argparse.Namespace) -> _Plan:
-    splits, told, group = _splits(data, options)
+def _make_plan(data: Data, options: argparse.Namespace) -> _Plan:
+    splits, description, group = _splits(data, options)
     vocabulary = Vocabulary.from_clips(data.labels, options.labels)
     parts, remarks = [], []
     for split in splits:
         remarks += check_leaks(split, data.sources, data.speakers, by_speaker=True)
-        found = examine(
+        examination = examine(
             data.labels, data.sources, vocabulary, split, multi_label=options.multi_label, unseen=options.unseen
         )
-        if not len(found.split.test):
+        if not len(examination.split.test):
             raise UserError("there is no clip to test on")
-        parts.append(found)
-        remarks += found.remarks
-    return _Plan(vocabulary, parts, told, group, remarks)
+        parts.append(examination)
+        remarks += examination.remarks
+    return _Plan(vocabulary, parts, description, group, remarks)
 
 
 def _embeddings(
     model: SSAST, data: Data, options: argparse.Namespace
 ) -> tuple[dict[int, np.ndarray], list[tuple[str, str]]]:
-    found: dict[int, np.ndarray] = {}
+    embeddings: dict[int, np.ndarray] = {}
     rejected = []
     for end, clip in embed_recordings(model, data.recordings, **embedding_options(options)):
         if clip is None:
             rejected.append((data.sources[end.clip], end.error))
         else:
-            found[end.clip] = clip.cpu().numpy()
-    return found, rejected
+            embeddings[end.clip] = clip.cpu().numpy()
+    return embeddings, rejected
 
 
 def _splits(data: Data, options: argparse.Namespace) -> tuple[list[Any], str, str]:
     """What is trained and tested on, in words, and by what clips are kept together."""
-    made = options.folds
-    if made is None and not any(data.splits) and not any(data.folds):
-        made = MADE_FOLDS
-    group: Any = options.group or _natural_group(data, made or len(fold_names(data.folds)))
+    folds = options.folds
+    if folds is None and not any(data.splits) and not any(data.folds):
+        folds = MADE_FOLDS
+    group: Any = options.group or _natural_group(data, folds or len(fold_names(data.folds)))
     nothing = [""] * len(data.sources)  # folds that are made take the place of what the data say
-    columns = (data.splits, data.folds) if made is None else (nothing, nothing)
+    columns = (data.splits, data.folds) if folds is None else (nothing, nothing)
 
     def split(fold: str | None) -> Split:
         columns_of_clips = (*columns, data.sources, data.speakers, data.labels)
-        return split_clips(*columns_of_clips, fold=fold, folds=made, valid_fraction=0.0, seed=options.seed, group=group)
+        return split_clips(
+            *columns_of_clips, fold=fold, folds=folds, valid_fraction=0.0, seed=options.seed, group=group
+        )
 
-    if made is None and options.fold is None and any(data.splits):
+    if folds is None and options.fold is None and any(data.splits):
         only = split(None)
         if len(only.test):
             return [only], "the test split", group
         if not len(only.valid):
             raise UserError("no clip is marked for test or validation: mark some, or make folds, with --folds 5")
         return [Split(only.train, only.test, only.valid)], "the validation split (there is no test split)", group
-    names = fold_names(data.folds) if made is None else [str(number + 1) for number in range(made)]
-    told = f"its own {len(names)} folds" if made is None else f"{made} folds made by {group}"
+    names = fold_names(data.folds) if folds is None else [str(number + 1) for number in range(folds)]
+    description = f"its own {len(names)} folds" if folds is None else f"{folds} folds made by {group}"
     if options.fold is not None:
-        return [split(options.fold)], f"fold {options.fold} of {told}", group
-    return [split(name) for name in names], f"{told}, tested on in turn", group
+        return [split(options.fold)], f"fold {options.fold} of {description}", group
+    return [split(name) for name in names], f"{description}, tested on in turn", group
 
 
 def _natural_group(data: Data, folds: int) -> str:
@@ -309,7 +311,7 @@ def _probe(probe: str, number: int, values: np.ndarray, data: Data, plan: _Plan,
     split, targets = plan.parts[number].split, plan.parts[number].targets.astype(np.int64)
     train, test = split.train, split.test
     if probe == "knn":
-        scores, told = (
+        scores, description = (
             knn_scores(values[train], targets[train], values[test], options.k),
             f"k={min(options.k, len(train))}",
         )
@@ -319,13 +321,13 @@ def _probe(probe: str, number: int, values: np.ndarray, data: Data, plan: _Plan,
         scores, converged = linear_scores(
             values[train], targets[train], values[test], strength or 1.0, options.multi_label
         )
-        told = (
+        description = (
             f"C={strength or 1.0:g}"
             + ("" if strength else ", too few clips to choose it")
             + ("" if converged else ", not converged")
         )
     name = f"fold {number + 1}" if len(plan.parts) > 1 else "test"
-    return Answer(name, test, scores, targets[test], told)
+    return Answer(name, test, scores, targets[test], description)
 
 
 def _inner_splits(data: Data, group: str, seed: int) -> list[Split]:
@@ -340,14 +342,14 @@ def _inner_splits(data: Data, group: str, seed: int) -> list[Split]:
 
 
 def _chance(targets: np.ndarray, multi_label: bool) -> float:
-    """What a constant answer gets on targets [N, C]: the share of the most frequent class, or for mAP that of a class
-    on average.
+    """What a constant answer gets on targets [N, C]: the fraction of the most frequent class, or for mAP that of a
+    class on average.
     """
-    shares = targets.mean(axis=0)
-    return float(shares[shares > 0].mean() if multi_label else shares.max())
+    frequencies = targets.mean(axis=0)
+    return float(frequencies[frequencies > 0].mean() if multi_label else frequencies.max())
 
 
-# What is said of it
+# Reports
 
 
 def _report(
@@ -361,7 +363,7 @@ def _report(
         for answer, value in zip(answers, values, strict=True):
             print(
                 f"  {answer.name}: {main_metric} {value:.1%} of {len(answer.numbers)} "
-                f"clips{answer.told and f', {answer.told}'}"
+                f"clips{answer.description and f', {answer.description}'}"
             )
     chance = _chance(np.concatenate([answer.targets for answer in answers]), multi_label)
     spread = f" +- {stdev(values):.1%} over {len(values)} folds" if len(values) > 1 else ""
@@ -373,7 +375,7 @@ def _report(
     others += (
         [f"{results[0][UNMEASURED]:g} classes without clips"] if len(results) == 1 and results[0][UNMEASURED] else []
     )
-    only = f" ({answers[0].told})" if len(answers) == 1 and answers[0].told else ""
+    only = f" ({answers[0].description})" if len(answers) == 1 and answers[0].description else ""
     print(
         f"{title}{only}: {main_metric} {mean(values):.1%}{spread}, {clips} clips, chance {chance:.1%}; "
         f"{', '.join(others)}"
@@ -399,9 +401,9 @@ def _write(
     scores, targets = (np.concatenate([getattr(answer, name) for answer in answers]) for name in ("scores", "targets"))
     rows = []
     for answer, result in zip(answers, results, strict=True):
-        # JSON has no other numbers
-        known = {name: value if math.isfinite(value) else None for name, value in result.items()}
-        rows.append({"part": answer.name, "how": answer.told, "clips": len(answer.numbers), **known})
+        # JSON has no numbers that are not finite.
+        metrics = {name: value if math.isfinite(value) else None for name, value in result.items()}
+        rows.append({"part": answer.name, "how": answer.description, "clips": len(answer.numbers), **metrics})
     content = {"evaluated": title, "chance": _chance(targets, multi_label), "results": rows}
     write_whole(out / "metrics.json", json.dumps(content, indent=1) + "\n")
     sources = [data.sources[number] for answer in answers for number in answer.numbers.tolist()]
@@ -410,7 +412,11 @@ def _write(
 
 
 def _tell_rejected(count: int, rejected: list[tuple[str, str]]) -> None:
-    """Raises UserError if nothing is left."""
+    """Write what was left out to standard error.
+
+    Raises:
+        UserError: nothing is left.
+    """
     for path, reason in rejected:
         to_stderr(f"left out: {path}: {reason}")
     require_some(count, rejected)

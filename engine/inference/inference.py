@@ -56,8 +56,8 @@ def encode_windows(
 
 
 def _encoded(model: SSAST, events: list[Window | End], encode: Encoder) -> Iterator[EncodedWindow | End]:
-    found = [event for event in events if isinstance(event, Window)]
-    rows = iter(encode(features_of(model, [window.samples for window in found])).float() if found else ())
+    windows = [event for event in events if isinstance(event, Window)]
+    rows = iter(encode(features_of(model, [window.samples for window in windows])).float() if windows else ())
     for event in events:
         yield EncodedWindow(event, next(rows)) if isinstance(event, Window) else event
 

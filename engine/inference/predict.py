@@ -186,9 +186,9 @@ def main(argv: list[str] | None = None) -> int:
                         [torch.stack(probabilities).mean(dim=0)],
                         [(0.0, event.samples / windows.sample_rate)],
                     )
-                found = list(_rows(path, probabilities, times, labels, top))
-                tqdm.write(_shown(path, found, bool(options.timeline)))
-                rows += found if options.out is not None else []
+                predictions = list(_rows(path, probabilities, times, labels, top))
+                tqdm.write(_shown(path, predictions, bool(options.timeline)))
+                rows += predictions if options.out is not None else []
             probabilities, times = [], []
     except ValueError as error:
         raise UserError(f"{options.model}: {error}") from None

@@ -18,7 +18,7 @@ MAX_ITERATIONS = 1000
 
 
 def knn_scores(train: np.ndarray, targets: np.ndarray, test: np.ndarray, k: int) -> np.ndarray:
-    """[n, C] shares of the k nearest of train [N, D] by the cosine of standardised values, each weighted by (1 +
+    """[n, C] fractions of the k nearest of train [N, D] by the cosine of standardised values, each weighted by (1 +
     cosine) / 2.
     """
     from sklearn.neighbors import NearestNeighbors
@@ -43,16 +43,16 @@ def linear_scores(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    seen = np.flatnonzero(targets.any(axis=0))
+    classes = np.flatnonzero(targets.any(axis=0))
     regression: Any = LogisticRegression(C=strength, max_iter=MAX_ITERATIONS)
     regression = OneVsRestClassifier(regression) if multi_label else regression
-    wanted = targets[:, seen] if multi_label else targets.argmax(axis=1)
+    labels = targets[:, classes] if multi_label else targets.argmax(axis=1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        scores = make_pipeline(StandardScaler(), regression).fit(train, wanted).predict_proba(test)
-    found = np.zeros((len(test), targets.shape[1]))
-    found[:, seen] = scores.reshape(len(test), -1)[:, -len(seen) :]
-    return found, not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
+        probabilities = make_pipeline(StandardScaler(), regression).fit(train, labels).predict_proba(test)
+    scores = np.zeros((len(test), targets.shape[1]))
+    scores[:, classes] = probabilities.reshape(len(test), -1)[:, -len(classes) :]
+    return scores, not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
 
 
 def choose_strength(

@@ -64,29 +64,29 @@ class Windows:
         Raises:
             ValueError: at the end, if there was not one whole frame.
         """
-        # `held` begins at the frame `origin`, the next window at `start`
-        held, origin, start = (
+        # `samples` begin at the frame `origin`, and the next window at `start`.
+        samples, origin, start = (
             np.zeros(0, dtype=np.int16),
             0,
             0,
         )
         for block in blocks:
-            held = np.concatenate((held, block)) if len(held) else block.copy()
-            while len(held) >= (start - origin) * self.shift + self.samples:
-                held = held[(start - origin) * self.shift :]
-                yield start, held[: self.samples]
+            samples = np.concatenate((samples, block)) if len(samples) else block.copy()
+            while len(samples) >= (start - origin) * self.shift + self.samples:
+                samples = samples[(start - origin) * self.shift :]
+                yield start, samples[: self.samples]
                 origin, start = start, start + self.hop
-        whole = count_frames(len(held), self.sample_rate)
+        whole = count_frames(len(samples), self.sample_rate)
         if not whole:
             raise ValueError(
-                f"too short: {len(held)} samples at {self.sample_rate} Hz, one frame of 25 ms needs "
+                f"too short: {len(samples)} samples at {self.sample_rate} Hz, one frame of 25 ms needs "
                 f"{frame_geometry(self.sample_rate)[0]}"
             )
         if start == 0:
-            yield 0, held
+            yield 0, samples
         elif whole > self.frames:
             moved = -(-(origin + whole - self.frames) // self.align) * self.align
-            yield moved, held[(moved - origin) * self.shift :][: self.samples]
+            yield moved, samples[(moved - origin) * self.shift :][: self.samples]
 
 
 @dataclass(frozen=True)
