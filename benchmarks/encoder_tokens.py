@@ -18,7 +18,6 @@ import statistics
 import sys
 import tempfile
 import time
-import warnings
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,6 @@ def _child(pipe: Connection, config: Config, folder: str) -> None:
 
     from .throughput.measure import in_memory, nothing_to_read, pretrainer, run_steps, undisturbed
 
-    warnings.filterwarnings("ignore", category=FutureWarning)
     ranks = join_ranks()
     config = undisturbed(config, Path(folder))
     before = _peak_bytes()

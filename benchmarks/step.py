@@ -15,7 +15,6 @@ import argparse
 import gc
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,7 +189,6 @@ class StepBench:
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit status is described above."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
-    warnings.filterwarnings("ignore", category=FutureWarning)
     deadline, sink = Deadline(arguments.deadline), Sink(arguments.out)
     try:
         with deadline.running(), tempfile.TemporaryDirectory() as folder:

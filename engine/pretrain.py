@@ -7,13 +7,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .config import Config, list_presets, load_config
 from .distributed.interrupt import STOPPED
-from .distributed.launch import count_ranks, launch, one_line_errors, supervised
+from .distributed.launch import add_rank_options, count_ranks, launch, one_line_errors, supervised
 from .distributed.ranks import be_deterministic, join_ranks, place_in_world
 from .errors import UserError
 from .model.adapt import build_model, resize, unshared_parts
@@ -70,7 +69,6 @@ def _train(config: Config, stop_request: StopRequest) -> int:
     from .training.pretraining import Pretraining
     from .training.trainer import Trainer
 
-    warnings.filterwarnings("ignore", category=FutureWarning)
     ranks = join_ranks()
     choose_backend(config.step.engine).check(config)
     config = ranks.once(lambda: settle_precision(config))
@@ -167,7 +165,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         metavar="key.sub=value",
         help="changes to the config, e.g. data.train=/audio train.steps=1000",
     )
-    parser.add_argument("--ranks", type=int, help="processes on this machine; default one for each visible GPU, or one")
+    add_rank_options(parser)
     parser.add_argument(
         "--auto-batch",
         action="store_true",
@@ -176,7 +174,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved config, parameters, FLOPs and memory, and stop"
     )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the deepspeed launcher
     arguments = parser.parse_intermixed_args(argv)
     if arguments.auto_batch:
         arguments.overrides.append("step.auto_batch=true")

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
-import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +19,14 @@ from typing import Any
 import torch
 
 from ssast.benchmarks.turns import median_ratio, take_turns
-from ssast.engine.config import Config, load_config
-from ssast.engine.distributed.ranks import join_ranks
-from ssast.engine.errors import UserError
-from ssast.engine.files import write_whole
+from ssast.engine.config import Config
+from ssast.engine.distributed.ranks import Ranks
 from ssast.engine.model.adapt import build_model
 from ssast.engine.process import leave
 from ssast.engine.training.pretraining import Pretraining
 from ssast.engine.training.trainer import Trainer
 
-from .measure import in_memory, nothing_to_read, time_steps, undisturbed
+from .measure import in_memory, in_scratch, measurement_parser, nothing_to_read, time_steps, undisturbed
 from .step_baselines import StepBaseline, step_baselines
 
 TURNS = 5
@@ -78,22 +73,17 @@ def race(runners: list[Runner], turns: int = TURNS, seconds: float = TURN_SECOND
 def main(argv: list[str] | None = None) -> int:
     """One process on one device; exit status 0, or that of a mistake in the config."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    try:
-        config: Config = load_config(arguments.config, arguments.overrides)
-        ranks = join_ranks()
-        with tempfile.TemporaryDirectory() as folder:
-            config = undisturbed(config, Path(folder))
-            data, model = nothing_to_read(config), build_model(config.architecture, config.run.seed)
-            baselines = step_baselines(config, model, ranks.device, mean=data.mean, std=data.std, names=arguments.names)
-            trainer = Trainer(config, data, model, ranks, Pretraining(config, data, ranks))
-            waveforms = in_memory(trainer, torch.device("cpu")).waveforms
-            runners = [_ours(trainer)] + [baseline_runner(each, waveforms, ranks.device) for each in baselines]
-            write_whole(arguments.out, json.dumps(race(runners, arguments.turns)))
-        return 0
-    except UserError as error:
-        print(f"ssast: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+
+    def measure(config: Config, ranks: Ranks, folder: Path) -> list[dict[str, Any]]:
+        config = undisturbed(config, folder)
+        data, model = nothing_to_read(config), build_model(config.architecture, config.run.seed)
+        baselines = step_baselines(config, model, ranks.device, mean=data.mean, std=data.std, names=arguments.names)
+        trainer = Trainer(config, data, model, ranks, Pretraining(config, data, ranks))
+        waveforms = in_memory(trainer, torch.device("cpu")).waveforms
+        runners = [_ours(trainer)] + [baseline_runner(each, waveforms, ranks.device) for each in baselines]
+        return race(runners, arguments.turns)
+
+    return in_scratch(arguments, measure)
 
 
 def _ours(trainer: Trainer) -> Runner:
@@ -131,10 +121,7 @@ def baseline_runner(baseline: StepBaseline, waveforms: list[torch.Tensor], devic
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m ssast.benchmarks.throughput.baseline_race", description=__doc__)
-    parser.add_argument("out", type=Path, help="JSON file to write")
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser = measurement_parser("baseline_race", __doc__)
     parser.add_argument("--turns", type=int, default=TURNS)
     parser.add_argument("--names", nargs="+", default=list(NAMES), help="baselines, of " + ", ".join(NAMES))
     return parser.parse_intermixed_args(argv)

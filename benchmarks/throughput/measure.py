@@ -9,13 +9,11 @@ do); then the loader is drained without a model.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,8 +27,8 @@ from ssast.engine.data.clips import Clips
 from ssast.engine.data.dataset import Dataset, open_dataset
 from ssast.engine.data.loader import Batch
 from ssast.engine.data.texts import Texts
-from ssast.engine.distributed.ranks import Ranks, join_ranks, speaks_for_its_node
-from ssast.engine.errors import UserError
+from ssast.engine.distributed.launch import one_line_errors
+from ssast.engine.distributed.ranks import Ranks, join_ranks
 from ssast.engine.files import write_whole
 from ssast.engine.model.adapt import build_model
 from ssast.engine.model.cost import flop_formula, flops_per_clip
@@ -52,20 +50,25 @@ LOUDNESS = 2000  # of the noise that stands for sound, of 32767
 def main(argv: list[str] | None = None) -> int:
     """One rank of a measurement; exit status 0, or that of a mistake in the config."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    try:
+    return in_scratch(arguments, lambda config, ranks, folder: measure(config, ranks, arguments, folder))
+
+
+def in_scratch(arguments: argparse.Namespace, work: Callable[[Config, Ranks, Path], Any]) -> int:
+    """The exit status of a measurement `work`, with the config of the command line, the ranks that there are and a
+    folder that is gone afterwards; rank 0 writes what it returns. Of an interruption `ssast profile` tells.
+    """
+
+    def run() -> int:
         config: Config = load_config(arguments.config, arguments.overrides)
         ranks = join_ranks()
         with tempfile.TemporaryDirectory() as folder:
-            measured = measure(config, ranks, arguments, Path(folder))
+            measured = work(config, ranks, Path(folder))
         if ranks.is_first:
             write_whole(arguments.out, json.dumps(measured))
         dist.barrier()
         return 0
-    except UserError as error:
-        if error.every_rank or speaks_for_its_node():
-            print(f"ssast: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+
+    return one_line_errors(run, on_interrupt="")
 
 
 def measure(config: Config, ranks: Ranks, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -381,11 +384,17 @@ def _tensors(optimizer: Any) -> list[torch.Tensor]:
     return tensors
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m ssast.benchmarks.throughput.measure", description=__doc__)
+def measurement_parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """Of a module here that measures one config: where to write what it finds, and of which config."""
+    parser = argparse.ArgumentParser(prog=f"python -m ssast.benchmarks.throughput.{module}", description=description)
     parser.add_argument("out", type=Path, help="JSON file to write")
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    return parser
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = measurement_parser("measure", __doc__)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="time the steps, and no more")
@@ -395,6 +404,4 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        leave(main())
-    sys.exit(130)
+    leave(main())

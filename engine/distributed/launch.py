@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import os
 import signal
@@ -25,6 +26,12 @@ _PR_SET_PDEATHSIG = 1
 LAUNCHER_NOTICES_S = 3.0
 
 
+def add_rank_options(parser: argparse.ArgumentParser) -> None:
+    """How many processes a command that trains is to start, and what DeepSpeed's launcher tells each of them."""
+    parser.add_argument("--ranks", type=int, help="processes on this machine; default one for each visible GPU, or one")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
+
 def count_ranks(asked: int | None) -> int:
     """Processes to start on this machine; by default one for each visible GPU, or one.
 
@@ -37,8 +44,12 @@ def count_ranks(asked: int | None) -> int:
     return ranks
 
 
-def one_line_errors(work: Callable[[], int]) -> int:
-    """The exit status of `work`. A user's mistake is one line, of one rank where all make it, and so is Ctrl-C."""
+def one_line_errors(
+    work: Callable[[], int], *, on_interrupt: str = "ssast: stopped; run the same command to resume"
+) -> int:
+    """The exit status of `work`. A user's mistake is one line, of one rank where all make it, and so is Ctrl-C, unless
+    `on_interrupt` is empty.
+    """
     settle_process()
     try:
         return work()
@@ -47,8 +58,8 @@ def one_line_errors(work: Callable[[], int]) -> int:
             print(f"ssast: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:  # before there is a step to finish and save
-        if speaks_for_its_node():
-            print("ssast: stopped; run the same command to resume", file=sys.stderr, flush=True)
+        if on_interrupt and speaks_for_its_node():
+            print(on_interrupt, file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
 
 

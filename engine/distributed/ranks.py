@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -102,6 +103,8 @@ def join_ranks() -> Ranks:
         UserError: an environment that `place_in_world` does not take, more processes than GPUs, or a port that another
             program has.
     """
+    # what libraries plan to change is their users' concern, and would be said once a rank
+    warnings.filterwarnings("ignore", category=FutureWarning)
     on_gpu = settle_accelerator() == "cuda"
     place = place_in_world() or Place()
     for key, value in {

@@ -15,7 +15,6 @@ import gc
 import json
 import math
 import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +28,7 @@ from ssast.engine.data.dataset import check_reachable
 from ssast.engine.data.decode import AudioDecoder
 from ssast.engine.data.loader import Batch, ClipReader, Shard, batches_of_all
 from ssast.engine.distributed.interrupt import STOPPED, StopRequest
-from ssast.engine.distributed.launch import count_ranks, launch, one_line_errors, supervised
+from ssast.engine.distributed.launch import add_rank_options, count_ranks, launch, one_line_errors, supervised
 from ssast.engine.distributed.ranks import Ranks, be_deterministic, join_ranks, place_in_world
 from ssast.engine.errors import UserError
 from ssast.engine.files import expand_path, write_whole
@@ -107,7 +106,6 @@ def run_all(config: FinetuneConfig, arms: list[Arm], seeds: int, stop_request: S
     Raises:
         UserError: mixup with micro-batches of one clip.
     """
-    warnings.filterwarnings("ignore", category=FutureWarning)
     ranks = join_ranks()
     if config.run.deterministic:
         be_deterministic()
@@ -440,9 +438,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help=f"train each of these with equal budgets; {SCRATCH}: from scratch",
     )
     parser.add_argument("--seeds", type=int, default=1, help="runs with so many seeds from run.seed on")
-    parser.add_argument("--ranks", type=int, help="processes on this machine; default one for each visible GPU, or one")
+    add_rank_options(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings, and stop")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the deepspeed launcher
     return parser.parse_intermixed_args(argv)
 
 

@@ -18,15 +18,15 @@ import torch
 from ssast.engine.data.record import Record
 from ssast.engine.data.sound import find_recordings
 from ssast.engine.errors import UserError
-from ssast.engine.files import expand_path, path_argument
+from ssast.engine.files import path_argument
 from ssast.engine.model.ssast import SSAST
 from ssast.kernels import NUM_PREFIX
 
 from .embedding_files import NpzWriter, ParquetWriter
 from .inference import BATCH_SIZE, clip_events, encode_recordings, encode_windows, layer_encoder, require_batch_size
 from .options import (
-    add_audio,
     add_embedding_options,
+    add_inputs,
     add_run_options,
     embedding_options,
     open_model,
@@ -227,14 +227,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Embeddings of recordings of any kind and length. What cannot be read is listed in "
         "NAME.rejected.csv.",
     )
-    add_audio(parser)
-    parser.add_argument(
-        "--model",
-        required=True,
-        type=expand_path,
-        metavar="PATH",
-        help="a checkpoint, ours or official, or a run folder",
-    )
+    add_inputs(parser, "a checkpoint")
     parser.add_argument("--out", required=True, type=path_argument, metavar="FILE", help="NAME.npz or NAME.parquet")
     parser.add_argument("--frames", action="store_true", help="embeddings of each time step, too")
     parser.add_argument("--tokens", action="store_true", help="embeddings of each patch, too")

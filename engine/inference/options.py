@@ -24,14 +24,21 @@ from ssast.engine.model.weights import load_model
 from .inference import BATCH_SIZE
 
 
-def add_audio(parser: argparse.ArgumentParser) -> None:
-    """Which recordings."""
+def add_inputs(parser: argparse.ArgumentParser, checkpoint: str) -> None:
+    """Which recordings, and which model; `checkpoint` is the kind that the command takes, for its help."""
     parser.add_argument(
         "audio",
         nargs="+",
         type=expand_path,
         metavar="AUDIO",
         help="an audio or video file, a folder, prepared or not, a tar, or a manifest",
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        type=expand_path,
+        metavar="PATH",
+        help=f"{checkpoint}, ours or official, or a run folder",
     )
 
 

@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from ssast.engine.data.sound import find_recordings
 from ssast.engine.errors import UserError
-from ssast.engine.files import encode_text, expand_path, path_argument, write_whole
+from ssast.engine.files import encode_text, path_argument, write_whole
 from ssast.engine.model.ssast import SSAST
 
 from .inference import BATCH_SIZE, Encoder, clip_events, encode_recordings, encode_windows, require_batch_size
 from .options import (
-    add_audio,
+    add_inputs,
     add_run_options,
     open_model,
     require_new,
@@ -131,15 +131,8 @@ class Row(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     """The most probable classes of recordings."""
     parser = argparse.ArgumentParser(prog="ssast predict", description="The most probable classes of recordings.")
-    add_audio(parser)
+    add_inputs(parser, "a fine-tuned checkpoint")
     add = parser.add_argument
-    add(
-        "--model",
-        required=True,
-        type=expand_path,
-        metavar="PATH",
-        help="a fine-tuned checkpoint, ours or official, or a run folder",
-    )
     add("--top", type=int, metavar="K", help="classes to show (default: 5; with --timeline 1)")
     add("--timeline", type=float, metavar="HOP", help="show each window, one every HOP seconds, instead of their mean")
     add("--out", type=path_argument, metavar="FILE", help="NAME.csv or NAME.json, of the same rows")

@@ -162,7 +162,7 @@ def test_step_rows(bench, tmp_path):
     ]
     rows = [bench.row(case) for case in cases]
     ours, official, refused = rows
-    assert ours["optimizer"] == "torch" and ours["steps"] == official["steps"] == 2
+    assert ours["optimizer"] == "torch-fused" and ours["steps"] == official["steps"] == 2
     assert float(ours["clips_per_s"]) * float(ours["tflop_per_clip"]) == pytest.approx(
         float(ours["tflop_per_s"]), rel=1e-3
     )
