@@ -92,23 +92,23 @@ class Compiled:
         """What is wrong with it, in words."""
         capability = int(self.target.removeprefix("sm_"))
         # Hopper's matrix instruction is issued by four warps together; fewer have Ampere's
-        wanted = {9: ("hgmma",) if self.warps >= 4 else ("hmma",), 10: ("utchmma", "hmma")}.get(
+        instructions = {9: ("hgmma",) if self.warps >= 4 else ("hmma",), 10: ("utchmma", "hmma")}.get(
             capability // 10, ("hmma",)
         )
-        found = [self.advice] if self.advice else []
+        problems = [self.advice] if self.advice else []
         if self.spills or self.local_bytes:
-            found.append(f"spills: {self.spills} instructions, {self.local_bytes} bytes of local memory a thread")
+            problems.append(f"spills: {self.spills} instructions, {self.local_bytes} bytes of local memory a thread")
         if self.shared_bytes > SHARED_LIMIT[capability] * 1024:
-            found.append(
+            problems.append(
                 f"{self.shared_bytes} bytes of shared memory, the chip has {SHARED_LIMIT[capability]} KiB a block"
             )
         if self.tensor_columns > TENSOR_COLUMNS:
-            found.append(
+            problems.append(
                 f"{self.tensor_columns} columns of tensor memory, the chip has {TENSOR_COLUMNS}: it would trap"
             )
-        elif self.has_dot and not any(getattr(self, name) for name in wanted):
-            found.append(f"tl.dot without {' or '.join(name.upper() for name in wanted)}")
-        return found
+        elif self.has_dot and not any(getattr(self, name) for name in instructions):
+            problems.append(f"tl.dot without {' or '.join(name.upper() for name in instructions)}")
+        return problems
 
 
 # ---- launches without a GPU ------------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def measure(size: str, batch: int, turns: int, overrides: list[str]) -> list[Row
             for each in contestants:
                 each.close()
     on_clock, on_processor = (
-        [[batch / each[kind] for each in found] for found in seconds] for kind in (0, 1)
+        [[batch / each[kind] for each in times] for times in seconds] for kind in (0, 1)
     )  # clips a second, by variant and turn
     rows: list[Row] = []
     reference: Flops | None = None  # the first one's

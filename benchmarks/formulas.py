@@ -1,5 +1,5 @@
 """What each operator needs at least: bytes through memory and floating-point operations. Every figure in GB/s, TFLOP/s
-or share of a ceiling in the results has one of these as its numerator.
+or fraction of a ceiling in the results has one of these as its numerator.
 
 Bytes: every tensor that the caller hands in is read once and every one that it gets back is written once; nothing in
 between counts, nor does what another implementation happens to store. The three modes are operations of their own:

@@ -136,7 +136,7 @@ def make_row(
     need, median = case.needs[mode], timing.quantile(0.5)
     rates = {COPY: need.bytes / median, MATMUL: need.flop / median}
     has = {COPY: case.operator != CEILING or COPY in case.shape, MATMUL: need.flop > 0}
-    shares = {name: rates[name] / ceilings[name] if has[name] and name in ceilings else None for name in rates}
+    fractions = {name: rates[name] / ceilings[name] if has[name] and name in ceilings else None for name in rates}
     return {
         "operator": case.operator,
         "provider": provider.name,
@@ -152,8 +152,8 @@ def make_row(
         "needed_flop": need.flop,
         "gb_per_s": _figures(rates[COPY] / 1e9 if has[COPY] else None),
         "tflop_per_s": _figures(rates[MATMUL] / 1e12 if has[MATMUL] else None),
-        "copy_share": _figures(shares[COPY]),
-        "matmul_share": _figures(shares[MATMUL]),
+        "copy_share": _figures(fractions[COPY]),
+        "matmul_share": _figures(fractions[MATMUL]),
         "peak_mib": _figures(peak),
         "checked": verdict.checked if verdict else "",
         "error": _figures(verdict.error if verdict else None),
@@ -221,11 +221,11 @@ def say_rows(mode: str, rows: Sequence[Row]) -> None:
     """A line for each row, the fastest first."""
     for row in sorted(rows, key=lambda row: float(row["p50_ms"])):
         texts = [f"  {mode:9}{row['provider']:15}{row['p50_ms']:>9} ms [{row['p20_ms']}, {row['p80_ms']}]".ljust(58)]
-        for rate, unit, share, name in (
+        for rate, unit, fraction, name in (
             ("gb_per_s", "GB/s", "copy_share", COPY),
             ("tflop_per_s", "TFLOP/s", "matmul_share", MATMUL),
         ):
-            of = f" ({float(row[share]):.1%} of {name})" if row[share] else ""
+            of = f" ({float(row[fraction]):.1%} of {name})" if row[fraction] else ""
             texts.append((f"{float(row[rate]):.3g} {unit}{of}" if row[rate] else "").ljust(30))
         texts.append(f"{row['peak_mib']:>6} MiB" if row["peak_mib"] else "")
         texts.append(f"err {row['error']} of {row['allowed']} ({row['checked']})" if row["checked"] else "")
@@ -338,12 +338,12 @@ def run(arguments: argparse.Namespace) -> int:
     )
     cases = [case for name in arguments.operators or OPERATORS for case in OPERATORS[name].cases(setting)]
     names = {provider.name for case in cases for provider in case.providers}
-    chosen = set(arguments.providers or names)
-    if unknown := sorted(chosen - names - {"triton"}):
+    names_asked = set(arguments.providers or names)
+    if unknown := sorted(names_asked - names - {"triton"}):
         raise UserError(f"no provider {unknown[0]!r} here; there are {', '.join(sorted(names))}")
     plan = [(case, list(case.providers), ["forward"]) for case in ceiling_cases(setting)]
     for case in cases:
-        providers = [provider for provider in case.providers if provider.name in chosen]
+        providers = [provider for provider in case.providers if provider.name in names_asked]
         plan += [(case, providers, [mode for mode in arguments.modes if mode in case.needs])] if providers else []
 
     sink, deadline = Sink(FILE if arguments.save else arguments.out), Deadline(arguments.deadline)

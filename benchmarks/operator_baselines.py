@@ -116,7 +116,7 @@ def bmm_loss(
     """(loss, nce, mse): a batched product in the tensors' own dtype, log-softmax in float32. Meant to be compiled. No
     accuracy.
     """
-    share = torch.bmm(target, class_pred.transpose(1, 2)).float().log_softmax(dim=2)
-    nce = -share.diagonal(dim1=1, dim2=2).mean()
+    log_probability = torch.bmm(target, class_pred.transpose(1, 2)).float().log_softmax(dim=2)
+    nce = -log_probability.diagonal(dim1=1, dim2=2).mean()
     mse = (recon_pred.float() - target.float()).square().mean()
     return nce + recon_weight * mse, nce, mse

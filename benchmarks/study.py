@@ -142,8 +142,8 @@ def run_study(arguments: argparse.Namespace) -> None:
     pretraining = {arm: keys for arm in arguments.arms if (keys := ARMS[arm]) is not None}
     pretrained = {arm: work / f"pretrain-{arm}" for arm in pretraining}
     for arm, folder in pretrained.items():
-        given = [f"data.train={unlabeled}", f"run.folder={work}", f"run.name={folder.name}"]
-        _ssast("pretrain", CONFIGS / "pretrain.yaml", *all_ranks, *given, *for_pretraining, *pretraining[arm])
+        common = [f"data.train={unlabeled}", f"run.folder={work}", f"run.name={folder.name}"]
+        _ssast("pretrain", CONFIGS / "pretrain.yaml", *all_ranks, *common, *for_pretraining, *pretraining[arm])
     budgets = {arm: pretraining_budget(folder) for arm, folder in pretrained.items()}
     for arm, budget in budgets.items():
         print(f"{arm}: pretrained on {budget['pretraining_samples']} clips in {budget['pretraining_s'] / 60:.1f} min")

@@ -92,7 +92,7 @@ def _case_line(case: tuple[str, ...], rows: list[Row]) -> str:
     ours, cells = next((row for row in reversed(rows) if row["provider"] == "triton"), None), ["", "", ""]
     if ours:
         cells = [f"**{_duration(ours['p50_ms'])}** [{_duration(ours['p20_ms'])}, {_duration(ours['p80_ms'])}]"]
-        cells += [f"{float(ours[share]):.0%}" if ours[share] else "" for share in ("copy_share", "matmul_share")]
+        cells += [f"{float(ours[column]):.0%}" if ours[column] else "" for column in ("copy_share", "matmul_share")]
     others = [
         f"{name} {_duration(time)}" + (f" ({_times(time / times['triton'])})" if ours else "")
         for name, time in sorted(times.items(), key=lambda item: item[1])
@@ -102,7 +102,7 @@ def _case_line(case: tuple[str, ...], rows: list[Row]) -> str:
 
 
 def _measured_on(device: str, rows: list[Row]) -> str:
-    """The line under a table: what the shares are of, and the environments of its rows, each named once."""
+    """The line under a table: what the fractions are of, and the environments of its rows, each named once."""
     ceilings = {row["shape"].split()[0]: row for row in rows if row["operator"] == "ceiling"}
     parts = ["Median [20th, 80th percentile]"]
     if {"copy", "matmul"} <= set(ceilings):
@@ -347,10 +347,10 @@ def encoder_tokens_table() -> str:
     ]
     shown: list[Row] = []
     for size in dict.fromkeys(row["size"] for row in rows):
-        found = [row for row in rows if row["size"] == size]
-        found = found[max(number for number, row in enumerate(found) if row["variant"] == "all") :]
-        shown += found
-        for row in found:
+        rows_of_size = [row for row in rows if row["size"] == size]
+        rows_of_size = rows_of_size[max(number for number, row in enumerate(rows_of_size) if row["variant"] == "all") :]
+        shown += rows_of_size
+        for row in rows_of_size:
             clock, processor = (
                 f"{float(row[name]):.2f} [{float(row[f'{name}_low']):.2f}, {float(row[f'{name}_high']):.2f}]"
                 for name in ("times", "processor_times")

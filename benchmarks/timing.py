@@ -52,13 +52,13 @@ class Timing:
     remark: str = ""
     samples: list[float] = field(default_factory=list)
 
-    def quantile(self, share: float) -> float:
+    def quantile(self, fraction: float) -> float:
         """Seconds that this fraction of the samples stays within."""
-        return float(np.quantile(self.samples, share))
+        return float(np.quantile(self.samples, fraction))
 
 
 def measure(jobs: Sequence[Job], device: torch.device, seconds: float) -> dict[str, Timing]:
-    """Time the jobs in turn for about so many seconds altogether; a job slower than its share of them still gets FEWEST
+    """Time the jobs in turn for about so many seconds altogether; a job slower than its part of them still gets FEWEST
     samples.
 
     On a GPU, a stream that is not the default one must be current, and the jobs' tensors made on it: a graph can hold

@@ -76,9 +76,9 @@ def micro_batch(section: dict[str, Any], world_size: int) -> tuple[int, int]:
         steps = 1 if batch is None else batch // micro // world_size
     steps = steps or 1
     if micro < 1 or steps < 1 or (batch is not None and micro * steps * world_size != batch):
-        given = ", ".join(f"{key} {section[key]}" for key in BATCH_KEYS if key in section)
+        sizes = ", ".join(f"{key} {section[key]}" for key in BATCH_KEYS if key in section)
         raise ValueError(
-            f"deepspeed: {given} on {world_size} ranks do not fit: "
+            f"deepspeed: {sizes} on {world_size} ranks do not fit: "
             "train_batch_size must be train_micro_batch_size_per_gpu x gradient_accumulation_steps x ranks"
         )
     return micro, steps

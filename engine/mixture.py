@@ -11,10 +11,11 @@ BLOCK = 1000
 
 
 def block_shares(weights: Sequence[float]) -> np.ndarray:
-    """Positions of each data set in a block, int64, 1000 in all: the weights' shares, rounded by largest remainder.
+    """Positions of each data set in a block, int64, 1000 in all: the weights' fractions of them,
+    rounded by largest remainder.
 
     Raises:
-        ValueError: a weight is not positive, or its share less than one position.
+        ValueError: a weight is not positive, or its fraction is less than one position.
     """
     exact = np.array(weights, dtype=np.float64)
     if not len(exact) or not np.isfinite(exact).all() or exact.min() <= 0:
@@ -22,7 +23,7 @@ def block_shares(weights: Sequence[float]) -> np.ndarray:
     exact *= BLOCK / exact.sum()
     if exact.min() < 1 - 1e-9:
         raise ValueError(f"a weight of less than 1 in {BLOCK} of their sum would never be read")
-    shares = np.floor(exact + 1e-9).astype(np.int64)
-    largest = np.argsort(shares - exact, kind="stable")[: BLOCK - shares.sum()]
-    shares[largest] += 1
-    return shares
+    counts = np.floor(exact + 1e-9).astype(np.int64)
+    largest = np.argsort(counts - exact, kind="stable")[: BLOCK - counts.sum()]
+    counts[largest] += 1
+    return counts

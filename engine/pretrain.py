@@ -51,8 +51,8 @@ def _start(arguments: argparse.Namespace) -> int:
     if place is None:
         check_run_dir(config)
         if ranks > 1:
-            given = [arguments.config, *arguments.overrides]
-            status = launch(ranks, "ssast.engine.pretrain", given, engine=config.step.engine)
+            command = [arguments.config, *arguments.overrides]
+            status = launch(ranks, "ssast.engine.pretrain", command, engine=config.step.engine)
             return status if status is not None else _status_after_stop(config)
     return run(config)
 
@@ -85,14 +85,14 @@ def _train(config: Config, stop_request: StopRequest) -> int:
     say = print if ranks.is_first else lambda text: None
     model = build_model(config.architecture) if resumes else start_model(config, say)
     model.card = ModelCard(config.data.sample_rate, data.mean, data.std)
-    with contextlib.ExitStack() as held:
-        ranks.once(lambda: held.enter_context(locked(config.run_dir)))
+    with contextlib.ExitStack() as stack:
+        ranks.once(lambda: stack.enter_context(locked(config.run_dir)))
         ranks.once(lambda: prepare_run_dir(config, data, ranks.world_size))
         if config.step.auto_batch:
-            found = find_auto_batch(config, ranks)
+            sizes = find_auto_batch(config, ranks)
             if ranks.is_first:
-                print(found)
-            config = with_micro_batch(config, found, ranks.world_size)
+                print(sizes)
+            config = with_micro_batch(config, sizes, ranks.world_size)
         trainer = Trainer(config, data, model, ranks, Pretraining(config, data, ranks))
         with stop_request:
             done = trainer.train(stop_request)
@@ -107,21 +107,21 @@ def start_model(config: Config, say: Callable[[str], object] = print) -> SSAST:
     Raises:
         UserError: weights that do not fit.
     """
-    wanted = config.architecture
+    architecture = config.architecture
     if config.model.init_from is None:
-        return build_model(wanted, config.run.seed)
-    model = load_model(config.model.init_from, heads=wanted.heads)
+        return build_model(architecture, config.run.seed)
+    model = load_model(config.model.init_from, heads=architecture.heads)
     if not model.config.pretraining_heads:
         raise UserError(
             f"{config.model.init_from}: is a fine-tuned model without pretraining heads; it cannot be pretrained on"
         )
     try:
-        started = resize(model, wanted)
+        started = resize(model, architecture)
     except ValueError as error:
         raise UserError(f"{config.model.init_from}: does not fit model.*: {error} (file: {model.config})") from None
     fresh, left = unshared_parts(started, model), unshared_parts(model, started)
     if fresh or left:
-        kinds = f"encoder_tokens {model.config.encoder_tokens} -> {wanted.encoder_tokens}"
+        kinds = f"encoder_tokens {model.config.encoder_tokens} -> {architecture.encoder_tokens}"
         say(
             f"{config.model.init_from}: the encoder's weights are taken ({kinds}); freshly initialised: "
             f"{', '.join(fresh) or 'nothing'}; left behind: {', '.join(left) or 'nothing'}"

@@ -45,8 +45,8 @@ def _twin(path: str, key: Callable[[str], str]) -> str | None:
             continue
         exact = os.path.join(place, name)
         if not os.path.lexists(exact):
-            wanted = key(name)
-            exact = next((os.path.join(place, other) for other in _names(place) if key(other) == wanted), "")
+            target = key(name)
+            exact = next((os.path.join(place, other) for other in _names(place) if key(other) == target), "")
             if not exact:
                 return None
         place = exact

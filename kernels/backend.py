@@ -46,10 +46,10 @@ def resolve_backend(name: str | None, *tensors: torch.Tensor | torch.device | No
         raise ValueError(f"backend must be None, 'torch' or 'triton', not {name!r}")
     if name == "torch":
         return name
-    given = [each for each in tensors if each is not None]
-    devices = [each if isinstance(each, torch.device) else each.device for each in given]
+    present = [each for each in tensors if each is not None]
+    devices = [each if isinstance(each, torch.device) else each.device for each in present]
     can_run = all(device.type == "cuda" or (INTERPRETED and device.type == "cpu") for device in devices)
-    has_double = any(isinstance(each, torch.Tensor) and each.dtype == torch.float64 for each in given)
+    has_double = any(isinstance(each, torch.Tensor) and each.dtype == torch.float64 for each in present)
     if name == "triton" and not can_run:
         raise ValueError(
             "backend='triton' needs tensors on a CUDA device, or TRITON_INTERPRET=1 in the environment from the start"

@@ -76,9 +76,9 @@ def _quantise(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, t
 
 def _transpose(matrix: torch.Tensor) -> torch.Tensor:
     """[rows, n] -> [n, rows] contiguous, with columns of zeros up to a multiple of 16."""
-    missing = -matrix.shape[0] % _MULTIPLE
-    if missing:
-        matrix = torch.nn.functional.pad(matrix, (0, 0, 0, missing))
+    padding = -matrix.shape[0] % _MULTIPLE
+    if padding:
+        matrix = torch.nn.functional.pad(matrix, (0, 0, 0, padding))
     return matrix.t().contiguous()
 
 
@@ -162,8 +162,8 @@ def fp8_linear(
             that is unknown or cannot run here.
     """
     if weight.ndim != 2 or x.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
-        given = ", ".join(str(None if each is None else tuple(each.shape)) for each in (x, weight, bias))
-        raise ValueError(f"x, weight and bias must be [..., in], [out, in] and [out] (or None), not {given}")
+        shapes = ", ".join(str(None if each is None else tuple(each.shape)) for each in (x, weight, bias))
+        raise ValueError(f"x, weight and bias must be [..., in], [out, in] and [out] (or None), not {shapes}")
     if weight.shape[0] % _MULTIPLE or weight.shape[1] % _MULTIPLE or x.numel() == 0:
         raise ValueError(
             f"FP8 products need widths that are multiples of {_MULTIPLE}, and at least one row: "

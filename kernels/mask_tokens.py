@@ -227,8 +227,8 @@ def insert_mask_tokens(
         ValueError: shapes that do not belong together.
     """
     batch, num_patches, width = encoded.shape[0], slot.shape[1], encoded.shape[2]
-    wanted = {"mask_token": (width,), "position": (NUM_PREFIX + num_patches, width), "slot": (batch, num_patches)}
-    for (name, shape), value in zip(wanted.items(), (mask_token, position, slot), strict=True):
+    expected = {"mask_token": (width,), "position": (NUM_PREFIX + num_patches, width), "slot": (batch, num_patches)}
+    for (name, shape), value in zip(expected.items(), (mask_token, position, slot), strict=True):
         if value.shape != shape:
             raise ValueError(
                 f"{name} is {tuple(value.shape)} and must be {shape}: {batch} clips of {num_patches} patches, width "

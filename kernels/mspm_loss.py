@@ -23,8 +23,8 @@ _MAX_VALUES = 512  # of a patch: with more, 32 rows and 32 columns in fp32 no lo
 
 
 class MSPMLoss(NamedTuple):
-    """Scalars. `loss`, `nce` and `mse` have gradients; `accuracy` is the share of masked patches found, by the official
-    rule.
+    """Scalars. `loss`, `nce` and `mse` have gradients; `accuracy` is the fraction of masked patches found, by the
+    official rule.
 
     A half of the objective that was not asked for is NaN.
     """
@@ -47,9 +47,9 @@ def _reference(
     target = _masked_rows(target.detach(), mask).to(precision)  # [B, M, K]
     nce = mse = accuracy = target.new_full((), float("nan"))
     if class_pred is not None:
-        log_share = _log_share(class_pred.to(precision), target, softmax_over)
-        nce = -log_share.diagonal(dim1=1, dim2=2).mean()
-        accuracy = _is_found(log_share.detach()).to(nce.dtype).mean()
+        log_probability = _log_probability(class_pred.to(precision), target, softmax_over)
+        nce = -log_probability.diagonal(dim1=1, dim2=2).mean()
+        accuracy = _picks_own_target(log_probability.detach()).to(nce.dtype).mean()
     if recon_pred is not None:
         mse = (recon_pred.to(precision) - target).square().mean()
     if class_pred is None:
@@ -63,15 +63,15 @@ def _masked_rows(target: torch.Tensor, mask: torch.Tensor | None) -> torch.Tenso
     return target if mask is None else target.gather(1, mask[..., None].expand(-1, -1, target.shape[2]))
 
 
-def _log_share(class_pred: torch.Tensor, target: torch.Tensor, softmax_over: str) -> torch.Tensor:
+def _log_probability(class_pred: torch.Tensor, target: torch.Tensor, softmax_over: str) -> torch.Tensor:
     """[B, M targets, M predictions] logarithm of the softmax in the direction chosen."""
     with torch.autocast(class_pred.device.type, enabled=False):
         scores = target @ class_pred.transpose(1, 2)
     return scores.log_softmax(dim=2 if softmax_over == "predictions" else 1)
 
 
-def _is_found(log_share: torch.Tensor) -> torch.Tensor:
-    best_target = log_share.argmax(dim=1)  # [B, M]: for each prediction, the target with the largest share
+def _picks_own_target(log_probability: torch.Tensor) -> torch.Tensor:
+    best_target = log_probability.argmax(dim=1)  # [B, M]: for each prediction, the target of the largest probability
     return best_target == torch.arange(best_target.shape[1], device=best_target.device)
 
 
@@ -308,10 +308,10 @@ def _gradients_kernel(
             # nothing.
             # S is computed anew, its products summed in another order: what was the highest may come out higher.
             below = tl.minimum(score - highest, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            share = tl.exp(tl.where(is_column[None, :], below - log_sum, float("-inf")))
+            probability = tl.exp(tl.where(is_column[None, :], below - log_sum, float("-inf")))
             # Less one before it is rounded to COMPUTE: next to one, bf16 would leave nothing of a small difference.
-            share = tl.where(column[None, :] == row[:, None], share - 1.0, share)
-            total = tl.dot(share.to(COMPUTE), others, total, input_precision="ieee")
+            residual = tl.where(column[None, :] == row[:, None], probability - 1.0, probability)
+            total = tl.dot(residual.to(COMPUTE), others, total, input_precision="ieee")
         scale = _upstream(d_loss_ptr, 1.0, d_nce_ptr) * nce_scale
         _store(d_class_ptr + clip * M * K, row, scale * total, M, K, K_2)
 
@@ -530,8 +530,8 @@ def mspm_loss(
         targets      L_d = -mean_i log( exp S[i, i] / sum_j exp S[j, i] ): for each prediction, a softmax over the
                      targets; equation 1
 
-    L_g is the mean square error over all elements. Accuracy is the share of predictions i whose largest entry over the
-    targets j of the softmax (in the direction chosen) is j = i; ties go to the first.
+    L_g is the mean square error over all elements. Accuracy is the fraction of predictions i whose largest entry over
+    the targets j of the softmax (in the direction chosen) is j = i; ties go to the first.
 
     The result is float32 (float64 for float64 targets), each gradient of the type of its prediction. The reference
     computes in that precision throughout. The kernels take bf16, fp16 and fp32 in any mixture and sum in fp32: S from
@@ -581,7 +581,8 @@ def found_patches(
     """
     _check(class_pred, None, target, mask, softmax_over)
     precision = torch.promote_types(target.dtype, torch.float32)
-    return _is_found(_log_share(class_pred.to(precision), _masked_rows(target, mask).to(precision), softmax_over))
+    rows = _masked_rows(target, mask).to(precision)
+    return _picks_own_target(_log_probability(class_pred.to(precision), rows, softmax_over))
 
 
 def _check(

@@ -57,29 +57,29 @@ class Bench:
         Raises:
             UserError: a contestant ended instead of answering, or rows cannot be written.
         """
-        given = self.arguments
-        say(f"writing {given.clips} clips of {given.length:g} s as {', '.join(given.codecs)}, files and shards")
+        options = self.arguments
+        say(f"writing {options.clips} clips of {options.length:g} s as {', '.join(options.codecs)}, files and shards")
         self.corpus = make_corpus(
             self.folder,
-            given.codecs,
-            clips=given.clips,
-            seconds=given.length,
-            audio=given.audio,
+            options.codecs,
+            clips=options.clips,
+            seconds=options.length,
+            audio=options.audio,
             workers=len(self.cores),
         )
-        for codec in given.codecs:
-            for workers in given.workers:
+        for codec in options.codecs:
+            for workers in options.workers:
                 self._race(codec, workers)
-        for codec in (codec for codec in given.codecs if codec in IN_SHARDS):
+        for codec in (codec for codec in options.codecs if codec in IN_SHARDS):
             self._first_batch(codec, self.corpus.shards(codec))
             self._memory(codec)
-        if "wav" in given.codecs and given.entries:
-            say(f"an index of {given.entries:,} entries")
-            repeat_index(self.corpus.shards("wav"), self.folder / "many", given.entries)
+        if "wav" in options.codecs and options.entries:
+            say(f"an index of {options.entries:,} entries")
+            repeat_index(self.corpus.shards("wav"), self.folder / "many", options.entries)
             self._first_batch("wav", self.folder / "many")
 
     def _race(self, codec: str, workers: int) -> None:
-        given = self.arguments
+        options = self.arguments
         pairs = [
             (name, source)
             for name, contestant in CONTESTANTS.items()
@@ -90,16 +90,16 @@ class Bench:
             "folder": str(self.folder),
             "num_samples": self.corpus.num_samples,
             "codec": codec,
-            "batch": given.batch,
+            "batch": options.batch,
         }
         jobs = [common | {"contestant": name, "source": source, "workers": workers} for name, source in pairs]
         cores = self.cores[-workers:]
         rows = []
         for (name, source), (said, rounds) in zip(
-            pairs, run_race(jobs, cores, rounds=given.rounds, seconds=given.seconds), strict=True
+            pairs, run_race(jobs, cores, rounds=options.rounds, seconds=options.seconds), strict=True
         ):
             note = f"left out: {said['left_out']}" if "left_out" in said else said["note"]
-            case = {"contestant": name, "codec": codec, "source": source, "workers": workers, "batch": given.batch}
+            case = {"contestant": name, "codec": codec, "source": source, "workers": workers, "batch": options.batch}
             wall = [each["clips"] / each["wall_s"] for each in rounds]
             cpu = [each["clips"] / max(each["cpu_s"], 1e-9) for each in rounds]
             rows.append(self._row(RATE, wall, cpu=cpu, note=note, cores=cores, **case))
@@ -108,16 +108,21 @@ class Bench:
             say(line)
 
     def _first_batch(self, codec: str, folder: Path) -> None:
-        given, workers = self.arguments, max(self.arguments.workers)
+        options, workers = self.arguments, max(self.arguments.workers)
         cores = self.cores[-workers:]
-        job = {"folder": str(folder), "num_samples": self.corpus.num_samples, "batch": given.batch, "workers": workers}
+        job = {
+            "folder": str(folder),
+            "num_samples": self.corpus.num_samples,
+            "batch": options.batch,
+            "workers": workers,
+        }
         starts = [next(run_alone("first", job, cores)) for _ in range(COLD_STARTS)]
         case = {
             "contestant": OURS,
             "codec": codec,
             "source": "shards",
             "workers": workers,
-            "batch": given.batch,
+            "batch": options.batch,
             "cores": cores,
         }
         case["entries"] = starts[0]["entries"]
@@ -202,8 +207,8 @@ def _quartiles(values: Sequence[float]) -> Iterator[float | str]:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    given = len(os.sched_getaffinity(0))
-    doubling = [workers for workers in (1, 2, 4, 8, 16, 32, 64) if workers < given]
+    cores = len(os.sched_getaffinity(0))
+    doubling = [workers for workers in (1, 2, 4, 8, 16, 32, 64) if workers < cores]
     parser = argparse.ArgumentParser(
         prog="ssast bench loader", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -219,7 +224,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--workers",
         type=int,
         nargs="+",
-        default=[*doubling, given],
+        default=[*doubling, cores],
         metavar="N",
         help="threads or processes, each on as many cores",
     )
@@ -244,8 +249,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if not getattr(arguments, option) > 0:
             raise UserError(f"--{option} {getattr(arguments, option):g}: must be above 0")
     for workers in arguments.workers:
-        if not 1 <= workers <= given:
-            raise UserError(f"--workers {workers}: from 1 to the {given} cores that there are")
+        if not 1 <= workers <= cores:
+            raise UserError(f"--workers {workers}: from 1 to the {cores} cores that there are")
     arguments.workers.sort()
     return arguments
 

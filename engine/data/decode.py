@@ -181,12 +181,14 @@ class AudioDecoder:
         """Decode and resample a window into its place; a str of why that is not possible."""
         try:
             with soundfile.SoundFile(file, closefd=False) as sound:
-                known, there = (
+                expected, actual = (
                     (self.clips.frames[clip], self.clips.sample_rates[clip]),
                     (sound.frames, sound.samplerate),
                 )
-                if there != known:
-                    return f"broken since it was checked: {there[0]} samples at {there[1]} Hz instead of {known[0]}"
+                if actual != expected:
+                    return (
+                        f"broken since it was checked: {actual[0]} samples at {actual[1]} Hz instead of {expected[0]}"
+                    )
                 self._resample(clip, start, window, lambda first, last: _decode_span(sound, first, last))
         except soundfile.LibsndfileError as error:
             return f"broken since it was checked: {error.error_string.rstrip('.')}"

@@ -49,7 +49,7 @@ class MixedOrder(SampleOrder):
         if min(sizes) < 1 or len(sizes) != len(weights):
             raise ValueError("each weight needs a data set of at least one clip")
         super().__init__(sum(sizes), seed)
-        self.shares = block_shares(weights)
+        self.counts = block_shares(weights)
         self._first = np.cumsum([0, *sizes[:-1]])
         self._sets = [_Passes(size, seed, Stream.ORDER_SET + number) for number, size in enumerate(sizes)]
 
@@ -59,9 +59,9 @@ class MixedOrder(SampleOrder):
         data_set, turn = np.empty_like(blocks), np.empty_like(blocks)
         for block in np.unique(blocks).tolist():
             here = blocks == block
-            sets, turns = _block(tuple(self.shares.tolist()), self.seed, block)
+            sets, turns = _block(tuple(self.counts.tolist()), self.seed, block)
             data_set[here], turn[here] = sets[places[here]], turns[places[here]]
-        turn += blocks * self.shares[data_set]
+        turn += blocks * self.counts[data_set]
         clip, passes = np.empty_like(blocks), np.empty_like(blocks)
         for number in np.unique(data_set).tolist():
             here = data_set == number
@@ -114,12 +114,12 @@ class _Passes:
 
 
 @functools.lru_cache(maxsize=16)
-def _block(shares: tuple[int, ...], seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+def _block(counts: tuple[int, ...], seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
     """(data set, how many of its positions come before in the block) at each place of a block, int64 [1000]."""
-    sets = _generator(seed, block, Stream.ORDER_BLOCK).permutation(np.repeat(np.arange(len(shares)), shares))
+    sets = _generator(seed, block, Stream.ORDER_BLOCK).permutation(np.repeat(np.arange(len(counts)), counts))
     turns = np.empty_like(sets)
-    for number, share in enumerate(shares):
-        turns[sets == number] = np.arange(share)
+    for number, count in enumerate(counts):
+        turns[sets == number] = np.arange(count)
     return sets, turns
 
 

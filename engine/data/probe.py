@@ -176,8 +176,8 @@ def open_native(path: str, size: int) -> Iterator[Native]:
         except TypeError:  # named .raw
             problem = _UNKNOWN
         except soundfile.LibsndfileError as error:
-            known = magic in (b"RIFF", b"RF64", b"fLaC", b"OggS", b"FORM") and "not recognised" not in str(error)
-            problem = _message(error) if known else _UNKNOWN
+            is_audio = magic in (b"RIFF", b"RF64", b"fLaC", b"OggS", b"FORM") and "not recognised" not in str(error)
+            problem = _message(error) if is_audio else _UNKNOWN
         is_mended = False
         if layout is not None and not _sees_all(sound, layout):
             with contextlib.suppress(soundfile.LibsndfileError):

@@ -111,24 +111,24 @@ def launch(ranks: int, module: str, arguments: list[str], *, engine: str = "deep
     environment[LEADER_VARIABLE] = "1"
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     child = subprocess.Popen(command, env=environment, process_group=0, preexec_fn=_end_with_parent)
-    asked = False
+    is_stopping = False
 
     def end_launcher(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
+        nonlocal is_stopping
+        if is_stopping:
             os.killpg(child.pid, signal.SIGTERM)  # asked twice: at once, without saving
-        asked = True
+        is_stopping = True
         child.terminate()
 
     before = {number: signal.signal(number, end_launcher) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         status = child.wait()
-        while asked and _group_is_alive(child.pid):
+        while is_stopping and _group_is_alive(child.pid):
             time.sleep(0.1)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return None if asked else status
+    return None if is_stopping else status
 
 
 def _devices(ranks: int) -> list[str]:

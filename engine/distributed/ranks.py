@@ -64,15 +64,15 @@ def place_in_world() -> Place | None:
     Raises:
         UserError: variables that are missing, no numbers, or contradict each other.
     """
-    given = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if os.environ.get(name)}
-    if not given or given == {"WORLD_SIZE": "1"}:
+    variables = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if os.environ.get(name)}
+    if not variables or variables == {"WORLD_SIZE": "1"}:
         return None
-    place = Place(**{name.lower(): _number(name) for name in given})
-    wanted = ["RANK", "WORLD_SIZE"]
+    place = Place(**{name.lower(): _number(name) for name in variables})
+    required = ["RANK", "WORLD_SIZE"]
     if place.world_size > 1:
-        wanted += ["LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
-    if missing := [name for name in wanted if not os.environ.get(name)]:
-        settings = ", ".join(f"{name}={value}" for name, value in given.items())
+        required += ["LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
+    if missing := [name for name in required if not os.environ.get(name)]:
+        settings = ", ".join(f"{name}={value}" for name, value in variables.items())
         raise UserError(
             f"the environment has {settings} but no {', '.join(missing)}: a launcher (deepspeed, torchrun) sets them "
             "all; unset them to train with one process, or with several by --ranks",

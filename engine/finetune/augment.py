@@ -15,19 +15,19 @@ from ssast.engine.random_streams import Stream
 from ssast.kernels.random import below, philox
 
 FULL_SCALE = 32768.0  # of int16
-BETA = 10  # both parameters of the Beta distribution that mixing shares are drawn from
+BETA = 10  # both parameters of the Beta distribution that fractions of mixtures are drawn from
 
 
 def mixup(
     waveform: torch.Tensor, lengths: torch.Tensor, targets: torch.Tensor, rate: float, seed: int, offset: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mix each clip, with probability `rate`, with another one of the batch: x = share * a + (1 - share) * b, and
+    """Mix each clip, with probability `rate`, with another one of the batch: x = fraction * a + (1 - fraction) * b, and
     targets likewise.
 
-    As in the official loader, the share is drawn from Beta(10, 10), the mean of a clip is taken off it before, and that
-    of the mix after. Two things differ from it. The other clip is drawn from the micro-batch, evenly among all but the
-    clip itself, not from the data set; in a batch of one nothing is mixed. And a mix is as long as the longer of the
-    two, where the official code cuts or pads the other clip to the first one's length.
+    As in the official loader, the fraction is drawn from Beta(10, 10), the mean of a clip is taken off it before, and
+    that of the mix after. Two things differ from it. The other clip is drawn from the micro-batch, evenly among all but
+    the clip itself, not from the data set; in a batch of one nothing is mixed. And a mix is as long as the longer of
+    the two, where the official code cuts or pads the other clip to the first one's length.
 
     Args:
         waveform: [B, S] int16, or float in [-1, 1]; zero past `lengths` [B], in samples.
@@ -50,14 +50,14 @@ def mixup(
     chance, other, _, _ = _words(seed, clip, 1, Stream.MIXUP_PARTNER)  # each [B, 1]
     is_mixed = chance < round(rate * 2**32)  # [B, 1]
     partner = (torch.arange(batch, device=clip.device) + 1 + below(other[:, 0], batch - 1)) % batch
-    share = beta_shares(seed, clip)[:, None]  # [B, 1]
+    fraction = beta_shares(seed, clip)[:, None]  # [B, 1]
 
     place = torch.arange(samples, device=clip.device)[None, :]
     centred = _centred(scaled, place < lengths[:, None], lengths)
     longer = torch.maximum(lengths, lengths[partner])
-    mixed = share * centred + (1 - share) * centred[partner]
+    mixed = fraction * centred + (1 - fraction) * centred[partner]
     mixed = _centred(mixed, place < longer[:, None], longer)
-    mixed_targets = share.to(targets.dtype) * targets + (1 - share).to(targets.dtype) * targets[partner]
+    mixed_targets = fraction.to(targets.dtype) * targets + (1 - fraction).to(targets.dtype) * targets[partner]
     return (
         torch.where(is_mixed, mixed, scaled),
         torch.where(is_mixed[:, 0], longer, lengths),
@@ -74,7 +74,7 @@ def beta_shares(seed: int, clip: torch.Tensor) -> torch.Tensor:
 
 
 def _centred(waveform: torch.Tensor, is_sound: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """[B, S] less the mean of each row's sound; zero elsewhere."""
+    """The waveform [B, S] less the mean of each row's sound; zero elsewhere."""
     mean = torch.where(is_sound, waveform, 0).sum(dim=1, keepdim=True) / lengths.clamp(min=1)[:, None]
     return torch.where(is_sound, waveform - mean, 0)
 

@@ -169,8 +169,8 @@ def _areas(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def _mean(values: np.ndarray) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else math.nan
+    measured = values[~np.isnan(values)]
+    return float(measured.mean()) if len(measured) else math.nan
 
 
 def _d_prime(area: float) -> float:

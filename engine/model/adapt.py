@@ -35,7 +35,7 @@ def _init_parameter(name: str, parameter: torch.Tensor, config: ModelConfig, gen
     elif name.endswith((".position", ".prefix")) or ("blocks." in name and name.endswith("weight")):
         nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
     elif name == "layer_weights":
-        parameter.zero_()  # equal shares
+        parameter.zero_()  # The softmax of zeros weights all layers equally.
     elif name.endswith(".mask_token"):
         # Xavier normal of a [1, 1, D] tensor
         parameter.normal_(0.0, math.sqrt(1.0 / parameter.numel()), generator=generator)

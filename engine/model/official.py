@@ -53,10 +53,10 @@ def load_official(
         raise UserError(f"{file}: its tensors describe no model: {first_line(error)}") from None
     model = SSAST(config)
     model.unused = {key: tensors[key] for key in UNUSED_OFFICIAL if key in tensors}
-    wanted = to_official(model, prefix="")
-    known = {key: value for key, value in tensors.items() if key not in UNUSED_OFFICIAL}
-    check_weights(known, {key: value for key, value in wanted.items() if key not in UNUSED_OFFICIAL}, file)
-    model.load_state_dict(from_official(known))
+    expected = to_official(model, prefix="")
+    weights = {key: value for key, value in tensors.items() if key not in UNUSED_OFFICIAL}
+    check_weights(weights, {key: value for key, value in expected.items() if key not in UNUSED_OFFICIAL}, file)
+    model.load_state_dict(from_official(weights))
     return model
 
 

@@ -286,8 +286,10 @@ class SSAST(nn.Module):
         tokens = gather_rows(self._predictor_tokens(patches, mask), mask + NUM_PREFIX)  # [B, M, D']
         canvas = torch.full_like(patches, float("nan"))
         canvas.scatter_(1, mask[..., None].expand(-1, -1, patches.shape[2]), self.recon_head(tokens).to(patches.dtype))
-        found = found_patches(self.class_head(tokens).to(patches.dtype), patches, mask=mask, softmax_over=softmax_over)
-        return unpatchify(canvas, self.config.grid, self.config.patch_shape), found
+        matches = found_patches(
+            self.class_head(tokens).to(patches.dtype), patches, mask=mask, softmax_over=softmax_over
+        )
+        return unpatchify(canvas, self.config.grid, self.config.patch_shape), matches
 
     def classify(self, features: torch.Tensor, pool: str | None = None) -> torch.Tensor:
         """[B, T, F] -> [B, C] logits; pool: "mean" of the patch tokens, "cls": mean of the cls and the dist token,
@@ -339,11 +341,11 @@ class SSAST(nn.Module):
 
     def _weighted_layers(self, patches: torch.Tensor) -> torch.Tensor:  # [B, P, K] -> [B, N, D]
         x, _ = self.embedding(patches)
-        shares = self.layer_weights.softmax(dim=0)
-        total = shares[0] * x
-        for share, block in zip(shares[1:], self.blocks, strict=True):
+        weights = self.layer_weights.softmax(dim=0)
+        total = weights[0] * x
+        for weight, block in zip(weights[1:], self.blocks, strict=True):
             x = block(x)
-            total = total + share * x
+            total = total + weight * x
         return total
 
     # --- the parts that torch.compile is given, beside the decoder ----------------------------------------------------

@@ -66,14 +66,14 @@ def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
         with open(file, "rb") as stream:
             is_pickle = stream.read(1) == b"\x80"
         raise UserError(f"{file}: {_why_not(error, is_pickle=is_pickle)}") from None
-    found = list(_models(content, file))
-    if not found:
+    models = list(_models(content, file))
+    if not models:
         names = list(content)[:5] if isinstance(content, Mapping) else type(content).__name__
         raise UserError(f"{file}: not an official SSAST checkpoint (no {MARKS[0]} in it; it holds {names})")
-    if len(found) > 1:
-        where = ", ".join(repr(place) for place, _ in found)
+    if len(models) > 1:
+        where = ", ".join(repr(place) for place, _ in models)
         raise UserError(f"{file}: holds several models ({where}): save the one you mean in a file of its own")
-    return found[0][1]
+    return models[0][1]
 
 
 def plain_name(name: str) -> str:
@@ -96,12 +96,12 @@ def unwrapped_names(names: Iterable[str]) -> dict[str, str]:
     return {name: short.removeprefix(prefix) for name, short in plain.items()}
 
 
-def check_weights(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], where: Path) -> None:
+def check_weights(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], where: Path) -> None:
     """Check that tensors are what a model needs.
 
     Args:
-        found: what there is, by name.
-        wanted: of the model's, only the shapes are looked at.
+        weights: the tensors of the file, by name.
+        expected: the tensors of the model, by name; only their shapes are compared.
         where: named in the error.
 
     Raises:
@@ -109,15 +109,15 @@ def check_weights(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.
             are not finite, or that is not dense; or the first weight matrix of zeros alone, as of a file whose space
             was allocated before it was downloaded.
     """
-    problems = [f"missing {key}" for key in wanted if key not in found]
-    problems += [f"unexpected {key}" for key in found if key not in wanted]
-    for key, value in found.items():
-        if key in wanted and value.shape != wanted[key].shape:
-            problems.append(f"{key} is {list(value.shape)}, the model needs {list(wanted[key].shape)}")
+    problems = [f"missing {key}" for key in expected if key not in weights]
+    problems += [f"unexpected {key}" for key in weights if key not in expected]
+    for key, value in weights.items():
+        if key in expected and value.shape != expected[key].shape:
+            problems.append(f"{key} is {list(value.shape)}, the model needs {list(expected[key].shape)}")
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise UserError(f"{where}: does not fit the model: {shown}")
-    for key, value in found.items():
+    for key, value in weights.items():
         if value.layout != torch.strided or value.is_quantized or value.is_meta:
             kind = "quantized" if value.is_quantized else "without values" if value.is_meta else "sparse"
             raise UserError(f"{where}: {key} is {kind}: save the model with dense floating-point tensors")

@@ -154,8 +154,8 @@ def find_weights(path: Path) -> Path:
         )
     if (path / WEIGHTS_FILE).is_file():
         return path / WEIGHTS_FILE
-    found = (path / "checkpoints").glob(f"step-*/{WEIGHTS_FILE}")
-    numbered = [file for file in found if file.parent.name.removeprefix("step-").isdecimal()]  # not a copy of one
+    files = (path / "checkpoints").glob(f"step-*/{WEIGHTS_FILE}")
+    numbered = [file for file in files if file.parent.name.removeprefix("step-").isdecimal()]  # not a copy of one
     candidates = sorted(numbered, key=lambda file: int(file.parent.name.removeprefix("step-")))
     if not candidates:
         raise UserError(

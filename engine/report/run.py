@@ -154,7 +154,7 @@ def read_run(folder: Path) -> Run:
 
 def rows_by_kind(path: Path) -> tuple[list[dict], list[dict], list[dict], int]:
     """The train, valid and event rows in order, and how many lines could not be read (a crash cuts a line in half)."""
-    kept: dict[str, dict[int, dict]] = {"train": {}, "valid": {}}
+    rows_of: dict[str, dict[int, dict]] = {"train": {}, "valid": {}}
     events, unreadable = [], 0
     for line in filter(str.strip, path.read_text("utf-8", "replace").split("\n")):
         try:
@@ -163,13 +163,13 @@ def rows_by_kind(path: Path) -> tuple[list[dict], list[dict], list[dict], int]:
         except (ValueError, TypeError, KeyError):
             unreadable += 1
             continue
-        if kind in kept:
-            kept[kind][step] = row
+        if kind in rows_of:
+            rows_of[kind][step] = row
         elif kind == "event":
             events.append(row)
             if row.get("event") == "resume":  # the steps after the checkpoint are done again
-                kept = {name: {s: r for s, r in rows.items() if s <= step} for name, rows in kept.items()}
-    train, valid = ([rows[step] for step in sorted(rows)] for rows in kept.values())
+                rows_of = {name: {s: r for s, r in rows.items() if s <= step} for name, rows in rows_of.items()}
+    train, valid = ([rows[step] for step in sorted(rows)] for rows in rows_of.values())
     return train, valid, events, unreadable
 
 
@@ -300,7 +300,7 @@ def draw_clip(number: int, clip: Clip, theme: Theme) -> Figure:
         axes.imshow(picture.T, extent=(0, frames * FRAME_SECONDS, 0, bins), **look)
         axes.set_title(title, loc="left", fontsize=9, color=theme.soft, pad=4)
     if clip.found is not None:
-        _draw_found(rows[-1], clip, clip.found, theme)
+        _draw_matches(rows[-1], clip, clip.found, theme)
     for axes in rows:
         style_axes(axes, theme)
     rows[0].set_yticks([0, bins // 2, bins])
@@ -309,7 +309,7 @@ def draw_clip(number: int, clip: Clip, theme: Theme) -> Figure:
     return figure
 
 
-def _draw_found(axes: Axes, clip: Clip, found: np.ndarray, theme: Theme) -> None:
+def _draw_matches(axes: Axes, clip: Clip, matches: np.ndarray, theme: Theme) -> None:
     """Found patches are filled and missed ones outlined, unless they are too narrow for an outline."""
     height, width = clip.patch_shape
     corners = np.array([(0, 0), (width, 0), (width, height), (0, height)])
@@ -318,9 +318,9 @@ def _draw_found(axes: Axes, clip: Clip, found: np.ndarray, theme: Theme) -> None
     missed = (
         {"facecolor": theme.missed} if narrow else {"facecolor": "none", "edgecolor": theme.missed, "linewidth": 0.8}
     )
-    axes.add_collection(PolyCollection(boxes[found], facecolor=theme.found, linewidth=0))
-    axes.add_collection(PolyCollection(boxes[~found], clip_on=False, **missed))
-    title = f"Found {found.sum()} (green), missed {(~found).sum()} (red{'' if narrow else ' outline'})"
+    axes.add_collection(PolyCollection(boxes[matches], facecolor=theme.found, linewidth=0))
+    axes.add_collection(PolyCollection(boxes[~matches], clip_on=False, **missed))
+    title = f"Found {matches.sum()} (green), missed {(~matches).sum()} (red{'' if narrow else ' outline'})"
     axes.set_title(title, loc="left", fontsize=9, color=theme.soft, pad=4)
 
 

@@ -16,8 +16,8 @@ from ssast.engine.model.cost import memory_estimate
 from ssast.engine.model.ssast import SSAST
 
 GRAIN = 8  # clips; matrix products like multiples of it
-# of the memory that is free, for activations and state: the rest is fragments, buffers of collectives, the loader
-SHARE = 0.9
+# Activations and state get this fraction of free memory; fragments, collectives' buffers and the loader get the rest.
+FRACTION = 0.9
 MOST = 1 << 16
 
 
@@ -44,18 +44,18 @@ def find_auto_batch(config: Config, ranks: Ranks) -> AutoBatch:
         UserError: not even one clip fits.
     """
     micro_batch, accumulation = config.batch_sizes(ranks.world_size)
-    share = micro_batch * accumulation  # of the batch, on one rank
+    rank_batch = micro_batch * accumulation  # of the batch, on one rank
     largest = ranks.once(lambda: largest_micro_batch(config, ranks))
-    used = max(size for size in range(1, share + 1) if share % size == 0 and size <= largest)
-    return AutoBatch(largest, used, share // used)
+    used = max(size for size in range(1, rank_batch + 1) if rank_batch % size == 0 and size <= largest)
+    return AutoBatch(largest, used, rank_batch // used)
 
 
-def with_micro_batch(config: Config, found: AutoBatch, world_size: int) -> Config:
+def with_micro_batch(config: Config, sizes_that_fit: AutoBatch, world_size: int) -> Config:
     """The config with the sizes that were measured."""
     sizes = {
-        "train_batch_size": found.used * found.accumulation * world_size,
-        "train_micro_batch_size_per_gpu": found.used,
-        "gradient_accumulation_steps": found.accumulation,
+        "train_batch_size": sizes_that_fit.used * sizes_that_fit.accumulation * world_size,
+        "train_micro_batch_size_per_gpu": sizes_that_fit.used,
+        "gradient_accumulation_steps": sizes_that_fit.accumulation,
     }
     return config.model_copy(update={"deepspeed": {**config.deepspeed, **sizes}})
 
@@ -85,44 +85,44 @@ def largest_micro_batch(config: Config, ranks: Ranks) -> int:
             + torch.cuda.memory_reserved(device)
             - torch.cuda.memory_allocated(device)
         )
-        reserved = int(sum(state.values()) + (1 - SHARE) * free)
-        found = _try_sizes(model, config, device, reserved)
+        reserved = int(sum(state.values()) + (1 - FRACTION) * free)
+        largest = _try_sizes(model, config, device, reserved)
         torch.cuda.empty_cache()
     else:
         per_clip = activation_bytes(model, config, device, 2) - activation_bytes(model, config, device, 1)
         ranks_here = ranks.world_size  # of one machine, as a rule: a CPU is for trying things out
-        found = int((SHARE * psutil.virtual_memory().available / ranks_here - sum(state.values())) // per_clip)
-    if found < 1:
+        largest = int((FRACTION * psutil.virtual_memory().available / ranks_here - sum(state.values())) // per_clip)
+    if largest < 1:
         raise UserError(
             "step.auto_batch: not even one clip fits into memory; take step.activation_checkpointing=block, a shorter "
             "model.input_frames, or a smaller model"
         )
-    return min(found, MOST) // GRAIN * GRAIN or found
+    return min(largest, MOST) // GRAIN * GRAIN or largest
 
 
 def activation_bytes(model: SSAST, config: Config, device: torch.device, clips: int) -> int:
     """What a forward pass keeps for the backward pass, parameters not counted; every piece of memory once."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
+    bytes_by_address: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            bytes_by_address[storage.data_ptr()] = storage.nbytes()
             alive.append(tensor)  # freed, its address would be given away again
         return tensor
 
     alive: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         _forward(model, config, device, clips)
-    return sum(kept.values())
+    return sum(bytes_by_address.values())
 
 
 def _try_sizes(model: SSAST, config: Config, device: torch.device, reserved: int) -> int:
     """Doubling until it does not fit, then halving the gap; `reserved` bytes are held meanwhile for what a run holds
     besides.
     """
-    held = torch.empty(reserved, dtype=torch.uint8, device=device)
+    ballast = torch.empty(reserved, dtype=torch.uint8, device=device)
     fits, too_many = 0, None
     size = GRAIN
     while too_many is None or too_many - fits > GRAIN:
@@ -137,7 +137,7 @@ def _try_sizes(model: SSAST, config: Config, device: torch.device, reserved: int
             break
     if fits == 0:
         fits = next((size for size in range(GRAIN - 1, 0, -1) if _fits(model, config, device, size)), 0)
-    del held
+    del ballast
     return fits
 
 

@@ -42,14 +42,14 @@ def write_preview(config: Config, data: Dataset, run_dir: Path, step: int) -> No
         algorithm=config.mask.algorithm,
         seed=config.run.seed,
     )
-    recon, found = model.reconstruct(features, mask, softmax_over=config.objective.softmax_over)
+    recon, matches = model.reconstruct(features, mask, softmax_over=config.objective.softmax_over)
     content = io.BytesIO()
     np.savez_compressed(
         content,
         features=features.numpy(),
         mask=mask.numpy(),
         recon=recon.numpy(),
-        found=found.numpy(),
+        found=matches.numpy(),
         names=np.array([Path(data.valid.sources[clip]).name.encode("utf-8", "replace").decode() for clip in index]),
         patch_shape=np.array(model.config.patch_shape),
         step=np.array(step),

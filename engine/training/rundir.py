@@ -80,11 +80,11 @@ def check_run_dir(config: RunConfig) -> None:
     rows = read_rows(run_dir / "metrics.jsonl")
     if saved.is_file() and (run_dir / "environment.json").is_file() and not rows and not checkpoint_steps(run_dir):
         return  # a run that failed before its first step
-    kept = max((row["step"] for row in rows if row.get("event") == "checkpoint"), default=0)
-    if kept and not checkpoint_steps(run_dir):
+    last_saved = max((row["step"] for row in rows if row.get("event") == "checkpoint"), default=0)
+    if last_saved and not checkpoint_steps(run_dir):
         raise UserError(
-            f"{run_dir}: its log says that step {kept} was saved, but {checkpoints} holds no checkpoint, and starting "
-            "at step 0 would overwrite the log; put the checkpoints back, or choose another run.name"
+            f"{run_dir}: its log says that step {last_saved} was saved, but {checkpoints} holds no checkpoint, and "
+            "starting at step 0 would overwrite the log; put the checkpoints back, or choose another run.name"
         )
     if not saved.is_file() or not (run_dir / "environment.json").is_file():
         raise UserError(

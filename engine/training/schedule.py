@@ -96,8 +96,8 @@ class Schedule:
     """`lr(step)` for optimizer step `step`, counted from 0. In a run of `train.minutes`, `fraction` of them is used.
 
     The plateau rule is that of `torch.optim.lr_scheduler.ReduceLROnPlateau` with mode "max", which the official code
-    uses: a validation is better if it beats the best one by a share of 1e-4; after more than `plateau_patience` that do
-    not, the rate is multiplied by `plateau_factor`.
+    uses: a validation is better if it beats the best one by a fraction of 1e-4; after more than `plateau_patience` that
+    do not, the rate is multiplied by `plateau_factor`.
     """
 
     THRESHOLD = 1e-4

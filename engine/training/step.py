@@ -214,7 +214,7 @@ def _find(module: str, feature: str) -> Any | None:
 
 
 def _feature(module: str, feature: str, key: str) -> Any:
-    found = _find(module, feature)
-    if found is None:
+    value = _find(module, feature)
+    if value is None:
         raise UserError(f"{key}: there is no {module}.{feature}; `ssast doctor` says which optional parts are there")
-    return found
+    return value

@@ -203,11 +203,11 @@ def _run_onnx(file: Path, waveform: torch.Tensor, lengths: torch.Tensor) -> tupl
     )
 
 
-def _deviation(module: FromWaveform, got: tuple[torch.Tensor, ...], out: Path) -> float:
+def _deviation(module: FromWaveform, outputs: tuple[torch.Tensor, ...], out: Path) -> float:
     with torch.no_grad():
-        wanted = _as_tuple(module(*example(module.model)))
+        expected = _as_tuple(module(*example(module.model)))
     worst = 0.0
-    for name, theirs, ours in zip(module.output_names, got, wanted, strict=True):
+    for name, theirs, ours in zip(module.output_names, outputs, expected, strict=True):
         worst = max(worst, check_equal(theirs, ours, f"{out}: {name}"))
     return worst
 
