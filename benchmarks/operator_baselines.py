@@ -82,15 +82,15 @@ def official_mask(
     patches, clips = grid[0] * grid[1], []
     for _ in range(batch):
         side = generator.choice(cluster)
-        chosen: set[int] = set()
-        while len(chosen) <= num_masked:
+        patches_masked: set[int] = set()
+        while len(patches_masked) <= num_masked:
             corner = generator.randrange(patches)
             for down in range(side):
                 for right in range(side):
                     number = corner + grid[1] * down + right
                     if 0 < number < patches:
-                        chosen.add(number)
-        clips.append(list(chosen)[:num_masked])
+                        patches_masked.add(number)
+        clips.append(list(patches_masked)[:num_masked])
     return torch.tensor(clips, device=device)
 
 

@@ -102,8 +102,8 @@ class StepBench:
         attention = [f"step.attention={self._attention}"] if self._attention else []
         config: Config = load_config(self.config, [*self.overrides, *attention, *case.settings])
         sizes = {"train_micro_batch_size_per_gpu": case.micro_batch, "gradient_accumulation_steps": 1}
-        kept = {key: value for key, value in config.deepspeed.items() if key != "train_batch_size"}
-        config = undisturbed(config.model_copy(update={"deepspeed": kept | sizes}), self.folder)
+        section = {key: value for key, value in config.deepspeed.items() if key != "train_batch_size"}
+        config = undisturbed(config.model_copy(update={"deepspeed": section | sizes}), self.folder)
         seconds: list[float] = []
         described: dict[str, str] = {}
         clips, note = case.micro_batch, ""

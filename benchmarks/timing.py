@@ -177,8 +177,8 @@ class _GraphSampler(_Sampler):
             pool = self._before.pool()
         with torch.cuda.graph(self._timed, pool=pool, stream=stream):
             # so that no call writes over the last one's results, still in cache
-            kept = [job.run(i, prepared[i]) for i in sets]
-        del kept
+            results = [job.run(i, prepared[i]) for i in sets]
+        del results
 
     def sample(self) -> float:
         if self._before is not None:

@@ -148,20 +148,23 @@ class Children:
         Raises:
             UserError: it ended without a result.
         """
-        given = self.arguments
-        options = ["--steps", str(given.steps), "--warmup", str(given.warmup)]
-        options += ["--quick"] * quick + ["--synthetic"] * given.synthetic
-        overrides = [*given.overrides, *(overrides or [])]
+        arguments = self.arguments
+        options = ["--steps", str(arguments.steps), "--warmup", str(arguments.warmup)]
+        options += ["--quick"] * quick + ["--synthetic"] * arguments.synthetic
+        overrides = [*arguments.overrides, *(overrides or [])]
         engine = next(
-            (item.partition("=")[2] for item in reversed(overrides) if item.startswith("step.engine=")), given.engine
+            (item.partition("=")[2] for item in reversed(overrides) if item.startswith("step.engine=")),
+            arguments.engine,
         )
-        return self._run(MEASURE, [config or given.config, *overrides, *options], ranks or given.ranks, engine, out)
+        return self._run(
+            MEASURE, [config or arguments.config, *overrides, *options], ranks or arguments.ranks, engine, out
+        )
 
     def race(self, names: list[str]) -> list[dict[str, Any]]:
         """On one rank, whatever the run has."""
-        given = self.arguments
-        options = ["--names", *names, "--turns", str(given.turns)]
-        return self._run(RACE, [given.config, *given.overrides, *options], 1, given.engine)
+        arguments = self.arguments
+        options = ["--names", *names, "--turns", str(arguments.turns)]
+        return self._run(RACE, [arguments.config, *arguments.overrides, *options], 1, arguments.engine)
 
     def _run(self, module: str, arguments: list[str], ranks: int, engine: str, out: Path | None = None) -> Any:
         from ssast.engine.distributed.launch import launch

@@ -109,8 +109,8 @@ def _stack(axes: Axes, values: Mapping[str, float], top: float, scale: float, th
             "color": _on(colour),
             "linespacing": 1.15,
         }
-        share = f"{value / total:.0%}"
-        for text in (f"{part}\n{share}", part.replace(" ", "\n", 1) + f"\n{share}", share):
+        percentage = f"{value / total:.0%}"
+        for text in (f"{part}\n{percentage}", part.replace(" ", "\n", 1) + f"\n{percentage}", percentage):
             label = axes.text(left + width / 2, top + 0.25, text, **look)
             box = label.get_window_extent(renderer)
             if box.width / DENSITY < width - 0.06 and box.height / DENSITY < 0.46:

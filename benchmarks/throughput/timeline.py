@@ -273,7 +273,7 @@ class _Reader:
         return Trace(steps, sorted(spans, key=_begin), sorted(operators, key=_nesting), activities)
 
     def _activities(self, path: Path, steps: list[Event], spans: list[Event]) -> list[Activity]:
-        main, working, kept = steps[0].thread, [span for span in spans if span.name != "data wait"], []
+        main, working, activities = steps[0].thread, [span for span in spans if span.name != "data wait"], []
         for name, start, end, correlation in self._on_device:
             thread, launched = self._launches.get(correlation, (main, -1))
             if not steps[0].start <= launched <= steps[-1].end:  # or launched before the profiler began
@@ -284,14 +284,14 @@ class _Reader:
                 part = "copy"
             else:
                 part = _part_of_launch(launched, steps, working)
-            kept.append(Activity(name, start, end, thread, launched, part))
-        if self._on_device and not kept:
+            activities.append(Activity(name, start, end, thread, launched, part))
+        if self._on_device and not activities:
             raise ValueError(
                 f"{path}: no device activity was launched within a step. Record activities CPU and CUDA, of whole "
                 "steps, "
                 "and wait for the device before the profiler stops."
             )
-        return sorted(kept, key=_begin)
+        return sorted(activities, key=_begin)
 
 
 def _part_of_launch(launched: int, steps: list[Event], working: list[Event]) -> str:

@@ -77,14 +77,14 @@ class Clips:
     def subset(self, index: np.ndarray) -> Clips:
         """The clips at `index` (numbers in any order, or a bool mask [N])."""
         index = np.flatnonzero(index) if index.dtype == bool else index
-        taken: dict[int, np.ndarray] = {}  # texts of one index share their row numbers
+        rows_by_column: dict[int, np.ndarray] = {}  # texts of one index share their row numbers
 
         def take(column: np.ndarray) -> np.ndarray:
             if column.strides == (0,):
                 return np.broadcast_to(column[:1].reshape(()), len(index)) if len(column) else column
-            if id(column) not in taken:
-                taken[id(column)] = column[index]
-            return taken[id(column)]
+            if id(column) not in rows_by_column:
+                rows_by_column[id(column)] = column[index]
+            return rows_by_column[id(column)]
 
         def texts(column: Texts) -> Texts:
             return Texts(column._blocks, take(column.rows))

@@ -152,11 +152,11 @@ class AudioDecoder:
                 if is_resampled and not offset:
                     return self._read_resampled(file, clip, start, window)
                 content = np.empty(size, dtype=np.uint8)
-                got = _read_into(file, content.data, offset)
+                num_bytes = _read_into(file, content.data, offset)
         except OSError as error:
             return f"cannot be read any more: {error.strerror or error}"
-        if got != size:
-            return f"changed since it was checked: {got} bytes instead of {size}"
+        if num_bytes != size:
+            return f"changed since it was checked: {num_bytes} bytes instead of {size}"
         return self._read_resampled(io.BytesIO(content.data), clip, start, window) if is_resampled else content
 
     def _is_bare(self, file: int, clip: int) -> bool:
@@ -300,12 +300,12 @@ def _decode_span(sound: soundfile.SoundFile, first: int, last: int) -> np.ndarra
     block = np.empty((max(1, _BLOCK // sound.channels), sound.channels), dtype=np.float32)
     samples = np.empty(last - first, dtype=np.float32)
     while at < last:
-        got = sound.buffer_read_into(block[: last - at], "float32")
-        if not got:
+        count = sound.buffer_read_into(block[: last - at], "float32")
+        if not count:
             raise EOFError(f"{at} samples can be decoded, not {last}")
-        if at + got > first:
-            samples[max(at - first, 0) : at + got - first] = mean_of_channels(block[max(first - at, 0) : got])
-        at += got
+        if at + count > first:
+            samples[max(at - first, 0) : at + count - first] = mean_of_channels(block[max(first - at, 0) : count])
+        at += count
     return samples
 
 
@@ -314,8 +314,8 @@ def _read_into(file: int, buffer: memoryview | bytearray, offset: int) -> int:
     GiB.
     """
     view, done = memoryview(buffer), 0
-    while done < len(view) and (got := os.preadv(file, [view[done:]], offset + done)):
-        done += got
+    while done < len(view) and (count := os.preadv(file, [view[done:]], offset + done)):
+        done += count
     return done
 
 
